@@ -1,0 +1,329 @@
+"""Engine: requests in, tokens out, one step of the plan's graphs at a time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from hetero.errors import RequestError
+from hetero.kv_cache import BlockAllocator, PagedKV
+from hetero.model.decoder import Decoder, DecoderStep, KVMove
+from hetero.runtime.devices import Accelerator
+from hetero.runtime.executor import Executor
+from hetero.runtime.lanes import InlineLane
+from hetero.sampler import (
+    SampledToken,
+    SamplingParams,
+    SamplingRow,
+    make_generator,
+    sample,
+)
+from hetero.scheduler import Batch, Scheduler
+from hetero.sequence import Sequence
+from hetero.tokenizer import IncrementalDetokenizer, StopChecker, Tokenizer
+from planner.cost_model import predict
+from planner.hardware import HardwareProfile
+from planner.model_spec import ModelSpec
+from planner.placement import Device, Placement
+from planner.step_graph import StepGraph, build, build_kv_move, moved_kv_layers
+from planner.timeline import Timeline
+from planner.workload import PHASES, Phase
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """What one step did: its batch, when its ops ran, and the sequences that ended with it."""
+
+    batch: Batch
+    graph: StepGraph
+    timeline: Timeline
+    finished: tuple[Sequence, ...]
+
+
+@dataclass(slots=True, kw_only=True)
+class PhaseTotals:
+    """Work of one phase so far. Mutable."""
+
+    num_steps: int = 0
+    num_tokens: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(slots=True, kw_only=True)
+class EngineStats:
+    """Totals since the engine was made. Mutable: the engine adds each step."""
+
+    phases: dict[Phase, PhaseTotals] = field(
+        default_factory=lambda: {phase: PhaseTotals() for phase in PHASES}
+    )
+
+
+@dataclass(slots=True, kw_only=True)
+class _Request:
+    """What a running sequence needs beside its tokens. Mutable."""
+
+    sequence: Sequence
+    generator: torch.Generator | None
+    eos_token_ids: tuple[int, ...]
+    detokenizer: IncrementalDetokenizer | None
+    stops: StopChecker
+    text: str = ""
+
+
+class Engine:
+    """Runs sequences under a placement.
+
+    Parameters
+    ----------
+    decoder : Decoder
+        The loaded model.
+    placement : Placement
+        Where everything lives and runs.
+    hardware : HardwareProfile
+        Prices the predicted Timeline of a step.
+    accelerator : Accelerator, optional
+        None where the placement uses the CPU only.
+    tokenizer : Tokenizer, optional
+        Without it text is empty and stop strings are refused.
+    num_kv_blocks : int
+        Blocks of the KV cache.
+    max_num_seqs, max_model_len : int
+        Most sequences of a step; most tokens of a sequence.
+    overlap : bool
+        False runs one op at a time: the reference for the overlapped run.
+    """
+
+    def __init__(
+        self,
+        *,
+        decoder: Decoder,
+        placement: Placement,
+        hardware: HardwareProfile,
+        accelerator: Accelerator | None,
+        tokenizer: Tokenizer | None,
+        num_kv_blocks: int,
+        max_num_seqs: int,
+        max_model_len: int,
+        overlap: bool = True,
+    ) -> None:
+        self.stats = EngineStats()
+        self.last_step: StepResult | None = None
+        self._decoder = decoder
+        self._placement = placement
+        self._hardware = hardware
+        self._accelerator = accelerator
+        self._tokenizer = tokenizer
+        self._graphs = {phase: build(decoder.spec, placement.tier(phase)) for phase in PHASES}
+        self._kv_move = build_kv_move(placement.prefill, placement.decode)
+        self._executor = Executor(
+            {"cpu": InlineLane(), **(accelerator.lanes if accelerator else {})}, overlap=overlap
+        )
+        self._kv = _allocate_kv(decoder.spec, placement, accelerator, num_kv_blocks)
+        self.scheduler = Scheduler(
+            blocks=BlockAllocator(num_kv_blocks),
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=placement.prefill.max_num_tokens,
+            max_model_len=max_model_len,
+        )
+        self._requests: dict[str, _Request] = {}
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self._decoder.spec
+
+    @property
+    def has_unfinished(self) -> bool:
+        return self.scheduler.has_unfinished
+
+    def add_request(
+        self, seq_id: str, prompt_token_ids: list[int], params: SamplingParams
+    ) -> Sequence:
+        """Queue a request.
+
+        Raises
+        ------
+        RequestError
+            An empty or too long prompt, a token id outside the vocabulary, stop strings without a
+            tokenizer, a request that the KV cache can never hold.
+        """
+        self._check_tokens(prompt_token_ids)
+        if self._tokenizer is None and params.stop_strings:
+            raise RequestError(
+                "stop strings need a tokenizer and the model folder has no tokenizer.json; "
+                "use stop_token_ids"
+            )
+        sequence = Sequence(seq_id=seq_id, prompt_token_ids=prompt_token_ids, params=params)
+        self.scheduler.add(sequence)
+        eos = self._tokenizer.eos_token_ids if self._tokenizer is not None else ()
+        self._requests[seq_id] = _Request(
+            sequence=sequence,
+            generator=make_generator(params),
+            eos_token_ids=() if params.ignore_eos else eos,
+            detokenizer=(
+                None
+                if self._tokenizer is None
+                else IncrementalDetokenizer(
+                    self._tokenizer,
+                    prompt_token_ids,
+                    skip_special_tokens=params.skip_special_tokens,
+                )
+            ),
+            stops=StopChecker(params.stop_strings, params.include_stop_str_in_output),
+        )
+        return sequence
+
+    def text(self, sequence: Sequence) -> str:
+        """Text that a request has so far and that no stop string can take back."""
+        request = self._requests[sequence.seq_id]
+        return request.stops.final_text if sequence.is_finished else request.stops.visible_text
+
+    def release(self, sequence: Sequence) -> None:
+        """Forget a finished request."""
+        assert sequence.is_finished
+        del self._requests[sequence.seq_id]
+
+    def abort_all(self) -> None:
+        """End every unfinished request and forget it."""
+        for seq_id in list(self._requests):
+            self.scheduler.abort(seq_id)
+            del self._requests[seq_id]
+
+    def step(self) -> StepResult | None:
+        """Run one step; None when nothing is unfinished."""
+        batch = self.scheduler.schedule()
+        if batch is None:
+            return None
+        begin_s = time.perf_counter()
+        sampled: list[SampledToken] = []
+        rows = [self._sampling_row(sequence) for sequence in batch.sampled]
+
+        def pick(logits_LV: Tensor) -> None:
+            sampled.extend(sample(logits_LV, rows))
+
+        graph = self._graphs[batch.phase]
+        step = DecoderStep(
+            self._decoder,
+            self._placement.tier(batch.phase),
+            self._kv[batch.phase],
+            batch.tensors(),
+            pick,
+        )
+        with torch.inference_mode():
+            timeline = self._executor.run(graph, step.perform)
+            self._move_kv(batch)
+        self.scheduler.advance(batch, [token.token_id for token in sampled])
+        finished = self._settle(batch, sampled)
+        totals = self.stats.phases[batch.phase]
+        totals.num_steps += 1
+        totals.num_tokens += batch.shape.num_tokens
+        totals.seconds += time.perf_counter() - begin_s
+        self.last_step = StepResult(
+            batch=batch, graph=graph, timeline=timeline, finished=tuple(finished)
+        )
+        return self.last_step
+
+    def predicted_timeline(self) -> Timeline | None:
+        """The last step as the planner prices it."""
+        if self.last_step is None:
+            return None
+        shape = self.last_step.batch.shape
+        return predict(self.last_step.graph, self.spec, self._hardware, shape)
+
+    def _check_tokens(self, token_ids: Collection[int]) -> None:
+        for token_id in token_ids:
+            if not 0 <= token_id < self.spec.vocab_size:
+                raise RequestError(
+                    f"the prompt has token id {token_id} but the model knows "
+                    f"0..{self.spec.vocab_size - 1}"
+                )
+
+    def _sampling_row(self, sequence: Sequence) -> SamplingRow:
+        request = self._requests[sequence.seq_id]
+        return SamplingRow(
+            params=sequence.params,
+            generator=request.generator,
+            num_output_tokens=sequence.num_output_tokens,
+            eos_token_ids=request.eos_token_ids,
+        )
+
+    def _move_kv(self, batch: Batch) -> None:
+        """After a prompt's last prefill step, take its cache to where decode wants it."""
+        if not self._kv_move.ops:
+            return
+        assert self._accelerator is not None
+        for sequence in batch.sampled if batch.phase == "prefill" else ():
+            move = KVMove(
+                self._accelerator, self._kv["prefill"], self._kv["decode"], sequence.block_table
+            )
+            self._executor.run(self._kv_move, move.perform)
+
+    def _settle(self, batch: Batch, sampled: list[SampledToken]) -> list[Sequence]:
+        """Record what was sampled and end the sequences that are complete."""
+        finished = []
+        for sequence, token in zip(batch.sampled, sampled, strict=True):
+            if self._is_over(sequence, token):
+                finished.append(sequence)
+        return finished
+
+    def _is_over(self, sequence: Sequence, token: SampledToken) -> bool:
+        request, finish = self._requests[sequence.seq_id], self.scheduler.finish
+        if token.error is not None or token.token_id is None:
+            finish(sequence, "error", token.error)
+            return True
+        if token.top_logprobs is not None:
+            sequence.output_logprobs.append(dict(token.top_logprobs))
+        is_eos = token.token_id in request.eos_token_ids
+        if is_eos or token.token_id in sequence.params.stop_ids:
+            self._flush(request)
+            finish(sequence, "stop", None if is_eos else token.token_id)
+            return True
+        if request.detokenizer is not None:
+            request.stops.append(request.detokenizer.append([token.token_id]))
+            if request.stops.stop is not None:
+                finish(sequence, "stop", request.stops.stop)
+                return True
+        if sequence.num_tokens >= self.scheduler.token_limit(sequence):
+            self._flush(request)
+            finish(sequence, "length")
+            return True
+        return False
+
+    def _flush(self, request: _Request) -> None:
+        if request.detokenizer is not None:
+            request.stops.append(request.detokenizer.flush())
+
+
+def _allocate_kv(
+    spec: ModelSpec, placement: Placement, accelerator: Accelerator | None, num_blocks: int
+) -> dict[Phase, PagedKV]:
+    """The cache of each phase; layers that both phases keep on one device share their pages."""
+
+    def empty(device: Device, num_bytes: int) -> Tensor:
+        if device == "cpu":
+            flat = torch.empty(num_bytes, dtype=torch.uint8)
+        else:
+            assert accelerator is not None
+            flat = accelerator.allocate(num_bytes, "the KV cache")
+        # Pads of a block table are read and then masked: they must be finite.
+        return flat.zero_()
+
+    def devices(phase: Phase) -> list[Device]:
+        return [layer.kv for layer in placement.tier(phase).layers]
+
+    decode = PagedKV.allocate(spec, devices("decode"), num_blocks, empty)
+    moved = moved_kv_layers(placement.prefill, placement.decode)
+    if not moved:
+        return {"prefill": decode, "decode": decode}
+    before = PagedKV.allocate(
+        replace(spec, layers=tuple(spec.layers[index] for index in moved)),
+        [devices("prefill")[index] for index in moved],
+        num_blocks,
+        empty,
+    )
+    own = dict(zip(moved, before.layers, strict=True))
+    layers = tuple(own.get(index, layer) for index, layer in enumerate(decode.layers))
+    return {"prefill": replace(decode, layers=layers), "decode": decode}

@@ -1,0 +1,1 @@
+"""Probes that turn this machine into a HardwareProfile."""

@@ -1,0 +1,99 @@
+"""Memory larger than the caches, handed out piece by piece, so that every read is a cold one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from planner.model_spec import Dtype
+
+_CPU_FOLDER = Path("/sys/devices/system/cpu")
+_MIN_COLD_BYTES = 512 << 20
+_MAX_SHARE_OF_AVAILABLE = 8
+# 0.0078 as float32 and as bfloat16, 1.0 as float16: never a subnormal, which some CPUs compute
+# slowly, and never the shared zero page, which would be read from the caches.
+_PATTERN = 0x3C003C00
+# A view must start where a vector load may.
+_ALIGN_ELEMENTS = 64
+
+
+class ColdMemory:
+    """A buffer that `take` walks through, so that what it returns was last touched a lap ago."""
+
+    def __init__(self, buffer: Tensor) -> None:
+        self._buffer = buffer
+        self._next = 0  # in bytes
+
+    @property
+    def num_bytes(self) -> int:
+        return self._buffer.numel() * self._buffer.element_size()
+
+    @property
+    def device(self) -> torch.device:
+        return self._buffer.device
+
+    def take(self, dtype: Dtype, *shape: int) -> Tensor:
+        """The next piece of the buffer with this shape."""
+        flat = self._buffer.view(torch_dtype(dtype))
+        count = 1
+        for size in shape:
+            count *= size
+        assert count <= flat.numel(), f"{shape} of {dtype} is larger than {self.num_bytes} bytes"
+        start = -(-self._next // flat.element_size() // _ALIGN_ELEMENTS) * _ALIGN_ELEMENTS
+        if start + count > flat.numel():
+            start = 0
+        self._next = (start + count) * flat.element_size()
+        return flat[start : start + count].view(*shape)
+
+    def whole(self) -> Tensor:
+        """All of the buffer as float32."""
+        return self._buffer.view(torch.float32)
+
+
+def cold_cpu_memory(num_bytes: int) -> ColdMemory:
+    """Allocate and touch host memory."""
+    # numpy asks for huge pages where the system leaves it to the program, torch does not: 0.2
+    # against 1.8 s for 512 MB on the development machine.
+    words = np.empty(max(1, num_bytes >> 8) << 6, dtype=np.int32)
+    words.fill(_PATTERN)
+    return ColdMemory(torch.from_numpy(words))
+
+
+def cold_gpu_memory(num_bytes: int, device: torch.device) -> ColdMemory:
+    """Allocate device memory with random bits: a GPU's clock depends on what it multiplies."""
+    words = torch.randint(0, 1 << 15, (max(1, num_bytes >> 8) << 7,), device=device)
+    return ColdMemory(words.to(torch.int16).add_(0x3000).view(torch.int32))
+
+
+def cold_bytes(available_bytes: int, cache_bytes: int) -> int:
+    """How much to rotate through: twice the caches, never above an eighth of what is available."""
+    wanted = max(_MIN_COLD_BYTES, 2 * cache_bytes)
+    return min(wanted, available_bytes // _MAX_SHARE_OF_AVAILABLE)
+
+
+def last_level_cache_bytes(cpu_folder: Path = _CPU_FOLDER) -> int:
+    """Bytes of all last-level caches together; 0 where the system does not say."""
+    sizes: dict[str, tuple[int, int]] = {}
+    for index in cpu_folder.glob("cpu[0-9]*/cache/index[0-9]*"):
+        try:
+            level = int((index / "level").read_text())
+            size = _cache_size((index / "size").read_text().strip())
+            cores = (index / "shared_cpu_list").read_text().strip()
+        except (OSError, ValueError):
+            continue  # a virtual machine may hide a cache's size
+        sizes[f"{level}:{cores}"] = (level, size)
+    last = max((level for level, _ in sizes.values()), default=0)
+    return sum(size for level, size in sizes.values() if level == last)
+
+
+def _cache_size(text: str) -> int:
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    return int(text[:-1]) * units[text[-1]] if text[-1:] in units else int(text)
+
+
+def torch_dtype(dtype: Dtype) -> torch.dtype:
+    """The torch name of a format."""
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]

@@ -1,0 +1,308 @@
+"""Checks of everything hetero needs from the machine: OK, WARN or FAIL, each with a fix."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import shutil
+import sys
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Literal
+
+from cpu_kernels.threads import available_cores, openmp_parallel, physical_cores
+from hetero.errors import EnvironmentProblemError
+from hetero.measure.fingerprint import cpu_flags, cpu_model, nvidia_gpus, package_version
+from hetero.measure.memory_limit import (
+    available_memory_bytes,
+    cgroup_memory,
+    memory_limit_bytes,
+)
+from hetero.measure.store import PROFILE_FILE, private_folder, stored_profile, why_foreign
+from planner.errors import ProfileError
+
+Status = Literal["ok", "warn", "fail"]
+
+_MIN_PYTHON = (3, 11)
+_MIN_TORCH = (2, 8)
+_IPEX = "intel-extension-for-pytorch"
+_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+_NODES = Path("/sys/devices/system/node")
+# Instruction sets that torch's products and our kernels choose between, best last.
+_ISA = (
+    "avx2",
+    "avx512f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "avx512_fp16",
+    "amx_tile",
+    "amx_bf16",
+    "asimd",
+    "bf16",
+    "sve",
+)
+_LOW_DISK_BYTES = 1 << 30
+_LOW_MEMORY_BYTES = 4 << 30
+_PINNED_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """One line of `hetero doctor`; `fix` is what to do where the status is not ok."""
+
+    name: str
+    status: Status
+    text: str
+    fix: str | None = None
+
+
+def check_environment(cache_dir: Path) -> tuple[Check, ...]:
+    """Look at everything once; measures nothing and writes nothing but the cache folder."""
+    return (
+        check_python(),
+        *check_torch(),
+        check_numba(),
+        check_threads(),
+        check_cpu(),
+        check_cores(),
+        check_memory(),
+        check_memlock(),
+        check_huge_pages(),
+        check_gpu(),
+        check_ipex(package_version(_IPEX), package_version("torch")),
+        check_cache(cache_dir),
+        check_stored_profile(cache_dir),
+        check_shipped_model(),
+    )
+
+
+def check_python() -> Check:
+    version = platform.python_version()
+    if sys.version_info < _MIN_PYTHON:
+        return Check(
+            name="python",
+            status="fail",
+            text=f"{version}, older than {'.'.join(map(str, _MIN_PYTHON))}",
+            fix="install Python 3.11 or newer",
+        )
+    return Check(name="python", status="ok", text=f"{version}, {platform.system()}")
+
+
+def check_torch() -> tuple[Check, ...]:
+    """The version, and whether it loads: a wheel for another CPU or libc fails only then."""
+    version = package_version("torch")
+    fix = "pip install 'torch>=2.8'"
+    if version is None:
+        return (Check(name="torch", status="fail", text="not installed", fix=fix),)
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        return (
+            Check(name="torch", status="fail", text=f"{version} does not load: {error}", fix=fix),
+        )
+    numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:2])
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+    capability = torch.backends.cpu.get_cpu_capability()
+    text = f"{version}, {build}, CPU kernels for {capability}"
+    if numbers < _MIN_TORCH:
+        return (Check(name="torch", status="fail", text=f"{text}, older than 2.8", fix=fix),)
+    return (Check(name="torch", status="ok", text=text),)
+
+
+def check_numba() -> Check:
+    version = package_version("numba")
+    if version is None:
+        return Check(
+            name="numba", status="fail", text="not installed", fix="pip install 'numba>=0.61'"
+        )
+    try:
+        import numba  # noqa: F401
+    except (ImportError, OSError) as error:
+        return Check(
+            name="numba",
+            status="fail",
+            text=f"{version} does not load: {error}",
+            fix="pip install --upgrade numba numpy",
+        )
+    return Check(name="numba", status="ok", text=version)
+
+
+def check_threads() -> Check:
+    if openmp_parallel() is None:
+        return Check(
+            name="threads",
+            status="warn",
+            text="no OpenMP runtime found: our kernels hand work to Python threads, 100 us a call",
+            fix="install libgomp (Debian: apt install libgomp1)",
+        )
+    return Check(name="threads", status="ok", text="our kernels run on torch's OpenMP threads")
+
+
+def check_cpu() -> Check:
+    flags = cpu_flags()
+    found = [name for name in _ISA if name in flags]
+    text = f"{cpu_model()}; {', '.join(found) or 'no vector instructions reported'}"
+    if flags and not flags & {"avx2", "asimd"}:
+        return Check(
+            name="cpu",
+            status="warn",
+            text=f"{text}: without AVX2 products are several times slower",
+            fix="use a machine with AVX2, or a virtual machine that passes the CPU's flags on",
+        )
+    return Check(name="cpu", status="ok", text=text)
+
+
+def check_cores() -> Check:
+    physical, logical = physical_cores(), available_cores()
+    nodes = len(list(_NODES.glob("node[0-9]*")))
+    text = f"{physical} physical of {logical} logical cores usable"
+    if nodes > 1:
+        return Check(
+            name="cores",
+            status="warn",
+            text=f"{text}, memory on {nodes} nodes: a core reads the other node at half speed",
+            fix="run on one node: numactl --cpunodebind=0 --membind=0 hetero ...",
+        )
+    return Check(name="cores", status="ok", text=text)
+
+
+def check_memory() -> Check:
+    limit, available = memory_limit_bytes(), available_memory_bytes()
+    groups = cgroup_memory()
+    text = f"{limit / 1e9:.1f} GB, {available / 1e9:.1f} GB available"
+    if any(group.limit_bytes == limit for group in groups):
+        text += ", limited by a cgroup"
+    if available < _LOW_MEMORY_BYTES:
+        return Check(
+            name="memory",
+            status="warn",
+            text=text,
+            fix="close other programs or raise the container's memory limit",
+        )
+    return Check(name="memory", status="ok", text=text)
+
+
+def check_memlock() -> Check:
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if soft == resource.RLIM_INFINITY:
+        return Check(name="memlock", status="ok", text="unlimited")
+    text = f"{soft / 1e6:.0f} MB of locked memory"
+    if nvidia_gpus() and soft < _PINNED_BYTES:
+        return Check(
+            name="memlock",
+            status="warn",
+            text=f"{text}: pinning weights for fast copies may be refused",
+            fix="ulimit -l unlimited (docker: --ulimit memlock=-1)",
+        )
+    return Check(name="memlock", status="ok", text=f"{text}; only a GPU would need more")
+
+
+def check_huge_pages(file: Path = _HUGE_PAGES) -> Check:
+    try:
+        words = file.read_text()
+    except OSError:
+        return Check(name="huge pages", status="ok", text="not offered by this system")
+    mode = words.partition("[")[2].partition("]")[0]
+    if mode == "never":
+        return Check(
+            name="huge pages",
+            status="warn",
+            text="transparent huge pages are off: filling memory is several times slower",
+            fix=f"echo madvise | sudo tee {file}",
+        )
+    return Check(name="huge pages", status="ok", text=f"transparent huge pages: {mode}")
+
+
+def check_gpu() -> Check:
+    gpus = nvidia_gpus()
+    if not gpus:
+        return Check(name="gpu", status="ok", text="no NVIDIA GPU: CPU only")
+    gpu = gpus[0]
+    text = f"{gpu.name}, {gpu.memory_bytes / 1e9:.1f} GB, driver {gpu.driver}"
+    if len(gpus) > 1:
+        text += f" (first of {len(gpus)}, one is used)"
+    fix = "pip install torch --index-url https://download.pytorch.org/whl/cu128"
+    try:
+        import torch
+    except (ImportError, OSError):
+        return Check(name="gpu", status="warn", text=f"{text}; torch does not load", fix=fix)
+    if torch.version.cuda is None:
+        return Check(
+            name="gpu", status="warn", text=f"{text}; torch is built without CUDA", fix=fix
+        )
+    if not torch.cuda.is_available():
+        return Check(
+            name="gpu",
+            status="fail",
+            text=f"{text}; torch for CUDA {torch.version.cuda} cannot use it",
+            fix="update the driver, or install a torch for an older CUDA",
+        )
+    return Check(name="gpu", status="ok", text=text)
+
+
+def check_ipex(ipex: str | None, torch: str | None) -> Check:
+    """Read from metadata only: importing it beside another torch prints to stdout and raises."""
+    if ipex is None:
+        return Check(name="ipex", status="ok", text="not installed, not needed")
+    text = f"ipex {ipex} installed"
+    if torch is None or ipex.split(".")[:2] != torch.split(".")[:2]:
+        return Check(
+            name="ipex",
+            status="warn",
+            text=f"{text} but torch is {torch or 'not installed'}: not used",
+            fix=f"pip uninstall {_IPEX} (the project was archived in 2026-03)",
+        )
+    return Check(name="ipex", status="ok", text=f"{text}, matches torch {torch}")
+
+
+def check_cache(cache_dir: Path) -> Check:
+    try:
+        private_folder(cache_dir)
+    except EnvironmentProblemError as error:
+        return Check(
+            name="cache",
+            status="fail",
+            text=str(error),
+            fix="set XDG_CACHE_HOME to a folder of your own",
+        )
+    free = shutil.disk_usage(cache_dir).free
+    text = f"{cache_dir}, {free / 1e9:.1f} GB free"
+    if free < _LOW_DISK_BYTES:
+        return Check(name="cache", status="warn", text=text, fix="free some disk space")
+    return Check(name="cache", status="ok", text=text)
+
+
+def check_stored_profile(cache_dir: Path) -> Check:
+    fix = "hetero profile"
+    try:
+        profile = stored_profile(cache_dir)
+    except ProfileError as error:
+        return Check(name="profile", status="warn", text=str(error), fix=fix)
+    if profile is None:
+        return Check(
+            name="profile", status="ok", text="none stored: the first plan measures for 10 s"
+        )
+    foreign = why_foreign(profile)
+    if foreign is not None:
+        return Check(name="profile", status="warn", text=f"not used: {foreign}", fix=fix)
+    text = f"{cache_dir / PROFILE_FILE}, measured {profile.measured_at}"
+    if profile.notes:
+        text = "; ".join((text, *profile.notes))
+        return Check(name="profile", status="warn", text=text, fix=f"{fix}, with nothing else on")
+    return Check(name="profile", status="ok", text=text)
+
+
+def check_shipped_model() -> Check:
+    folder = resources.files("hetero") / "demo_model"
+    missing = [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]
+    if not any(file.name.endswith(".safetensors") for file in folder.iterdir()):
+        missing.append("*.safetensors")
+    if missing:
+        return Check(
+            name="model",
+            status="warn",
+            text=f"the model that ships lacks {', '.join(missing)}",
+            fix="pip install --force-reinstall --no-deps hetero",
+        )
+    return Check(name="model", status="ok", text="the model that ships is complete")

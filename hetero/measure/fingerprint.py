@@ -1,0 +1,130 @@
+"""Which machine and which versions: a Fingerprint, made without importing torch."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+import pynvml
+
+import hetero
+from cpu_kernels.threads import physical_cores
+from hetero.measure.memory_limit import memory_limit_bytes
+from planner.hardware import Fingerprint
+
+_CPUINFO = Path("/proc/cpuinfo")
+# A kernel update moves the installed memory that a system reports by a few megabytes.
+_MEMORY_TOLERANCE = 0.02
+_FIELD_NAMES = {
+    "cpu": "CPU",
+    "num_cores": "number of cores",
+    "memory_bytes": "memory",
+    "gpu": "GPU",
+    "gpu_uuid": "GPU UUID",
+    "driver": "GPU driver",
+    "torch": "torch version",
+    "numba": "numba version",
+    "hetero": "hetero version",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuFacts:
+    """One NVIDIA GPU as its driver describes it."""
+
+    name: str
+    uuid: str
+    driver: str
+    memory_bytes: int
+
+
+def machine_fingerprint(*, prefer_gpu_uuid: str | None = None) -> Fingerprint:
+    """The Fingerprint of this machine as this process sees it.
+
+    Where there are several GPUs it names the one with `prefer_gpu_uuid`, otherwise the first.
+    """
+    gpus = nvidia_gpus()
+    gpu = next((g for g in gpus if g.uuid == prefer_gpu_uuid), gpus[0] if gpus else None)
+    return Fingerprint(
+        cpu=cpu_model(),
+        num_cores=physical_cores(),
+        memory_bytes=memory_limit_bytes(),
+        gpu=None if gpu is None else gpu.name,
+        gpu_uuid=None if gpu is None else gpu.uuid,
+        driver=None if gpu is None else gpu.driver,
+        torch=package_version("torch") or "not installed",
+        numba=package_version("numba") or "not installed",
+        hetero=hetero.__version__,
+    )
+
+
+def describe_mismatch(measured: Fingerprint, here: Fingerprint) -> str | None:
+    """Name the first field in which two fingerprints differ, with both values; None where none."""
+    for field, words in _FIELD_NAMES.items():
+        old, new = getattr(measured, field), getattr(here, field)
+        if field == "memory_bytes":
+            if abs(old - new) > _MEMORY_TOLERANCE * max(old, new):
+                return f"the memory was {old / 1e9:.1f} GB and is {new / 1e9:.1f} GB"
+        elif old != new:
+            return f"the {words} was {old or 'none'} and is {new or 'none'}"
+    return None
+
+
+def cpu_model(cpuinfo: Path = _CPUINFO) -> str:
+    """The CPU's name; the architecture where the system tells no name."""
+    try:
+        lines = cpuinfo.read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        key, _, value = line.partition(":")
+        if key.strip() == "model name" and value.strip():
+            return " ".join(value.split())
+    return platform.processor() or platform.machine()
+
+
+def cpu_flags(cpuinfo: Path = _CPUINFO) -> frozenset[str]:
+    """Instruction sets of the CPU by the kernel's names; empty outside Linux."""
+    try:
+        lines = cpuinfo.read_text().splitlines()
+    except OSError:
+        return frozenset()
+    for line in lines:
+        key, _, value = line.partition(":")
+        if key.strip() in ("flags", "Features"):
+            return frozenset(value.split())
+    return frozenset()
+
+
+def nvidia_gpus() -> tuple[GpuFacts, ...]:
+    """NVIDIA GPUs in the driver's order; none without a driver."""
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return ()
+    try:
+        driver = str(pynvml.nvmlSystemGetDriverVersion())
+        handles = [
+            pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())
+        ]
+        return tuple(
+            GpuFacts(
+                name=str(pynvml.nvmlDeviceGetName(handle)),
+                uuid=str(pynvml.nvmlDeviceGetUUID(handle)),
+                driver=driver,
+                memory_bytes=int(pynvml.nvmlDeviceGetMemoryInfo(handle).total),
+            )
+            for handle in handles
+        )
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def package_version(name: str) -> str | None:
+    """Version of an installed package, read from its metadata; None where it is not installed."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

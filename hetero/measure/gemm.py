@@ -1,0 +1,54 @@
+"""Rate of F.linear, the product that runs, by format and token count, with weights read cold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from hetero.measure.cold_memory import ColdMemory, torch_dtype
+from hetero.measure.timing import median_seconds
+from planner.hardware import LinearSample
+from planner.model_spec import Dtype, ModelSpec
+
+Shape = tuple[int, int]  # (out features, in features)
+
+# A projection and the two of a small expert: at few tokens torch reads them at rates that differ
+# by up to 1.5x on one machine (shared/reference/cpu-kernels.md 2), so a sample is their mean.
+CPU_SHAPES: tuple[Shape, ...] = ((2048, 2048), (768, 2048), (2048, 768))
+# Smaller ones last less than their own launch on a GPU, which the cost model adds apart.
+GPU_SHAPES: tuple[Shape, ...] = ((4096, 4096),)
+
+
+def linear_sample(
+    memory: ColdMemory, *, dtype: Dtype, num_tokens: int, shapes: Sequence[Shape], budget_s: float
+) -> LinearSample:
+    """Measure `x W^T` for `num_tokens` rows over some shapes; FLOPs of all over seconds of all."""
+    seconds = 0.0
+    for shape in shapes:
+        seconds += _linear_seconds(memory, dtype, num_tokens, shape, budget_s / len(shapes))
+    flops = sum(2.0 * num_tokens * rows * columns for rows, columns in shapes)
+    return LinearSample(dtype=dtype, num_tokens=num_tokens, flop_per_s=flops / seconds)
+
+
+def model_shapes(spec: ModelSpec) -> tuple[Shape, ...]:
+    """Products of a model's largest layer: qkv, output, gate and up, down."""
+    layer = max(spec.layers, key=lambda layer: layer.intermediate_size)
+    hidden, width = spec.hidden_size, layer.intermediate_size
+    shapes = (
+        (spec.q_size + 2 * spec.kv_size, hidden),
+        (hidden, spec.q_size),
+        (2 * width, hidden),
+        (hidden, width),
+    )
+    return tuple(dict.fromkeys(shapes))
+
+
+def _linear_seconds(
+    memory: ColdMemory, dtype: Dtype, num_tokens: int, shape: Shape, budget_s: float
+) -> float:
+    x = torch.full((num_tokens, shape[1]), 0.01, dtype=torch_dtype(dtype), device=memory.device)
+    return median_seconds(
+        lambda: F.linear(x, memory.take(dtype, *shape)), device=memory.device, budget_s=budget_s
+    )

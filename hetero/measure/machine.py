@@ -1,0 +1,343 @@
+"""Measure this machine: every probe once per device and thread count -> HardwareProfile."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+import psutil
+import torch
+
+from cpu_kernels.threads import physical_cores
+from hetero.errors import EnvironmentProblemError
+from hetero.measure.attention import (
+    AttentionShape,
+    cpu_decode_bytes_per_s,
+    gpu_decode_bytes_per_s,
+    prefill_flop_per_s,
+)
+from hetero.measure.cold_memory import (
+    ColdMemory,
+    cold_bytes,
+    cold_cpu_memory,
+    cold_gpu_memory,
+    last_level_cache_bytes,
+)
+from hetero.measure.fingerprint import cpu_model, machine_fingerprint
+from hetero.measure.gemm import CPU_SHAPES, GPU_SHAPES, Shape, linear_sample, model_shapes
+from hetero.measure.launch import launch_s
+from hetero.measure.link import measure_link
+from hetero.measure.memory import cpu_read_bytes_per_s, gpu_read_bytes_per_s
+from hetero.measure.memory_limit import available_memory_bytes, memory_limit_bytes
+from hetero.measure.timing import torch_threads
+from hetero.runtime.devices import cuda_missing
+from planner.hardware import (
+    AcceleratorName,
+    DeviceProfile,
+    Fingerprint,
+    HardwareProfile,
+    LinearSample,
+    LinkProfile,
+)
+from planner.model_spec import Dtype, ModelSpec
+
+Progress = Callable[[str], None]
+
+# CUDA context, library workspaces: less than this was never seen.
+_MIN_RESERVED_GPU_BYTES = 500_000_000
+_MAX_GPU_COLD_BYTES = 1 << 30
+# Below this share of the cores the other processes are the system's own background.
+_BUSY_SHARE = 0.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effort:
+    """What is measured and for how long: seconds a probe repeats, token counts per format."""
+
+    budget_s: float
+    tokens: dict[Dtype, tuple[int, ...]]
+    gpu_tokens: tuple[int, ...]
+    has_all_thread_counts: bool
+
+
+# Prices on two cores: quick about 6 s with a compilation of the decode kernel, full about 25 s.
+QUICK = Effort(
+    budget_s=0.03,
+    # float16 has a fast product on few CPUs and may take 70 times as long as bfloat16
+    tokens={
+        "bfloat16": (1, 4, 16, 64, 256),
+        "float32": (1, 4, 16, 64, 256),
+        "float16": (1, 16),
+    },
+    gpu_tokens=(1, 16, 64, 512),
+    has_all_thread_counts=False,
+)
+FULL = Effort(
+    budget_s=0.2,
+    tokens={
+        "bfloat16": (1, 2, 4, 8, 16, 32, 64, 128, 512),
+        "float32": (1, 2, 4, 8, 16, 32, 64, 128, 512),
+        "float16": (1, 16, 64),
+    },
+    gpu_tokens=(1, 4, 16, 64, 128, 256, 512, 2048),
+    has_all_thread_counts=True,
+)
+
+
+def measure_machine(
+    *,
+    quick: bool,
+    progress: Progress | None = None,
+    accelerator: AcceleratorName = "auto",
+    spec: ModelSpec | None = None,
+) -> HardwareProfile:
+    """Measure the CPU by thread count, and the GPU with its link where there is one.
+
+    Parameters
+    ----------
+    quick
+        Fewer token counts and thread counts: seconds instead of up to a minute.
+    progress
+        Called with one line before each part.
+    accelerator
+        "auto" measures a GPU if torch can use one, "cuda" insists on it, "none" and "emulated"
+        leave it out: `HardwareProfile.with_emulated_gpu` derives that from the CPU.
+    spec
+        Measure with the products and heads of this model, in its format, and in no more memory
+        than its weights take: a model that fits the caches is measured in them.
+
+    Raises
+    ------
+    EnvironmentProblemError
+        "cuda" was asked for and torch cannot use a GPU.
+    """
+    has_cuda = torch.cuda.is_available()
+    if accelerator == "cuda" and not has_cuda:
+        raise EnvironmentProblemError(cuda_missing())
+    return measure_with(
+        QUICK if quick else FULL,
+        progress=progress or _ignore,
+        has_gpu=has_cuda and accelerator in ("auto", "cuda"),
+        spec=spec,
+        notes=("quick measurement: a full one is made by hetero profile",) if quick else (),
+    )
+
+
+def measure_with(
+    effort: Effort,
+    *,
+    progress: Progress,
+    has_gpu: bool,
+    spec: ModelSpec | None = None,
+    notes: tuple[str, ...] = (),
+    memory_bytes: int | None = None,
+) -> HardwareProfile:
+    """Measure with a given effort; `memory_bytes` overrides the memory that is rotated through."""
+    others = _OtherProcesses()
+    num_bytes, size_notes = _rotated_bytes(spec, memory_bytes)
+    progress(f"filling {num_bytes / 1e6:.0f} MB, so that reads miss the caches")
+    memory = cold_cpu_memory(num_bytes)
+    subject = _Subject.of(spec)
+    with torch.inference_mode():
+        cpus = tuple(
+            _measure_cpu(memory, num_threads, effort, subject, progress)
+            for num_threads in thread_counts(physical_cores(), effort)
+        )
+        gpu, link, uuid = _measure_gpu(effort, subject, progress) if has_gpu else (None, None, None)
+    fingerprint = machine_fingerprint(prefer_gpu_uuid=uuid)
+    model_notes = () if spec is None else (f"measured with the shapes of {spec.name}",)
+    return HardwareProfile(
+        name=_machine_name(fingerprint, gpu),
+        provenance="measured",
+        measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        cpu_by_threads=cpus,
+        gpu=gpu,
+        link=link,
+        fingerprint=fingerprint,
+        notes=(*notes, *model_notes, *size_notes, *others.notes()),
+    )
+
+
+def thread_counts(num_cores: int, effort: Effort) -> tuple[int, ...]:
+    """Thread counts to measure: 1, 2, 4, ... and all; one and all where it must be quick."""
+    counts = {1, num_cores}
+    if effort.has_all_thread_counts:
+        count = 2
+        while count < num_cores:
+            counts.add(count)
+            count *= 2
+    return tuple(sorted(counts))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Subject:
+    """What the probes run: shapes, heads and formats."""
+
+    cpu_shapes: tuple[Shape, ...] = CPU_SHAPES
+    gpu_shapes: tuple[Shape, ...] = GPU_SHAPES
+    attention: AttentionShape = field(default_factory=AttentionShape)
+    attention_dtype: Dtype = "bfloat16"
+
+    @classmethod
+    def of(cls, spec: ModelSpec | None) -> _Subject:
+        if spec is None:
+            return cls()
+        shapes = model_shapes(spec)
+        return cls(
+            cpu_shapes=shapes,
+            gpu_shapes=shapes,
+            attention=AttentionShape.of(spec),
+            attention_dtype=spec.dtype,
+        )
+
+
+def _rotated_bytes(spec: ModelSpec | None, memory_bytes: int | None) -> tuple[int, tuple[str, ...]]:
+    """Bytes to rotate through, and a note where they do not outgrow the caches."""
+    if memory_bytes is not None:
+        return memory_bytes, ()
+    caches = last_level_cache_bytes()
+    num_bytes = cold_bytes(available_memory_bytes(), caches)
+    if spec is not None:
+        # one product and one cache of keys must fit whatever the model
+        return min(num_bytes, max(spec.total_weight_bytes(), 64 << 20)), ()
+    if num_bytes < caches:
+        return num_bytes, (
+            f"measured in {num_bytes / 1e6:.0f} MB, less than the {caches / 1e6:.0f} MB of caches: "
+            "too little memory was free, rates of memory are too high",
+        )
+    return num_bytes, ()
+
+
+def _measure_cpu(
+    memory: ColdMemory, num_threads: int, effort: Effort, subject: _Subject, progress: Progress
+) -> DeviceProfile:
+    threads = f"cpu, {num_threads} thread{'s' if num_threads > 1 else ''}"
+    budget_s = effort.budget_s
+    cpu = torch.device("cpu")
+    with torch_threads(num_threads):
+        progress(f"{threads}: reading memory")
+        read = cpu_read_bytes_per_s(memory, num_threads=num_threads, budget_s=budget_s)
+        progress(f"{threads}: matrix products")
+        linear = tuple(
+            linear_sample(
+                memory,
+                dtype=dtype,
+                num_tokens=num_tokens,
+                shapes=subject.cpu_shapes,
+                budget_s=budget_s,
+            )
+            for dtype, counts in effort.tokens.items()
+            for num_tokens in counts
+        )
+        progress(f"{threads}: attention")
+        decode = cpu_decode_bytes_per_s(
+            memory,
+            subject.attention,
+            dtype=subject.attention_dtype,
+            num_threads=num_threads,
+            budget_s=budget_s,
+        )
+        prefill = prefill_flop_per_s(
+            cpu, subject.attention, dtype=subject.attention_dtype, budget_s=budget_s
+        )
+        small_op_s = launch_s(cpu, budget_s=budget_s)
+    return DeviceProfile(
+        name=cpu_model(),
+        kind="cpu",
+        memory_bytes=memory_limit_bytes(),
+        read_bytes_per_s=read,
+        attention_bytes_per_s=decode,
+        attention_flop_per_s=prefill,
+        launch_s=small_op_s,
+        linear=linear,
+        num_threads=num_threads,
+    )
+
+
+def _measure_gpu(
+    effort: Effort, subject: _Subject, progress: Progress
+) -> tuple[DeviceProfile, LinkProfile, str]:
+    device = torch.device("cuda", 0)
+    facts = torch.cuda.get_device_properties(device)
+    budget_s = effort.budget_s
+    progress(f"gpu, {facts.name}: reading memory")
+    free, _ = torch.cuda.mem_get_info(device)
+    memory = cold_gpu_memory(min(_MAX_GPU_COLD_BYTES, free // 16), device)
+    read = gpu_read_bytes_per_s(memory, budget_s=budget_s)
+    progress(f"gpu, {facts.name}: matrix products")
+    dtypes: tuple[Dtype, ...] = ("bfloat16", "float16", "float32")
+    linear: list[LinearSample] = [
+        linear_sample(
+            memory,
+            dtype=dtype,
+            num_tokens=num_tokens,
+            shapes=subject.gpu_shapes,
+            budget_s=budget_s,
+        )
+        for dtype in dtypes
+        for num_tokens in effort.gpu_tokens
+    ]
+    progress(f"gpu, {facts.name}: attention")
+    dtype = subject.attention_dtype
+    decode = gpu_decode_bytes_per_s(memory, subject.attention, dtype=dtype, budget_s=budget_s)
+    prefill = prefill_flop_per_s(device, subject.attention, dtype=dtype, budget_s=budget_s)
+    small_op_s = launch_s(device, budget_s=budget_s)
+    progress("link between cpu and gpu")
+    link = measure_link(device, budget_s=budget_s)
+    # All libraries are loaded by now: what is taken and is not torch's own is context and others.
+    free, total = torch.cuda.mem_get_info(device)
+    reserved = total - free - torch.cuda.memory_reserved(device)
+    del memory
+    torch.cuda.empty_cache()
+    profile = DeviceProfile(
+        name=facts.name,
+        kind="cuda",
+        memory_bytes=total,
+        read_bytes_per_s=read,
+        attention_bytes_per_s=decode,
+        attention_flop_per_s=prefill,
+        launch_s=small_op_s,
+        linear=tuple(linear),
+        reserved_bytes=max(_MIN_RESERVED_GPU_BYTES, reserved),
+    )
+    return profile, link, f"GPU-{facts.uuid}"
+
+
+class _OtherProcesses:
+    """Cores that other processes keep busy between its making and `notes`."""
+
+    def __init__(self) -> None:
+        self._cores = sorted(psutil.Process().cpu_affinity() or range(os.cpu_count() or 1))
+        self._start = time.perf_counter()
+        self._busy_s = self._busy()
+        self._own_s = time.process_time()
+
+    def _busy(self) -> float:
+        times = psutil.cpu_times(percpu=True)
+        return float(
+            sum(sum(times[core]) - times[core].idle - times[core].iowait for core in self._cores)
+        )
+
+    def notes(self) -> tuple[str, ...]:
+        """A note where they took more than a tenth of the cores, empty otherwise."""
+        wall_s = time.perf_counter() - self._start
+        own_s = time.process_time() - self._own_s
+        num_busy = max(0.0, self._busy() - self._busy_s - own_s) / wall_s
+        if num_busy < _BUSY_SHARE * len(self._cores):
+            return ()
+        return (
+            f"measured while other processes kept {num_busy:.1f} of {len(self._cores)} cores busy: "
+            "rates are too low and vary",
+        )
+
+
+def _machine_name(fingerprint: Fingerprint, gpu: DeviceProfile | None) -> str:
+    name = f"{fingerprint.cpu}, {fingerprint.num_cores} cores"
+    return name if gpu is None else f"{name}, {gpu.name}"
+
+
+def _ignore(line: str) -> None:
+    pass

@@ -1,0 +1,1 @@
+"""The decoder as functions: layouts, norms, rotary, attention, feed-forward."""

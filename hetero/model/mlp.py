@@ -1,0 +1,25 @@
+"""The dense feed-forward layer, and the activation that experts share with it."""
+
+# T tokens, D hidden, I feed-forward width, N rows
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from hetero.model.norm import rms_norm
+
+
+def dense_layer(x_TD: Tensor, weights: Mapping[str, Tensor], norm_eps: float) -> Tensor:
+    """x + down(silu(gate) * up) of the normed x."""
+    normed_TD = rms_norm(x_TD, weights["norm"], norm_eps)
+    gate_up = F.linear(normed_TD, weights["gate_up"], weights.get("gate_up_bias"))
+    return x_TD + F.linear(gated(gate_up), weights["down"], weights.get("down_bias"))
+
+
+def gated(gate_up_N2I: Tensor) -> Tensor:
+    """silu(gate) * up of rows that hold gate and up side by side."""
+    gate_NI, up_NI = gate_up_N2I.chunk(2, dim=-1)
+    return F.silu(gate_NI).mul_(up_NI)

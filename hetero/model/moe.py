@@ -1,0 +1,116 @@
+"""Mixture of experts: route tokens, sort them by expert, run the experts, add what they give."""
+
+# T tokens, k experts a token, N = T * k rows, D hidden, I expert width, E experts
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hetero.model.mlp import gated
+from hetero.model.norm import rms_norm
+
+ExpertMethod = Literal["loop", "grouped"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Routing:
+    """Which experts every token chose and how much each counts; `normed_TD` is what they read."""
+
+    normed_TD: Tensor
+    expert_ids_Tk: Tensor  # int64
+    expert_weights_Tk: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dispatch:
+    """Tokens sorted by expert, in token order within an expert; made without asking the device."""
+
+    x_ND: Tensor
+    ends_E: Tensor  # int32: expert e has rows ends[e - 1] to ends[e]
+    rows_Tk: Tensor  # int64: the row of each token's choice
+    expert_weights_Tk: Tensor
+
+
+def route(
+    x_TD: Tensor,
+    weights: Mapping[str, Tensor],
+    *,
+    norm_eps: float,
+    top_k: int,
+    norm_topk_prob: bool,
+) -> Routing:
+    """The `top_k` most probable experts of each token of the normed x."""
+    normed_TD = rms_norm(x_TD, weights["norm"], norm_eps)
+    logits_TE = F.linear(normed_TD, weights["gate"])
+    probs_TE = logits_TE.softmax(dim=-1, dtype=torch.float32)
+    probs_Tk, ids_Tk = probs_TE.topk(top_k, dim=-1)
+    if norm_topk_prob:
+        probs_Tk /= probs_Tk.sum(dim=-1, keepdim=True)
+    return Routing(
+        normed_TD=normed_TD,
+        expert_ids_Tk=ids_Tk,
+        expert_weights_Tk=probs_Tk.to(x_TD.dtype),
+    )
+
+
+def dispatch(routing: Routing, num_experts: int) -> Dispatch:
+    """Sort the tokens by expert."""
+    ids_Tk = routing.expert_ids_Tk
+    sorted_N, order_N = ids_Tk.flatten().sort(stable=True)
+    experts_E = torch.arange(num_experts, device=ids_Tk.device)
+    # Counting with searchsorted: bincount and tolist would make the host wait for a GPU.
+    ends_E = torch.searchsorted(sorted_N, experts_E, right=True, out_int32=True)
+    rows_N = torch.empty_like(order_N)
+    rows_N[order_N] = torch.arange(len(order_N), device=ids_Tk.device)
+    return Dispatch(
+        x_ND=routing.normed_TD.index_select(0, order_N // ids_Tk.shape[1]),
+        ends_E=ends_E,
+        rows_Tk=rows_N.view_as(ids_Tk),
+        expert_weights_Tk=routing.expert_weights_Tk,
+    )
+
+
+def experts(
+    sorted_tokens: Dispatch, weights: Mapping[str, Tensor], *, method: ExpertMethod
+) -> Tensor:
+    """y_TD: what the chosen experts give, weighted and added in the order of choice."""
+    products = _loop if method == "loop" else _grouped
+    gate_up_N2I = products(sorted_tokens.x_ND, weights["gate_up"], sorted_tokens.ends_E)
+    y_ND = products(gated(gate_up_N2I), weights["down"], sorted_tokens.ends_E)
+    # Gathers, scales and adds in one pass, in float32 inside: a tenth of the time of the same in
+    # three ops, and no atomics, so the same bits every time.
+    return F.embedding_bag(
+        sorted_tokens.rows_Tk,
+        y_ND,
+        mode="sum",
+        per_sample_weights=sorted_tokens.expert_weights_Tk,
+    )
+
+
+def combine(x_TD: Tensor, y_TD: Tensor) -> Tensor:
+    """Add what the experts gave to the residual."""
+    return x_TD + y_TD
+
+
+def _loop(x_NI: Tensor, matrices_EOI: Tensor, ends_E: Tensor) -> Tensor:
+    """Each expert's rows by its matrix, one product an expert that has rows."""
+    out_NO = x_NI.new_empty(len(x_NI), matrices_EOI.shape[1])
+    start = 0
+    for expert, end in enumerate(ends_E.tolist()):
+        if end > start:
+            matrix_IO = matrices_EOI[expert].t()
+            torch.mm(x_NI[start:end], matrix_IO, out=out_NO[start:end])
+            start = end
+    return out_NO
+
+
+def _grouped(x_NI: Tensor, matrices_EOI: Tensor, ends_E: Tensor) -> Tensor:
+    """Each expert's rows by its matrix, in one kernel that reads the ends on the device."""
+    out_NO: Tensor = F.grouped_mm(x_NI, matrices_EOI.transpose(1, 2), offs=ends_E)
+    return out_NO

@@ -1,0 +1,160 @@
+"""From a model, a machine and what may be used of it to a plan that can be run; no torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from msgspec.structs import replace
+
+from hetero.errors import EnvironmentProblemError, MemoryBudgetError, PlanMismatchError, UsageError
+from hetero.measure.store import find_profile, load_or_measure
+from planner.errors import PlannerError
+from planner.hardware import HardwareProfile, Resources
+from planner.memory import needs
+from planner.model_spec import ModelSpec
+from planner.placement import check_matches
+from planner.plan import Plan
+from planner.search import profile_fingerprint, search
+from planner.workload import Objective, Workload
+
+# A quarter of the host's memory and a slow PCIe link: enough to rehearse a plan.
+_EMULATED_MEMORY_SHARE = 0.25
+EMULATED_LINK_BYTES_PER_S = 4e9
+
+
+def base_profile(
+    name: str | None, cache_dir: Path, progress: Callable[[str], None] | None = None
+) -> HardwareProfile:
+    """A named or stored profile, or this machine's own, measured quickly if it has none."""
+    if name is not None:
+        try:
+            return find_profile(name)
+        except PlannerError as error:
+            raise UsageError(str(error)) from None
+    return load_or_measure(cache_dir, progress=progress)[0]
+
+
+def usable_hardware(profile: HardwareProfile, resources: Resources) -> HardwareProfile:
+    """The profile cut down to what may be used.
+
+    Raises
+    ------
+    EnvironmentProblemError
+        CUDA was asked for and the profile has no GPU.
+    UsageError
+        A memory budget is more than the machine has, or is for a device that is not used.
+    """
+    own_gpu = profile.gpu
+    if resources.accelerator == "none":
+        hardware = profile.without_gpu()
+    elif resources.accelerator == "emulated":
+        share = int(_EMULATED_MEMORY_SHARE * profile.cpu.memory_bytes)
+        hardware = profile.with_emulated_gpu(
+            memory_bytes=share if resources.gpu_bytes is None else resources.gpu_bytes,
+            link_bytes_per_s=resources.link_bytes_per_s or EMULATED_LINK_BYTES_PER_S,
+        )
+    elif resources.accelerator == "cuda" and own_gpu is None:
+        raise EnvironmentProblemError(
+            f"--accelerator cuda was asked for but the profile of {profile.name} has no GPU; use "
+            "--accelerator none, or measure again with hetero profile if there is one now"
+        )
+    else:
+        hardware = profile
+    if resources.gpu_bytes is not None and hardware.gpu is None:
+        raise UsageError(
+            "--gpu-mem-gb was given but no accelerator is used; leave it out or give --accelerator"
+        )
+    for flag, budget, device in (
+        ("--gpu-mem-gb", resources.gpu_bytes, hardware.gpu),
+        ("--cpu-mem-gb", resources.cpu_bytes, profile.cpu),
+    ):
+        limit = device.memory_bytes if device is not None else 0
+        if device is not None and device.kind == "emulated":
+            limit = profile.cpu.memory_bytes
+        if budget is not None and budget > limit:
+            raise UsageError(
+                f"{flag} is {budget / 1e9:.2f} GB but {profile.name} has {limit / 1e9:.2f} GB; "
+                "give less, or leave it out to use what is there"
+            )
+    return hardware.with_memory(cpu_bytes=resources.cpu_bytes, gpu_bytes=resources.gpu_bytes)
+
+
+def make_plan(
+    spec: ModelSpec,
+    hardware: HardwareProfile,
+    workload: Workload,
+    objective: Objective = "latency",
+    *,
+    strategy: str | None = None,
+) -> Plan:
+    """Search, with the planner's complaints as errors that a user can fix.
+
+    Raises
+    ------
+    UsageError
+        The workload is longer than the model's context, or the strategy does not apply.
+    """
+    if workload.context_len > spec.max_position_embeddings:
+        raise UsageError(
+            f"prompt and output come to {workload.context_len} tokens but {spec.name} has a "
+            f"context of {spec.max_position_embeddings}; lower --prompt-len or --output-len"
+        )
+    try:
+        return search(spec, hardware, workload, objective, strategy=strategy)
+    except PlannerError as error:
+        raise UsageError(str(error)) from None
+
+
+def check_plan(plan: Plan, spec: ModelSpec, hardware: HardwareProfile) -> None:
+    """Refuse a plan that was made for something else, or that does not fit.
+
+    Raises
+    ------
+    PlanMismatchError
+        Another model, another machine, or layers that the model does not have.
+    MemoryBudgetError
+        The placement needs more memory than there is; names the nearest that fits.
+    """
+    again = "plan again with: hetero plan"
+    if plan.model_fingerprint != spec.fingerprint:
+        raise PlanMismatchError(
+            f"the plan was made for model {plan.model} ({plan.model_fingerprint}) but this is "
+            f"{spec.name} ({spec.fingerprint}); {again}"
+        )
+    here = profile_fingerprint(hardware)
+    if plan.profile_fingerprint != here:
+        raise PlanMismatchError(
+            f"the plan was made for the machine {plan.profile} ({plan.profile_fingerprint}) but "
+            f"this is {hardware.name} ({here}); {again}"
+        )
+    reason = check_matches(plan.placement, spec)
+    if reason is not None:
+        raise PlanMismatchError(f"{reason}; {again}")
+    lacking = lacking_memory(plan, spec, hardware)
+    if lacking is not None:
+        raise MemoryBudgetError(lacking)
+
+
+def lacking_memory(plan: Plan, spec: ModelSpec, hardware: HardwareProfile) -> str | None:
+    """Why a plan does not fit, in one sentence with the nearest that would; None where it fits."""
+    wave = replace(plan.workload, num_seqs=plan.estimate.num_concurrent_seqs)
+    short = {
+        device: need
+        for device, need in needs(spec, plan.placement, wave, hardware).items()
+        if not need.fits
+    }
+    if not short:
+        return None
+    parts = " and ".join(
+        f"{need.needed_bytes / 1e9:.2f} GB on the {device} where {need.available_bytes / 1e9:.2f} "
+        "GB may be used"
+        for device, need in short.items()
+    )
+    fitting = next((other for other in plan.alternatives if other.feasible), None)
+    if fitting is not None:
+        fix = f"the nearest that fits is {fitting.name}"
+    else:
+        flags = " and ".join(f"--{device}-mem-gb" for device in short)
+        fix = f"raise {flags}, or lower --num-seqs, --prompt-len or --output-len"
+    return f"{plan.model} as {plan.placement.name} needs {parts}; {fix}"

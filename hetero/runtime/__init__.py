@@ -1,0 +1,1 @@
+"""Devices, lanes, weights and the executor: how a StepGraph runs."""

@@ -1,0 +1,234 @@
+"""Accelerators behind one protocol: `cuda`, and `emulated` by a CPU thread."""
+
+from __future__ import annotations
+
+import mmap
+import time
+import warnings
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from hetero.errors import EnvironmentProblemError, MemoryBudgetError
+from hetero.runtime.lanes import CudaClock, CudaLane, LaneRunner, ThreadLane, last_core
+from planner.step_graph import Lane
+
+# Copies of the emulated link are paced in pieces of this size, so that a long one is a steady
+# stream and not a burst followed by a pause.
+_PACED_BYTES = 4 << 20
+
+
+class Accelerator(Protocol):
+    """Memory with a budget, three lanes, and copies between host and device.
+
+    `upload` and `download` are called from work on the `h2d` and `d2h` lanes and return a tensor
+    whose contents are there when that work has ended.
+    """
+
+    kind: Literal["cuda", "emulated"]
+    device: torch.device
+    budget_bytes: int
+    used_bytes: int
+    lanes: dict[Lane, LaneRunner]
+
+    def allocate(self, num_bytes: int, what: str) -> Tensor:
+        """Device memory as flat uint8, counted against the budget.
+
+        Raises
+        ------
+        MemoryBudgetError
+            The budget would be exceeded; names `what`, both numbers and the fix.
+        """
+
+    def host_buffer(self, num_bytes: int) -> Tensor:
+        """Host memory as flat uint8 from which copies run at the link's full rate."""
+
+    def copy_into(self, target: Tensor, source: Tensor) -> None:
+        """Copy within a lane's work, at the link's rate."""
+
+    def upload(self, source: Tensor) -> Tensor: ...
+
+    def download(self, source: Tensor) -> Tensor: ...
+
+    def synchronize(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class EmulatedAccelerator:
+    """An accelerator made of a CPU thread: own memory budget, throttled link, own core.
+
+    Its arithmetic is the CPU's and its speed is no GPU's; it exists so that every hybrid path runs
+    on any machine.
+
+    Parameters
+    ----------
+    budget_bytes : int
+        Memory that weights, KV cache and staging buffers may take.
+    link_bytes_per_s : float
+        Rate of each copy direction.
+    latency_s : float
+        Time that a copy takes beyond its bytes.
+    """
+
+    kind: Literal["cuda", "emulated"] = "emulated"
+
+    def __init__(self, *, budget_bytes: int, link_bytes_per_s: float, latency_s: float) -> None:
+        self.device = torch.device("cpu")
+        self.budget_bytes = budget_bytes
+        self.used_bytes = 0
+        self._bytes_per_s = link_bytes_per_s
+        self._latency_s = latency_s
+        self.lanes: dict[Lane, LaneRunner] = {
+            "gpu": ThreadLane("gpu", last_core()),
+            "h2d": ThreadLane("h2d"),
+            "d2h": ThreadLane("d2h"),
+        }
+
+    def allocate(self, num_bytes: int, what: str) -> Tensor:
+        _check_budget(self, num_bytes, what)
+        self.used_bytes += num_bytes
+        return torch.empty(num_bytes, dtype=torch.uint8)
+
+    def host_buffer(self, num_bytes: int) -> Tensor:
+        return torch.empty(num_bytes, dtype=torch.uint8)
+
+    def copy_into(self, target: Tensor, source: Tensor) -> None:
+        begin_s = time.perf_counter()
+        if not (target.is_contiguous() and source.is_contiguous()):
+            target.copy_(source)
+            self._pace(begin_s, source.nbytes)
+            return
+        to, from_ = target.view(-1).view(torch.uint8), source.view(-1).view(torch.uint8)
+        for start in range(0, source.nbytes, _PACED_BYTES):
+            stop = min(start + _PACED_BYTES, source.nbytes)
+            to[start:stop].copy_(from_[start:stop])
+            self._pace(begin_s, stop)
+
+    def upload(self, source: Tensor) -> Tensor:
+        target = torch.empty_like(source)
+        self.copy_into(target, source)
+        return target
+
+    def download(self, source: Tensor) -> Tensor:
+        return self.upload(source)
+
+    def synchronize(self) -> None:
+        for lane in self.lanes.values():
+            lane.submit(lambda: None, ()).wait()
+
+    def close(self) -> None:
+        for lane in self.lanes.values():
+            lane.close()
+
+    def _pace(self, begin_s: float, num_bytes: int) -> None:
+        due_s = begin_s + self._latency_s + num_bytes / self._bytes_per_s
+        remaining_s = due_s - time.perf_counter()
+        if remaining_s > 0:
+            time.sleep(remaining_s)
+
+
+class CudaAccelerator:
+    """A CUDA device: three streams, exact-size pinned host memory, a hard memory budget."""
+
+    kind: Literal["cuda", "emulated"] = "cuda"
+
+    def __init__(self, *, budget_bytes: int, index: int = 0) -> None:
+        if not torch.cuda.is_available():
+            raise EnvironmentProblemError(cuda_missing())
+        self.device = torch.device("cuda", index)
+        torch.cuda.set_device(self.device)
+        total = torch.cuda.get_device_properties(self.device).total_memory
+        # torch refuses beyond this share: the budget holds for activations too.
+        torch.cuda.set_per_process_memory_fraction(min(1.0, budget_bytes / total), self.device)
+        self.budget_bytes = budget_bytes
+        self.used_bytes = 0
+        clock = CudaClock(self.device)
+        streams = {name: torch.cuda.Stream(self.device) for name in ("gpu", "h2d", "d2h")}
+        self._compute = streams["gpu"]
+        self.lanes: dict[Lane, LaneRunner] = {
+            "gpu": CudaLane(streams["gpu"], clock),
+            "h2d": CudaLane(streams["h2d"], clock),
+            "d2h": CudaLane(streams["d2h"], clock),
+        }
+        self._registered: list[tuple[Tensor, mmap.mmap]] = []
+
+    def allocate(self, num_bytes: int, what: str) -> Tensor:
+        _check_budget(self, num_bytes, what)
+        try:
+            tensor = torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
+        except torch.cuda.OutOfMemoryError:
+            free, _ = torch.cuda.mem_get_info(self.device)
+            raise MemoryBudgetError(
+                f"{what} needs {num_bytes / 1e9:.2f} GB on the GPU but {free / 1e9:.2f} GB is "
+                f"free now; plan with --gpu-mem-gb {(self.used_bytes + free) / 1e9:.1f} or less"
+            ) from None
+        self.used_bytes += num_bytes
+        return tensor
+
+    def host_buffer(self, num_bytes: int) -> Tensor:
+        # torch's own pinned allocator rounds up to a power of two; a registered mapping is exact.
+        mapping = mmap.mmap(-1, max(num_bytes, 1))
+        tensor = torch.frombuffer(mapping, dtype=torch.uint8)
+        result = torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)
+        if int(result) != 0:
+            warnings.warn(
+                f"cannot pin {num_bytes / 1e9:.2f} GB of host memory (CUDA error {int(result)}); "
+                "copies run from pageable memory and are slower than planned",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        else:
+            self._registered.append((tensor, mapping))
+        return tensor[:num_bytes]
+
+    def copy_into(self, target: Tensor, source: Tensor) -> None:
+        target.copy_(source, non_blocking=True)
+
+    def upload(self, source: Tensor) -> Tensor:
+        pinned = torch.empty_like(source, pin_memory=True)
+        pinned.copy_(source)
+        target = torch.empty_like(source, device=self.device)
+        target.copy_(pinned, non_blocking=True)
+        # Allocated on the copy stream, read on the compute stream.
+        target.record_stream(self._compute)
+        return target
+
+    def download(self, source: Tensor) -> Tensor:
+        target = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
+        target.copy_(source, non_blocking=True)
+        source.record_stream(torch.cuda.current_stream(self.device))
+        return target
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self.device)
+
+    def close(self) -> None:
+        self.synchronize()
+        for tensor, _ in self._registered:
+            torch.cuda.cudart().cudaHostUnregister(tensor.data_ptr())
+        self._registered.clear()
+
+
+def cuda_missing() -> str:
+    """Why CUDA cannot be used, in one sentence."""
+    if torch.version.cuda is None:
+        return (
+            f"--accelerator cuda was asked for but this torch ({torch.__version__}) is built "
+            "without CUDA; install a CUDA build of torch or use --accelerator none"
+        )
+    return (
+        f"--accelerator cuda was asked for but torch {torch.__version__} finds no CUDA device; "
+        "check the driver with nvidia-smi or use --accelerator none"
+    )
+
+
+def _check_budget(accelerator: Accelerator, num_bytes: int, what: str) -> None:
+    if accelerator.used_bytes + num_bytes > accelerator.budget_bytes:
+        need = accelerator.used_bytes + num_bytes
+        raise MemoryBudgetError(
+            f"{what} brings the accelerator to {need / 1e9:.3f} GB but its budget is "
+            f"{accelerator.budget_bytes / 1e9:.3f} GB; plan again with a smaller workload or "
+            "more --gpu-mem-gb"
+        )

@@ -1,0 +1,99 @@
+"""Executor: runs a StepGraph on real lanes and returns the measured Timeline."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+
+from hetero.runtime.lanes import LaneEvent, LaneRunner
+from planner.step_graph import Lane, Op, StepGraph
+from planner.timeline import Span, Timeline
+
+
+def issue_order(graph: StepGraph) -> tuple[Op, ...]:
+    """Order in which one thread submits the ops.
+
+    Work of the `cpu` lane runs in the submitting thread, so everything that other lanes could
+    already have is submitted first. Each lane keeps the order of the graph.
+    """
+    queues = {lane: deque(graph.lane(lane)) for lane in graph.lanes}
+    issued: set[int] = set()
+    order: list[Op] = []
+
+    def issue(lane: Lane) -> bool:
+        queue = queues.get(lane)
+        if not queue or not issued.issuperset(queue[0].deps):
+            return False
+        op = queue.popleft()
+        issued.add(op.index)
+        order.append(op)
+        return True
+
+    while len(order) < len(graph.ops):
+        before = len(order)
+        progress = True
+        while progress:
+            progress = any([issue("h2d"), issue("gpu"), issue("d2h")])
+        issue("cpu")
+        assert len(order) > before, "the graph is not in a topological order"
+    return tuple(order)
+
+
+class Executor:
+    """Runs graphs on lanes.
+
+    Parameters
+    ----------
+    lanes : mapping
+        A runner for each lane that the graphs use.
+    overlap : bool
+        False waits for each op before the next is submitted: the reference for the overlapped run.
+    """
+
+    def __init__(self, lanes: Mapping[Lane, LaneRunner], *, overlap: bool = True) -> None:
+        self._lanes = lanes
+        self._overlap = overlap
+        self._orders: dict[StepGraph, tuple[Op, ...]] = {}
+
+    def run(self, graph: StepGraph, perform: Callable[[Op], None]) -> Timeline:
+        """Perform every op on its lane after its dependencies.
+
+        Raises
+        ------
+        Exception
+            What an op raised; ops that depend on it were not performed.
+        """
+        order = self._orders.get(graph)
+        if order is None:
+            order = self._orders[graph] = issue_order(graph)
+        events: dict[int, LaneEvent] = {}
+        origin_s = time.perf_counter()
+        try:
+            for op in order:
+                after = [events[dep] for dep in op.deps]
+                event = self._lanes[op.lane].submit(lambda op=op: perform(op), after)  # type: ignore[misc]
+                events[op.index] = event
+                if not self._overlap:
+                    event.wait()
+        finally:
+            # An error leaves other lanes with work in flight that reads this step's tensors.
+            errors = _drain(events)
+        if errors:
+            raise errors[0]
+        spans = []
+        for op in graph.ops:
+            start_s, end_s = events[op.index].span_s(origin_s)
+            spans.append(Span(op=op, start_s=start_s, end_s=end_s))
+        return Timeline(spans=tuple(spans))
+
+
+def _drain(events: Mapping[int, LaneEvent]) -> list[Exception]:
+    """Wait for everything that was submitted; the errors in order of submission."""
+    errors: list[Exception] = []
+    for event in events.values():
+        try:
+            event.wait()
+        except Exception as error:
+            errors.append(error)
+    return errors

@@ -1,0 +1,181 @@
+"""Lanes: things that do one piece of work at a time, in the order it was submitted."""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+
+from cpu_kernels.threads import pin_current_thread
+
+Work = Callable[[], None]
+
+
+class LaneEvent(Protocol):
+    """The end of a piece of work."""
+
+    def wait(self) -> None:
+        """Block the calling thread until the work has ended; raise what the work raised."""
+
+    def span_s(self, origin_s: float) -> tuple[float, float]:
+        """Start and end in seconds after `origin_s` of `time.perf_counter`; the work has ended."""
+
+
+class LaneRunner(Protocol):
+    """Runs submitted work in order, each piece after the events that it names."""
+
+    def submit(self, work: Work, after: Sequence[LaneEvent]) -> LaneEvent: ...
+
+    def close(self) -> None: ...
+
+
+class HostEvent:
+    """End of work done by a host thread."""
+
+    def __init__(self) -> None:
+        self._done = threading.Event()
+        self._error: BaseException | None = None
+        self.start_s = 0.0
+        self.end_s = 0.0
+
+    def wait(self) -> None:
+        self._done.wait()
+        if self._error is not None:
+            raise self._error
+
+    def span_s(self, origin_s: float) -> tuple[float, float]:
+        return self.start_s - origin_s, self.end_s - origin_s
+
+    def run(self, work: Work, after: Sequence[LaneEvent]) -> None:
+        """Wait, work, and mark the end; an error is kept for whoever waits."""
+        try:
+            for event in after:
+                event.wait()
+            self.start_s = time.perf_counter()
+            work()
+        except BaseException as error:
+            self._error = error
+        self.end_s = time.perf_counter()
+        self._done.set()
+
+
+class InlineLane:
+    """The `cpu` lane: work runs in the submitting thread, which saves a hand-over per op."""
+
+    def submit(self, work: Work, after: Sequence[LaneEvent]) -> LaneEvent:
+        event = HostEvent()
+        event.run(work, after)
+        event.wait()
+        return event
+
+    def close(self) -> None:
+        pass
+
+
+class ThreadLane:
+    """A lane with a thread of its own: the emulated accelerator's compute and copies.
+
+    Parameters
+    ----------
+    name : str
+        Name of the thread.
+    core : int, optional
+        Core that the thread is pinned to.
+    """
+
+    def __init__(self, name: str, core: int | None = None) -> None:
+        self._queue: queue.SimpleQueue[tuple[HostEvent, Work, Sequence[LaneEvent]] | None] = (
+            queue.SimpleQueue()
+        )
+        self._core = core
+        self._thread = threading.Thread(target=self._serve, name=f"hetero-{name}", daemon=True)
+        self._thread.start()
+
+    def submit(self, work: Work, after: Sequence[LaneEvent]) -> LaneEvent:
+        event = HostEvent()
+        self._queue.put((event, work, after))
+        return event
+
+    def close(self) -> None:
+        self._queue.put(None)
+        self._thread.join()
+
+    def _serve(self) -> None:
+        if self._core is not None:
+            pin_current_thread([self._core])
+        # torch keeps a thread count per thread only once the thread has asked for it.
+        torch.get_num_threads()
+        torch.set_num_threads(1)
+        with torch.inference_mode():
+            while (item := self._queue.get()) is not None:
+                event, work, after = item
+                event.run(work, after)
+
+
+class CudaEvent:
+    """End of work on a CUDA stream; `origin` ties the device clock to the host clock."""
+
+    def __init__(self, origin: CudaClock, stream: torch.cuda.Stream) -> None:
+        self._origin = origin
+        self._stream = stream
+        self.start = torch.cuda.Event(enable_timing=True)
+        self.end = torch.cuda.Event(enable_timing=True)
+
+    def wait(self) -> None:
+        self.end.synchronize()
+
+    def span_s(self, origin_s: float) -> tuple[float, float]:
+        return (
+            self._origin.seconds(self.start) - origin_s,
+            self._origin.seconds(self.end) - origin_s,
+        )
+
+
+class CudaClock:
+    """One device event at a known host time, from which every other event is dated."""
+
+    def __init__(self, device: torch.device) -> None:
+        torch.cuda.synchronize(device)
+        self._event = torch.cuda.Event(enable_timing=True)
+        self._event.record(torch.cuda.current_stream(device))
+        self._event.synchronize()
+        self._host_s = time.perf_counter()
+
+    def seconds(self, event: torch.cuda.Event) -> float:
+        """Host time (`time.perf_counter`) at which an event of the device happened."""
+        return self._host_s + self._event.elapsed_time(event) / 1e3
+
+
+class CudaLane:
+    """A CUDA stream: work is enqueued, events of other streams are waited for on the device."""
+
+    def __init__(self, stream: torch.cuda.Stream, clock: CudaClock) -> None:
+        self.stream = stream
+        self._clock = clock
+
+    def submit(self, work: Work, after: Sequence[LaneEvent]) -> LaneEvent:
+        event = CudaEvent(self._clock, self.stream)
+        for earlier in after:
+            if isinstance(earlier, CudaEvent):
+                self.stream.wait_event(earlier.end)
+            else:
+                earlier.wait()
+        with torch.cuda.stream(self.stream):
+            event.start.record(self.stream)
+            work()
+            event.end.record(self.stream)
+        return event
+
+    def close(self) -> None:
+        self.stream.synchronize()
+
+
+def last_core() -> int | None:
+    """The core that the emulated accelerator owns; None on a machine with a single core."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    return cores[-1] if len(cores) > 1 else None

@@ -1,0 +1,202 @@
+"""Seconds of one op: a roofline on measured rates, with named bounds."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from planner.hardware import DeviceProfile, HardwareProfile
+from planner.memory import KV_BLOCK_TOKENS
+from planner.model_spec import ModelSpec
+from planner.simulate import simulate
+from planner.step_graph import Op, StepGraph
+from planner.timeline import Timeline
+from planner.workload import BatchShape
+
+Bound = Literal["compute", "memory", "launch", "link"]
+
+# Small operations (norms, rotary, reshapes, writes to the cache, residual adds) of an op, each of
+# which costs a launch whatever its size. Counted in hetero/model.
+_NUM_LAUNCHES = {
+    "embed": 2,
+    "attention": 24,
+    "router": 10,
+    "dispatch": 8,
+    "combine": 2,
+    "dense": 10,
+    "head": 6,
+    "sample": 8,
+}
+# Per chosen expert: gather, gate-up product, activation, down product, scale, scatter.
+_NUM_LAUNCHES_PER_EXPERT = 7
+_LOGIT_BYTES = 4
+_BATCH_BYTES_PER_TOKEN = 24  # token id, position and slot, int64 each
+_ROUTING_ENTRY_BYTES = 12  # an int64 expert id and a float32 weight
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpCost:
+    """Seconds of an op and what they are made of; `bound` is the largest part."""
+
+    compute_s: float = 0.0
+    memory_s: float = 0.0
+    launch_s: float = 0.0
+    link_s: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """max(compute, memory) + launch + link."""
+        return max(self.compute_s, self.memory_s) + self.launch_s + self.link_s
+
+    @property
+    def bound(self) -> Bound:
+        parts: dict[Bound, float] = {
+            "compute": self.compute_s,
+            "memory": self.memory_s,
+            "launch": self.launch_s,
+            "link": self.link_s,
+        }
+        return max(parts, key=lambda name: parts[name])
+
+
+def copy_bytes(op: Op, spec: ModelSpec, shape: BatchShape) -> float:
+    """Bytes that a copy op moves in a step of this shape.
+
+    Weights of experts count whole: which experts a step needs is not known when they are streamed.
+    """
+    assert op.kind == "copy"
+    rows = shape.num_tokens
+    if op.payload == "batch":
+        table = math.ceil((shape.num_past_tokens + rows / shape.num_seqs) / KV_BLOCK_TOKENS)
+        return float(rows * _BATCH_BYTES_PER_TOKEN + shape.num_seqs * table * 4)
+    if op.payload == "weights":
+        assert op.module is not None
+        return float(spec.weight_bytes(op.module, op.layer))
+    if op.payload == "logits":
+        return float(shape.num_logits * spec.vocab_size * _LOGIT_BYTES)
+    if op.payload == "kv":
+        assert op.layer is not None
+        return float(shape.num_tokens * spec.kv_bytes_per_token(op.layer))
+    if op.payload == "hidden" and op.layer is None:
+        rows = shape.num_logits
+    num_bytes = float(rows * spec.hidden_size * spec.dtype_bytes)
+    if op.payload == "routing":
+        assert op.layer is not None
+        num_bytes += rows * spec.layers[op.layer].num_experts_per_token * _ROUTING_ENTRY_BYTES
+    return num_bytes
+
+
+def op_cost(op: Op, spec: ModelSpec, hardware: HardwareProfile, shape: BatchShape) -> OpCost:
+    """Price one op.
+
+    Compute: FLOPs over the device's matrix-product rate at this token count (log-log between
+    samples). Memory: bytes over the read rate. The larger counts, plus a launch for every small
+    operation (roofline; reference formulas: Williams et al. 2009, eq. 1). Copies: latency + bytes
+    over the link's rate. Experts read E(1-(1-k/E)^T) experts' weights.
+
+    Raises
+    ------
+    ProfileError
+        The profile lacks rates for the model's dtype.
+    """
+    if op.kind == "copy":
+        link = hardware.link
+        assert link is not None, "a copy needs a link"
+        rate = link.h2d_bytes_per_s if op.lane == "h2d" else link.d2h_bytes_per_s
+        return OpCost(link_s=link.latency_s + copy_bytes(op, spec, shape) / rate)
+    device = hardware.cpu if op.lane == "cpu" else hardware.gpu
+    assert device is not None, f"the machine has no {op.lane}"
+    if op.kind == "attention":
+        return _attention(op, spec, device, shape)
+    if op.kind == "experts":
+        return _experts(op, spec, device, shape)
+    launch_s = _NUM_LAUNCHES[op.kind] * device.launch_s
+    rows = shape.num_logits if op.kind in ("head", "sample") else shape.num_tokens
+    if op.kind in ("embed", "dispatch", "combine"):
+        # One read and one write of the hidden states.
+        moved = 2.0 * rows * spec.hidden_size * spec.dtype_bytes
+        return OpCost(memory_s=moved / device.read_bytes_per_s, launch_s=launch_s)
+    if op.kind == "sample":
+        return OpCost(
+            memory_s=rows * spec.vocab_size * _LOGIT_BYTES / device.read_bytes_per_s,
+            launch_s=launch_s * max(1, rows),
+        )
+    assert op.module is not None
+    if rows == 0:
+        return OpCost(launch_s=launch_s)
+    return OpCost(
+        compute_s=spec.flops(op.module, rows, op.layer)
+        / device.linear_flop_per_s(spec.dtype, rows),
+        memory_s=spec.weight_bytes(op.module, op.layer) / device.read_bytes_per_s,
+        launch_s=launch_s,
+    )
+
+
+def _attention(op: Op, spec: ModelSpec, device: DeviceProfile, shape: BatchShape) -> OpCost:
+    """Projections as a product, then scores and values: bytes in decode, FLOPs in prefill."""
+    assert op.layer is not None
+    tokens = shape.num_tokens
+    products_s = spec.flops("attention", tokens, op.layer) / device.linear_flop_per_s(
+        spec.dtype, tokens
+    )
+    weights_s = spec.weight_bytes("attention", op.layer) / device.read_bytes_per_s
+    launch_s = _NUM_LAUNCHES["attention"] * device.launch_s
+    if shape.phase == "decode":
+        context = spec.attention_context(op.layer, round(shape.num_past_tokens) + 1)
+        kv_bytes = shape.num_seqs * context * spec.kv_bytes_per_token(op.layer)
+        kv_s = kv_bytes / device.attention_bytes_per_s
+        return OpCost(compute_s=products_s + kv_s, memory_s=weights_s + kv_s, launch_s=launch_s)
+    each = max(1, round(tokens / shape.num_seqs))
+    flops = shape.num_seqs * spec.attention_flops(op.layer, each, round(shape.num_past_tokens))
+    scores_s = flops / device.attention_flop_per_s
+    # Prefill attention is one call per sequence.
+    launch_s *= 0.5 + 0.5 * shape.num_seqs
+    return OpCost(compute_s=products_s + scores_s, memory_s=weights_s, launch_s=launch_s)
+
+
+def _experts(op: Op, spec: ModelSpec, device: DeviceProfile, shape: BatchShape) -> OpCost:
+    """Distinct experts, each with its share of the tokens."""
+    assert op.layer is not None
+    layer = spec.layers[op.layer]
+    tokens = shape.num_tokens
+    distinct = spec.distinct_experts(op.layer, tokens)
+    tokens_each = tokens * layer.num_experts_per_token / distinct
+    rate = device.linear_flop_per_s(spec.dtype, tokens_each)
+    return OpCost(
+        compute_s=spec.flops("experts", tokens, op.layer) / rate,
+        memory_s=distinct * spec.expert_bytes(op.layer) / device.read_bytes_per_s,
+        launch_s=distinct * _NUM_LAUNCHES_PER_EXPERT * device.launch_s,
+    )
+
+
+class Pricer:
+    """Op seconds for one (model, machine, batch shape), each distinct price worked out once.
+
+    Layers of one shape cost the same, so a graph of a hundred layers has a handful of prices. The
+    cache is the only state.
+    """
+
+    def __init__(self, spec: ModelSpec, hardware: HardwareProfile, shape: BatchShape) -> None:
+        self.spec = spec
+        self.hardware = hardware
+        self.shape = shape
+        kinds = {layer: index for index, layer in enumerate(dict.fromkeys(spec.layers))}
+        self._kind_of_layer = [kinds[layer] for layer in spec.layers]
+        self._prices: dict[tuple[object, ...], float] = {}
+
+    def __call__(self, op: Op) -> float:
+        kind = None if op.layer is None else self._kind_of_layer[op.layer]
+        key = (op.kind, op.lane, op.payload, op.module, kind)
+        price = self._prices.get(key)
+        if price is None:
+            price = op_cost(op, self.spec, self.hardware, self.shape).seconds
+            self._prices[key] = price
+        return price
+
+
+def predict(
+    graph: StepGraph, spec: ModelSpec, hardware: HardwareProfile, shape: BatchShape
+) -> Timeline:
+    """Predicted Timeline of a step: every op priced, then simulated."""
+    return simulate(graph, Pricer(spec, hardware, shape))

@@ -1,0 +1,223 @@
+"""Bytes that a placement needs on each device: weights, KV, activations, staging, margin."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from planner.hardware import HardwareProfile
+from planner.model_spec import ModelSpec, Module
+from planner.placement import Device, Placement, TierPlacement
+from planner.step_graph import NUM_STREAM_BUFFERS
+from planner.workload import PHASES, Workload
+
+KV_BLOCK_TOKENS = 16
+_LOGIT_BYTES = 4
+
+# Share of a device's memory that no plan touches: allocator fragmentation, 3-5% of a caching
+# allocator (estimator.md 3.6); on the CPU the operating system and its page cache, 10%.
+MARGIN_SHARE: dict[Device, float] = {"gpu": 0.04, "cpu": 0.10}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceMemory:
+    """Bytes on one device; `available_bytes` is what the plan may use in all."""
+
+    weights_bytes: int
+    kv_bytes: int
+    activation_bytes: int
+    staging_bytes: int
+    available_bytes: int
+
+    @property
+    def needed_bytes(self) -> int:
+        return self.weights_bytes + self.kv_bytes + self.activation_bytes + self.staging_bytes
+
+    @property
+    def fits(self) -> bool:
+        return self.needed_bytes <= self.available_bytes
+
+
+def available_bytes(hardware: HardwareProfile, device: Device) -> int:
+    """Bytes of a device that a plan may use: its memory less the runtime's part and the margin."""
+    profile = hardware.cpu if device == "cpu" else hardware.gpu
+    if profile is None:
+        return 0
+    return int((profile.memory_bytes - profile.reserved_bytes) * (1.0 - MARGIN_SHARE[device]))
+
+
+class ModelBytes:
+    """Bytes of a model's modules and activations, worked out once.
+
+    Sets of modules are bit masks, so that the bytes of a union over tiers are a few bit counts:
+    modules of equal size share a mask.
+    """
+
+    def __init__(self, spec: ModelSpec) -> None:
+        keys: list[tuple[Module, int | None]] = [("embedding", None), ("head", None)]
+        for index, layer in enumerate(spec.layers):
+            keys += [(module, index) for module in layer.modules]
+        self._bit = {key: 1 << position for position, key in enumerate(keys)}
+        self._mask_by_bytes: dict[int, int] = {}
+        for key, bit in self._bit.items():
+            size = spec.weight_bytes(*key)
+            self._mask_by_bytes[size] = self._mask_by_bytes.get(size, 0) | bit
+        self._tied_mask = self._bit["embedding", None] | self._bit["head", None]
+        self._tied_bytes = spec.weight_bytes("embedding") if spec.is_tied else 0
+        # Norms and softmax widen bfloat16 to float32.
+        self._token_bytes = activation_width(spec) * max(4, spec.dtype_bytes)
+        self._logit_bytes = spec.vocab_size * _LOGIT_BYTES
+
+    def mask(self, modules: Iterable[tuple[Module, int | None]]) -> int:
+        """The bit mask of some modules."""
+        return sum(self._bit[key] for key in modules)
+
+    def weight_bytes(self, mask: int) -> int:
+        """Bytes of a set of modules on one device; a tied matrix is stored once."""
+        total = sum(
+            size * (mask & members).bit_count() for size, members in self._mask_by_bytes.items()
+        )
+        return total - (self._tied_bytes if mask & self._tied_mask == self._tied_mask else 0)
+
+    def activation_bytes(self, num_tokens: int, num_logits: int) -> int:
+        """Upper bound on the live activations of one step, its logits included."""
+        return num_tokens * self._token_bytes + num_logits * self._logit_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TierFacts:
+    """What the memory of a placement needs to know of one tier."""
+
+    tier: TierPlacement
+    lives: dict[Device, int]
+    kv_layers: dict[Device, int]
+    staging_bytes: int
+    uses: dict[Device, bool]
+
+    @classmethod
+    def of(cls, tier: TierPlacement, spec: ModelSpec, sizes: ModelBytes) -> TierFacts:
+        kv_layers: dict[Device, int] = {"gpu": 0, "cpu": 0}
+        for index, layer in enumerate(tier.layers):
+            kv_layers[layer.kv] |= 1 << index
+        devices: tuple[Device, ...] = ("gpu", "cpu")
+        return cls(
+            tier=tier,
+            lives={device: sizes.mask(tier.lives_on(device)) for device in devices},
+            kv_layers=kv_layers,
+            staging_bytes=staging_bytes(spec, tier),
+            uses={device: tier.uses(device) for device in devices},
+        )
+
+
+def kv_bytes_per_block(spec: ModelSpec, placement: Placement, device: Device) -> int:
+    """Bytes that one KV block of all layers takes on a device.
+
+    A layer whose KV moves between the phases holds blocks on both devices.
+    """
+    total = 0
+    for index in range(spec.num_layers):
+        places = {placement.tier(phase).layers[index].kv for phase in PHASES}
+        if device in places:
+            total += KV_BLOCK_TOKENS * spec.kv_bytes_per_token(index)
+    return total
+
+
+def num_kv_blocks(workload: Workload) -> int:
+    """Blocks that hold every sequence of a workload at its full length.
+
+    Examples
+    --------
+    >>> num_kv_blocks(Workload(prompt_len=20, output_len=13, num_seqs=2))  # 2 * ceil(33 / 16)
+    6
+    """
+    return workload.num_seqs * math.ceil(workload.context_len / KV_BLOCK_TOKENS)
+
+
+def staging_bytes(spec: ModelSpec, tier: TierPlacement) -> int:
+    """GPU buffers for streamed weights: two of the largest streamed layer."""
+    largest = max(
+        (
+            sum(spec.weight_bytes(module, index) for module in tier.streamed(index))
+            for index in range(spec.num_layers)
+        ),
+        default=0,
+    )
+    return NUM_STREAM_BUFFERS * largest
+
+
+def activation_width(spec: ModelSpec) -> int:
+    """Most elements per token that are alive at once in a step.
+
+    The widest moment of a layer: residual, normed input and output (4 hidden), with queries, keys,
+    values and attention output, or with gate, up, product and output of every chosen expert.
+    """
+    width = 2 * spec.q_size + 2 * spec.kv_size
+    for layer in dict.fromkeys(spec.layers):
+        chosen = layer.num_experts_per_token if layer.is_moe else 1
+        width = max(width, chosen * (3 * layer.intermediate_size + 2 * spec.hidden_size))
+    return width + 4 * spec.hidden_size
+
+
+def needs(
+    spec: ModelSpec,
+    placement: Placement,
+    workload: Workload,
+    hardware: HardwareProfile,
+) -> dict[Device, DeviceMemory]:
+    """Memory that a placement needs on each device for all sequences of a workload at once."""
+    sizes = ModelBytes(spec)
+    prefill = TierFacts.of(placement.prefill, spec, sizes)
+    decode = TierFacts.of(placement.decode, spec, sizes)
+    return needs_of_tiers(spec, sizes, prefill, decode, workload, hardware)
+
+
+def needs_of_tiers(
+    spec: ModelSpec,
+    sizes: ModelBytes,
+    prefill: TierFacts,
+    decode: TierFacts,
+    workload: Workload,
+    hardware: HardwareProfile,
+) -> dict[Device, DeviceMemory]:
+    """`needs` from facts that were worked out once for each tier."""
+    found: dict[Device, DeviceMemory] = {}
+    # All layers have one KV width.
+    kv_bytes = num_kv_blocks(workload) * KV_BLOCK_TOKENS * spec.kv_bytes_per_token(0)
+    prefill_tokens = min(prefill.tier.max_num_tokens, workload.num_seqs * workload.prompt_len)
+    prefill_activations = sizes.activation_bytes(
+        prefill_tokens, min(workload.num_seqs, prefill_tokens)
+    )
+    decode_activations = sizes.activation_bytes(workload.num_seqs, workload.num_seqs)
+    devices: tuple[Device, ...] = ("cpu",) if hardware.gpu is None else ("gpu", "cpu")
+    for device in devices:
+        staging = max(prefill.staging_bytes, decode.staging_bytes) if device == "gpu" else 0
+        num_kv_layers = (prefill.kv_layers[device] | decode.kv_layers[device]).bit_count()
+        found[device] = DeviceMemory(
+            weights_bytes=sizes.weight_bytes(prefill.lives[device] | decode.lives[device]),
+            kv_bytes=kv_bytes * num_kv_layers,
+            activation_bytes=max(
+                prefill_activations if prefill.uses[device] else 0,
+                decode_activations if decode.uses[device] else 0,
+            ),
+            staging_bytes=staging,
+            available_bytes=available_bytes(hardware, device),
+        )
+    return found
+
+
+def kv_block_capacity(
+    spec: ModelSpec, placement: Placement, workload: Workload, hardware: HardwareProfile
+) -> int:
+    """KV blocks that fit beside everything else of a placement; at least the workload's own.
+
+    The workload sizes the activations; what is left on the tighter device goes to the cache.
+    """
+    capacity: int | None = None
+    for device, need in needs(spec, placement, workload, hardware).items():
+        block_bytes = kv_bytes_per_block(spec, placement, device)
+        if block_bytes:
+            free = need.available_bytes - (need.needed_bytes - need.kv_bytes)
+            blocks = free // block_bytes
+            capacity = blocks if capacity is None else min(capacity, blocks)
+    return max(num_kv_blocks(workload), capacity or 0)

@@ -1,0 +1,281 @@
+"""StepGraph: the ops of one step on their lanes, with dependencies; priced and executed alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from planner.model_spec import ModelSpec, Module
+from planner.placement import Device, TierPlacement
+from planner.workload import Phase
+
+Lane = Literal["gpu", "cpu", "h2d", "d2h"]
+Term = Literal["attention", "router", "dispatch", "experts", "dense", "head", "transfer"]
+OpKind = Literal[
+    "embed",
+    "attention",
+    "router",
+    "dispatch",
+    "experts",
+    "combine",
+    "dense",
+    "head",
+    "sample",
+    "copy",
+]
+Payload = Literal["batch", "weights", "hidden", "routing", "expert_output", "logits", "kv"]
+
+LANES: tuple[Lane, ...] = ("gpu", "cpu", "h2d", "d2h")
+
+# Two buffers: one is filled while the other is read.
+NUM_STREAM_BUFFERS = 2
+
+_TERM_OF_KIND: dict[OpKind, Term] = {
+    "embed": "dense",
+    "attention": "attention",
+    "router": "router",
+    "dispatch": "dispatch",
+    "experts": "experts",
+    "combine": "dispatch",
+    "dense": "dense",
+    "head": "head",
+    "sample": "head",
+    "copy": "transfer",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Op:
+    """One piece of work on one lane.
+
+    Attributes
+    ----------
+    index : int
+        Position in the graph; ops of a lane run in this order.
+    kind : OpKind
+        `dispatch` sorts tokens by expert; `combine` adds expert outputs that came from the other
+        device; `embed` looks up token embeddings; `copy` moves a `payload` between the memories.
+    layer : int or None
+        Layer that the op belongs to.
+    module : Module or None
+        For a copy of weights, the module that is streamed.
+    buffer : int or None
+        For a copy of weights and the op that reads them, the staging buffer.
+    deps : tuple of int
+        Ops (of any lane) that must have ended before this one begins.
+    """
+
+    index: int
+    kind: OpKind
+    lane: Lane
+    deps: tuple[int, ...] = ()
+    layer: int | None = None
+    payload: Payload | None = None
+    module: Module | None = None
+    buffer: int | None = None
+
+    @property
+    def term(self) -> Term:
+        return _TERM_OF_KIND[self.kind]
+
+    @property
+    def device(self) -> Device:
+        """The device whose memory holds the result."""
+        return "gpu" if self.lane in ("gpu", "h2d") else "cpu"
+
+    @property
+    def name(self) -> str:
+        """A name that is unique in the graph: `experts[3]`, `copy weights attention[0] h2d`."""
+        words = [self.kind if self.payload is None else f"copy {self.payload}"]
+        if self.module is not None and self.kind == "copy":
+            words.append(self.module)
+        text = " ".join(words) + ("" if self.layer is None else f"[{self.layer}]")
+        return text if self.kind != "copy" else f"{text} {self.lane}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepGraph:
+    """Ops of one step in a topological order."""
+
+    phase: Phase
+    ops: tuple[Op, ...]
+
+    def lane(self, lane: Lane) -> tuple[Op, ...]:
+        """Ops of one lane, in the order in which they run."""
+        return tuple(op for op in self.ops if op.lane == lane)
+
+    @property
+    def lanes(self) -> tuple[Lane, ...]:
+        """Lanes that have ops."""
+        used = {op.lane for op in self.ops}
+        return tuple(lane for lane in LANES if lane in used)
+
+
+class _Builder:
+    """Appends ops and remembers which op last produced each thing."""
+
+    def __init__(self) -> None:
+        self.ops: list[Op] = []
+        self.buffer_readers: dict[int, tuple[int, ...]] = {}
+
+    def add(
+        self,
+        kind: OpKind,
+        lane: Lane,
+        deps: tuple[int, ...],
+        *,
+        layer: int | None = None,
+        payload: Payload | None = None,
+        module: Module | None = None,
+        buffer: int | None = None,
+    ) -> int:
+        self.ops.append(
+            Op(
+                index=len(self.ops),
+                kind=kind,
+                lane=lane,
+                deps=tuple(sorted(set(deps))),
+                layer=layer,
+                payload=payload,
+                module=module,
+                buffer=buffer,
+            )
+        )
+        return len(self.ops) - 1
+
+    def move(self, payload: Payload, target: Device, after: int, layer: int | None = None) -> int:
+        return self.add(
+            "copy", "h2d" if target == "gpu" else "d2h", (after,), payload=payload, layer=layer
+        )
+
+
+def build(spec: ModelSpec, tier: TierPlacement) -> StepGraph:
+    """Write down one step of a tier.
+
+    The graph holds for every batch shape of the tier: shapes enter when it is priced
+    (`cost_model.op_cost`) or executed.
+
+    Parameters
+    ----------
+    spec : ModelSpec
+        The model; only which layers have experts is used.
+    tier : TierPlacement
+        Where each module lives and runs.
+    """
+    builder = _Builder()
+    copies: dict[tuple[int, Module], int] = {}
+    buffers = _stream_buffers(tier)
+    streamed_layers = list(buffers)
+
+    def stream(position: int) -> None:
+        """Emit the copies of the `position`-th streamed layer into its buffer."""
+        if position >= len(streamed_layers):
+            return
+        layer = streamed_layers[position]
+        free = builder.buffer_readers.get(buffers[layer], ())
+        for module in tier.streamed(layer):
+            copies[layer, module] = builder.add(
+                "copy",
+                "h2d",
+                free,
+                layer=layer,
+                payload="weights",
+                module=module,
+                buffer=buffers[layer],
+            )
+
+    # Positions, slots and block tables: every GPU op of the step reads them.
+    batch = builder.add("copy", "h2d", (), payload="batch") if tier.uses("gpu") else None
+    for position in range(NUM_STREAM_BUFFERS - 1):
+        stream(position)
+    where: Device = tier.embedding.device
+    hidden = builder.add("embed", where, () if batch is None else (batch,))
+    for index, layer in enumerate(tier.layers):
+        buffer = buffers.get(index)
+        if buffer is not None:
+            stream(streamed_layers.index(index) + NUM_STREAM_BUFFERS - 1)
+
+        def weights(module: Module, index: int = index) -> tuple[int, ...]:
+            copy = copies.get((index, module))
+            return () if copy is None else (copy,)
+
+        readers: list[int] = []
+        for module, placement in layer.modules():
+            if module == "experts":
+                assert layer.router is not None
+                first, hidden = _experts(
+                    builder,
+                    index,
+                    layer.router.device,
+                    placement.device,
+                    hidden,
+                    weights(module),
+                    buffer,
+                )
+                readers.append(first)
+                continue
+            if placement.device != where:
+                hidden = builder.move("hidden", placement.device, hidden, index)
+                where = placement.device
+            kind: OpKind = module if module in ("attention", "router", "dense") else "dense"
+            hidden = builder.add(
+                kind, where, (hidden, *weights(module)), layer=index, module=module, buffer=buffer
+            )
+            readers.append(hidden)
+        if buffer is not None:
+            builder.buffer_readers[buffer] = tuple(readers)
+    if tier.head.device != where:
+        hidden = builder.move("hidden", tier.head.device, hidden)
+        where = tier.head.device
+    logits = builder.add("head", where, (hidden,), module="head")
+    if where == "gpu":
+        logits = builder.move("logits", "cpu", logits)
+    builder.add("sample", "cpu", (logits,))
+    return StepGraph(phase=tier.phase, ops=tuple(builder.ops))
+
+
+def _stream_buffers(tier: TierPlacement) -> dict[int, int]:
+    """Staging buffer of each layer that is streamed, in order."""
+    streamed = [index for index in range(len(tier.layers)) if tier.streamed(index)]
+    return {layer: position % NUM_STREAM_BUFFERS for position, layer in enumerate(streamed)}
+
+
+def _experts(
+    builder: _Builder,
+    layer: int,
+    router_device: Device,
+    device: Device,
+    routed: int,
+    weights: tuple[int, ...],
+    buffer: int | None,
+) -> tuple[int, int]:
+    """Dispatch, experts, and the way there and back; returns (op that reads weights, last op)."""
+    if device == router_device:
+        dispatch = builder.add("dispatch", device, (routed,), layer=layer)
+        experts = builder.add(
+            "experts", device, (dispatch, *weights), layer=layer, module="experts", buffer=buffer
+        )
+        combine = builder.add("combine", device, (experts,), layer=layer)
+        return experts, combine
+    there = builder.move("routing", device, routed, layer)
+    dispatch = builder.add("dispatch", device, (there,), layer=layer)
+    experts = builder.add(
+        "experts", device, (dispatch, *weights), layer=layer, module="experts", buffer=buffer
+    )
+    back = builder.move("expert_output", router_device, experts, layer)
+    return experts, builder.add("combine", router_device, (back,), layer=layer)
+
+
+def moved_kv_layers(prefill: TierPlacement, decode: TierPlacement) -> tuple[int, ...]:
+    """Layers whose KV cache changes device when a sequence goes from prefill to decode."""
+    pairs = enumerate(zip(prefill.layers, decode.layers, strict=True))
+    return tuple(index for index, (before, after) in pairs if before.kv != after.kv)
+
+
+def build_kv_move(prefill: TierPlacement, decode: TierPlacement) -> StepGraph:
+    """Copies of a sequence's KV cache where prefill and decode keep it on different devices."""
+    builder = _Builder()
+    for layer in moved_kv_layers(prefill, decode):
+        lane: Lane = "h2d" if decode.layers[layer].kv == "gpu" else "d2h"
+        builder.add("copy", lane, (), layer=layer, payload="kv")
+    return StepGraph(phase="prefill", ops=tuple(builder.ops))

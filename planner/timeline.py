@@ -1,0 +1,165 @@
+"""Timeline: when each op of a step began and ended; by lane, by term, and compared."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from planner.step_graph import LANES, Lane, Op, Term
+
+TimelineTerm = Term | Literal["wait"]
+
+TERMS: tuple[TimelineTerm, ...] = (
+    "attention",
+    "router",
+    "dispatch",
+    "experts",
+    "dense",
+    "head",
+    "transfer",
+    "wait",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """One executed (or predicted) op; seconds from the start of the step."""
+
+    op: Op
+    start_s: float
+    end_s: float
+
+    @property
+    def seconds(self) -> float:
+        return self.end_s - self.start_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timeline:
+    """Spans of one step, in the order of the graph."""
+
+    spans: tuple[Span, ...]
+
+    @property
+    def makespan_s(self) -> float:
+        """Seconds from the start of the step to its last end."""
+        return max((span.end_s for span in self.spans), default=0.0)
+
+    def lane(self, lane: Lane) -> tuple[Span, ...]:
+        """Spans of one lane by start time."""
+        mine = [span for span in self.spans if span.op.lane == lane]
+        return tuple(sorted(mine, key=lambda span: (span.start_s, span.op.index)))
+
+    def busy_s(self) -> dict[Lane, float]:
+        """Seconds in which each lane worked."""
+        busy: dict[Lane, float] = dict.fromkeys(LANES, 0.0)
+        for span in self.spans:
+            busy[span.op.lane] += span.seconds
+        return busy
+
+    def overlap(self) -> float:
+        """Share of the work hidden by overlap: 1 - makespan / sum of busy seconds, at least 0."""
+        total = sum(self.busy_s().values())
+        return max(0.0, 1.0 - self.makespan_s / total) if total > 0 else 0.0
+
+    def critical_path(self) -> tuple[Span, ...]:
+        """The chain of ops that set the makespan, first to last.
+
+        From the op that ends last, step to whatever it waited for: the dependency or the op before
+        it on its lane that ended last.
+        """
+        if not self.spans:
+            return ()
+        by_index = {span.op.index: span for span in self.spans}
+        before: dict[int, Span] = {}
+        for lane in LANES:
+            previous: Span | None = None
+            for span in self.lane(lane):
+                if previous is not None:
+                    before[span.op.index] = previous
+                previous = span
+        path = [max(self.spans, key=lambda span: span.end_s)]
+        while True:
+            here = path[-1]
+            waited = [by_index[dep] for dep in here.op.deps]
+            if here.op.index in before:
+                waited.append(before[here.op.index])
+            if not waited:
+                break
+            path.append(max(waited, key=lambda span: span.end_s))
+        return tuple(reversed(path))
+
+    def by_term(self) -> dict[TimelineTerm, float]:
+        """Seconds of the critical path by term, its gaps as `wait`; they add up to the makespan."""
+        terms: dict[TimelineTerm, float] = dict.fromkeys(TERMS, 0.0)
+        clock = 0.0
+        for span in self.critical_path():
+            terms["wait"] += max(0.0, span.start_s - clock)
+            # Measured neighbours may overlap by a clock tick: count each second once.
+            terms[span.op.term] += max(0.0, span.end_s - max(span.start_s, clock))
+            clock = max(clock, span.end_s)
+        return terms
+
+    def bottleneck(self) -> str:
+        """Lane and term that take most of the critical path, as `cpu experts`."""
+        seconds: dict[str, float] = {}
+        for span in self.critical_path():
+            key = f"{span.op.lane} {span.op.term}"
+            seconds[key] = seconds.get(key, 0.0) + span.seconds
+        return max(seconds, key=lambda key: seconds[key], default="none")
+
+
+def lane_orders(timeline: Timeline) -> dict[Lane, list[str]]:
+    """Names of the ops of each lane in the order in which they ran."""
+    return {lane: [span.op.name for span in timeline.lane(lane)] for lane in LANES}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TermComparison:
+    """Predicted and measured seconds of one term; `ratio` is measured over predicted."""
+
+    term: TimelineTerm
+    predicted_s: float
+    measured_s: float
+
+    @property
+    def ratio(self) -> float | None:
+        return self.measured_s / self.predicted_s if self.predicted_s > 0 else None
+
+
+def compare(predicted: Timeline, measured: Timeline) -> tuple[TermComparison, ...]:
+    """Predicted beside measured, term by term of the critical path; empty terms are left out."""
+    ours, theirs = predicted.by_term(), measured.by_term()
+    rows = (
+        TermComparison(term=term, predicted_s=ours[term], measured_s=theirs[term]) for term in TERMS
+    )
+    return tuple(row for row in rows if row.predicted_s > 0 or row.measured_s > 0)
+
+
+def chrome_trace(processes: Sequence[tuple[str, Timeline]]) -> str:
+    """Timelines as Chrome-trace JSON (opens in Perfetto); one process each, one row a lane."""
+    events: list[dict[str, Any]] = []
+    for pid, (title, timeline) in enumerate(processes, start=1):
+        events.append({"ph": "M", "pid": pid, "name": "process_name", "args": {"name": title}})
+        for tid, lane in enumerate(LANES, start=1):
+            spans = timeline.lane(lane)
+            if not spans:
+                continue
+            events.append(
+                {"ph": "M", "pid": pid, "tid": tid, "name": "thread_name", "args": {"name": lane}}
+            )
+            events += [
+                {
+                    "ph": "X",
+                    "pid": pid,
+                    "tid": tid,
+                    "name": span.op.name,
+                    "cat": span.op.term,
+                    "ts": span.start_s * 1e6,
+                    "dur": span.seconds * 1e6,
+                }
+                for span in spans
+            ]
+    return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"})

@@ -1,0 +1,93 @@
+"""Fingerprint: what it reads, and the sentence on the first difference."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+from hetero.measure.fingerprint import (
+    cpu_flags,
+    cpu_model,
+    describe_mismatch,
+    machine_fingerprint,
+    package_version,
+)
+from planner.hardware import Fingerprint
+
+ONE = Fingerprint(
+    cpu="A CPU",
+    num_cores=8,
+    memory_bytes=32_000_000_000,
+    gpu="A GPU",
+    gpu_uuid="GPU-1",
+    driver="550",
+    torch="2.8.0",
+    numba="0.61",
+    hetero="0.1.0",
+)
+
+
+def test_same_machine_has_no_mismatch() -> None:
+    """Equal fingerprints need no sentence."""
+    assert describe_mismatch(ONE, ONE) is None
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "sentence"),
+    [
+        ("cpu", "B CPU", "the CPU was A CPU and is B CPU"),
+        ("num_cores", 4, "the number of cores was 8 and is 4"),
+        ("memory_bytes", 16_000_000_000, "the memory was 32.0 GB and is 16.0 GB"),
+        ("gpu", None, "the GPU was A GPU and is none"),
+        ("gpu_uuid", "GPU-2", "the GPU UUID was GPU-1 and is GPU-2"),
+        ("driver", "560", "the GPU driver was 550 and is 560"),
+        ("torch", "2.9.0", "the torch version was 2.8.0 and is 2.9.0"),
+        ("numba", "0.62", "the numba version was 0.61 and is 0.62"),
+        ("hetero", "0.2.0", "the hetero version was 0.1.0 and is 0.2.0"),
+    ],
+)
+def test_mismatch_names_field_and_both_values(field: str, value: object, sentence: str) -> None:
+    """Every field is compared."""
+    assert describe_mismatch(ONE, replace(ONE, **{field: value})) == sentence
+
+
+def test_memory_may_move_by_a_kernel_update() -> None:
+    """A few megabytes of 32 GB are the same machine."""
+    assert describe_mismatch(ONE, replace(ONE, memory_bytes=32_010_000_000)) is None
+
+
+def test_this_machine_equals_itself() -> None:
+    """Two readings agree and hold real values."""
+    here = machine_fingerprint()
+    assert describe_mismatch(here, machine_fingerprint()) is None
+    assert here.num_cores >= 1
+    assert here.memory_bytes > 0
+    assert here.torch == package_version("torch")
+
+
+def test_fingerprint_does_not_import_torch() -> None:
+    """`hetero plan` compares fingerprints without the import of torch."""
+    code = (
+        "import sys; from hetero.measure.fingerprint import machine_fingerprint as f; f();"
+        "import hetero.measure.store; print('torch' in sys.modules, 'numba' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
+
+
+def test_cpu_is_read_from_cpuinfo(tmp_path: Path) -> None:
+    """Model and flags are those of the first core."""
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("processor\t: 0\nmodel name\t: Some  CPU @ 2 GHz\nflags\t\t: fpu avx2\n")
+    assert cpu_model(cpuinfo) == "Some CPU @ 2 GHz"
+    assert cpu_flags(cpuinfo) == {"fpu", "avx2"}
+
+
+def test_cpu_without_a_name_has_its_architecture(tmp_path: Path) -> None:
+    """ARM systems tell no model name."""
+    assert cpu_model(tmp_path / "missing") != ""
+    assert cpu_flags(tmp_path / "missing") == frozenset()

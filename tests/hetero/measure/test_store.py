@@ -1,0 +1,181 @@
+"""The cache folder and the profiles in it: safety, atomicity, whose profile it is."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+from hetero.errors import EnvironmentProblemError
+from hetero.measure import store
+from hetero.measure.fingerprint import machine_fingerprint
+from hetero.measure.store import (
+    default_cache_dir,
+    find_profile,
+    load_or_measure,
+    machine_names,
+    numba_cache_dir,
+    private_folder,
+    store_profile,
+    stored_profile,
+    why_foreign,
+    write_atomically,
+)
+from planner.errors import ProfileError
+from planner.hardware import DeviceProfile, HardwareProfile, LinearSample
+
+CPU = DeviceProfile(
+    name="cpu",
+    kind="cpu",
+    memory_bytes=1000,
+    read_bytes_per_s=10.0,
+    attention_bytes_per_s=10.0,
+    attention_flop_per_s=10.0,
+    launch_s=1e-6,
+    linear=(LinearSample(dtype="float32", num_tokens=1, flop_per_s=10.0),),
+)
+
+
+@pytest.fixture
+def here() -> HardwareProfile:
+    return HardwareProfile(
+        name="here",
+        provenance="measured",
+        cpu_by_threads=(CPU,),
+        fingerprint=machine_fingerprint(),
+    )
+
+
+def never() -> HardwareProfile:
+    raise AssertionError("must not measure")
+
+
+def test_cache_dir_follows_xdg() -> None:
+    """XDG_CACHE_HOME if it is absolute, otherwise ~/.cache."""
+    assert default_cache_dir({"XDG_CACHE_HOME": "/x", "HOME": "/h"}) == Path("/x/hetero")
+    assert default_cache_dir({"XDG_CACHE_HOME": "x", "HOME": "/h"}) == Path("/h/.cache/hetero")
+    assert default_cache_dir({"HOME": "/h"}) == Path("/h/.cache/hetero")
+
+
+def test_cache_dir_needs_a_home() -> None:
+    """Neither variable: an error that names both."""
+    with pytest.raises(EnvironmentProblemError, match="XDG_CACHE_HOME nor HOME"):
+        default_cache_dir({})
+
+
+def test_folders_are_made_for_the_owner_only(tmp_path: Path) -> None:
+    """Mode 0700 for the cache and for numba's folder in it."""
+    folder = numba_cache_dir(tmp_path / "a" / "hetero")
+    for made in (folder, folder.parent):
+        assert stat.S_IMODE(made.stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o720, 0o702])
+def test_folder_that_others_write_to_is_refused(tmp_path: Path, mode: int) -> None:
+    """Code is loaded from it; the error says how to fix it."""
+    tmp_path.chmod(mode)
+    with pytest.raises(EnvironmentProblemError, match=f"mode {mode:04o}.*chmod 700"):
+        private_folder(tmp_path)
+
+
+def test_folder_of_someone_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both user numbers are named."""
+    owner = tmp_path.stat().st_uid
+    monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+    with pytest.raises(EnvironmentProblemError, match=f"user {owner} but this is user {owner + 1}"):
+        private_folder(tmp_path)
+
+
+def test_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+    """A file is not a folder, and nothing is made below it."""
+    file = tmp_path / "hetero"
+    file.write_text("")
+    with pytest.raises(EnvironmentProblemError, match="is not a folder"):
+        private_folder(file)
+    with pytest.raises(EnvironmentProblemError, match="cannot make"):
+        private_folder(file / "below" / "it")
+
+
+def test_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk leaves what was there, and no temporary file."""
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(EnvironmentProblemError, match="No space left"):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_profile_is_measured_once(tmp_path: Path, here: HardwareProfile) -> None:
+    """The first call measures and stores, the second reads."""
+    cache = tmp_path / "hetero"
+    said: list[str] = []
+    assert load_or_measure(cache, progress=said.append, measure=lambda: here) == (here, "measured")
+    assert "no stored profile" in said[0]
+    assert load_or_measure(cache, measure=never) == (here, "stored")
+
+
+def test_foreign_profile_is_measured_again(tmp_path: Path, here: HardwareProfile) -> None:
+    """One sentence names the difference."""
+    assert here.fingerprint is not None
+    old = replace(here, fingerprint=replace(here.fingerprint, torch="1.0"))
+    store_profile(tmp_path / "hetero", old)
+    said: list[str] = []
+    profile, origin = load_or_measure(
+        tmp_path / "hetero", progress=said.append, measure=lambda: here
+    )
+    assert (profile, origin) == (here, "measured")
+    assert "the torch version was 1.0" in said[0]
+
+
+def test_damaged_profile_is_measured_again(tmp_path: Path, here: HardwareProfile) -> None:
+    """A file that is no profile is replaced, and named."""
+    cache = private_folder(tmp_path / "hetero")
+    (cache / store.PROFILE_FILE).write_text("{}")
+    said: list[str] = []
+    _, origin = load_or_measure(cache, progress=said.append, measure=lambda: here)
+    assert origin == "measured"
+    assert store.PROFILE_FILE in said[0]
+    assert stored_profile(cache) == here
+
+
+def test_unsafe_cache_is_refused_before_measuring(tmp_path: Path) -> None:
+    """Not after ten seconds."""
+    tmp_path.chmod(0o777)
+    with pytest.raises(EnvironmentProblemError, match="chmod 700"):
+        load_or_measure(tmp_path, measure=never)
+
+
+def test_profile_without_fingerprint_is_foreign(here: HardwareProfile) -> None:
+    """A datasheet is of no machine in particular."""
+    assert why_foreign(here) is None
+    assert why_foreign(replace(here, fingerprint=None)) is not None
+
+
+def test_profile_is_found_by_path(tmp_path: Path, here: HardwareProfile) -> None:
+    """Any file that is a profile."""
+    path = tmp_path / "mine.json"
+    path.write_bytes(here.to_json())
+    assert find_profile(str(path)) == here
+
+
+def test_every_reference_machine_is_found_by_name() -> None:
+    """Names are those of the files in profiles/machines."""
+    for name in machine_names():
+        assert find_profile(name).cpu_by_threads
+
+
+def test_unknown_profile_lists_the_names() -> None:
+    """What was asked for and what there is."""
+    with pytest.raises(ProfileError, match=r"no profile 'no-such-machine'.*one of"):
+        find_profile("no-such-machine")
+    with pytest.raises(ProfileError, match="No such file"):
+        find_profile("no-such-machine.json")

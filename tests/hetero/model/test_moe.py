@@ -1,0 +1,157 @@
+"""Mixture of experts against transformers: routing, dispatch, both ways to run the experts."""
+
+# T tokens, D hidden, E experts, k experts a token
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hetero.model.moe import (
+    Dispatch,
+    ExpertMethod,
+    Routing,
+    combine,
+    dispatch,
+    experts,
+    route,
+)
+from planner.model_spec import ModelSpec
+from tests.hetero.model.packed import checkpoint_tensors, packed
+from tests.tiny_models import TINY_MOE_MODELS, tiny_model, tiny_spec
+
+METHODS: tuple[ExpertMethod, ...] = ("loop", "grouped")
+
+
+def tokens(num_tokens: int, width: int = 60, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(num_tokens, width, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def routed(spec: ModelSpec, weights: dict[str, Tensor], x_TD: Tensor) -> Routing:
+    return route(
+        x_TD,
+        weights,
+        norm_eps=spec.norm_eps,
+        top_k=spec.layers[1].num_experts_per_token,
+        norm_topk_prob=spec.norm_topk_prob,
+    )
+
+
+def scores(ids_Tk: Tensor, weights_Tk: Tensor, num_experts: int) -> Tensor:
+    """Weight of every expert for every token: top-k of equal values may come in any order."""
+    empty = torch.zeros(len(ids_Tk), num_experts)
+    return empty.scatter(1, ids_Tk, weights_Tk.float())
+
+
+@pytest.mark.parametrize("name", TINY_MOE_MODELS)
+@pytest.mark.parametrize(("dtype", "tol"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_route_equals_transformers(name: str, dtype: torch.dtype, tol: float) -> None:
+    """Same experts and weights, normalised over the chosen ones or not."""
+    model = tiny_model(name, dtype=dtype)
+    spec = tiny_spec(model)
+    layer = model.model.layers[1]
+    x_TD = tokens(23, dtype=dtype)
+    actual = routed(spec, packed(spec, checkpoint_tensors(model, spec), "router", 1), x_TD)
+    normed_TD = layer.post_attention_layernorm(x_TD)
+    _, weights_Tk, ids_Tk = layer.mlp.gate(normed_TD)
+    torch.testing.assert_close(actual.normed_TD, normed_TD, rtol=0, atol=0)
+    torch.testing.assert_close(
+        scores(actual.expert_ids_Tk, actual.expert_weights_Tk, 5),
+        scores(ids_Tk, weights_Tk, 5),
+        rtol=tol,
+        atol=tol,
+    )
+
+
+@pytest.mark.parametrize("name", TINY_MOE_MODELS)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("num_tokens", [1, 2, 8, 33])
+def test_experts_equal_transformers(name: str, method: ExpertMethod, num_tokens: int) -> None:
+    """The whole block: routed, dispatched, run, added to the residual."""
+    model = tiny_model(name)
+    spec = tiny_spec(model)
+    tensors = checkpoint_tensors(model, spec)
+    x_TD = tokens(num_tokens)
+    routing = routed(spec, packed(spec, tensors, "router", 1), x_TD)
+    y_TD = experts(dispatch(routing, 5), packed(spec, tensors, "experts", 1), method=method)
+    layer = model.model.layers[1]
+    expected = x_TD + layer.mlp(layer.post_attention_layernorm(x_TD)[None])[0]
+    torch.testing.assert_close(combine(x_TD, y_TD), expected, rtol=1e-5, atol=1e-5)
+
+
+def random_case(num_tokens: int, dtype: torch.dtype) -> tuple[Routing, dict[str, Tensor]]:
+    """48 wide, 7 experts of 32 of which 2 are never chosen, top 3."""
+    generator = torch.Generator().manual_seed(num_tokens)
+    chosen = torch.stack([torch.randperm(5, generator=generator)[:3] for _ in range(num_tokens)])
+    routing = Routing(
+        normed_TD=tokens(num_tokens, 48, dtype),
+        expert_ids_Tk=chosen + (chosen > 2),
+        expert_weights_Tk=torch.rand(num_tokens, 3, generator=generator).to(dtype),
+    )
+    weights = {
+        "gate_up": (torch.randn(7, 64, 48, generator=generator) * 0.2).to(dtype),
+        "down": (torch.randn(7, 48, 32, generator=generator) * 0.2).to(dtype),
+    }
+    return routing, weights
+
+
+def exact(routing: Routing, weights: dict[str, Tensor]) -> Tensor:
+    """The definition, in float64."""
+    rows: list[Any] = []
+    for x, ids, shares in zip(
+        routing.normed_TD.double(),
+        routing.expert_ids_Tk.tolist(),
+        routing.expert_weights_Tk.tolist(),
+        strict=True,
+    ):
+        y = torch.zeros_like(x)
+        for expert, share in zip(ids, shares, strict=True):
+            gate, up = (weights["gate_up"][expert].double() @ x).chunk(2)
+            y += share * (weights["down"][expert].double() @ (torch.nn.functional.silu(gate) * up))
+        rows.append(y)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("num_tokens", [1, 5, 40])
+@pytest.mark.parametrize(("dtype", "tol"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_experts_are_the_definition(
+    method: ExpertMethod, num_tokens: int, dtype: torch.dtype, tol: float
+) -> None:
+    """Both methods agree with float64, experts without tokens included."""
+    routing, weights = random_case(num_tokens, dtype)
+    actual = experts(dispatch(routing, 7), weights, method=method)
+    assert actual.dtype == dtype
+    torch.testing.assert_close(actual.double(), exact(routing, weights), rtol=tol, atol=tol)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 6, 50])
+def test_dispatch_sorts_tokens_by_expert(num_tokens: int) -> None:
+    """Rows of an expert are its tokens in order, and every choice knows its row."""
+    routing, _ = random_case(num_tokens, torch.float32)
+    actual: Dispatch = dispatch(routing, 7)
+    ids_Tk = routing.expert_ids_Tk
+    order = sorted((int(ids_Tk[t, c]), t) for t in range(num_tokens) for c in range(3))
+    expected = torch.stack([routing.normed_TD[token] for _, token in order])
+    torch.testing.assert_close(actual.x_ND, expected, rtol=0, atol=0)
+    counts = [sum(e == expert for e, _ in order) for expert in range(7)]
+    assert actual.ends_E.tolist() == torch.tensor(counts).cumsum(0).tolist()
+    for token in range(num_tokens):
+        for choice, row in enumerate(actual.rows_Tk[token].tolist()):
+            assert order[row] == (int(ids_Tk[token, choice]), token)
+
+
+def test_a_token_gets_the_same_bits_in_any_company() -> None:
+    """What a token gets from the grouped sum does not depend on the order of the others."""
+    routing, weights = random_case(40, torch.bfloat16)
+    flipped = Routing(
+        normed_TD=routing.normed_TD.flip(0),
+        expert_ids_Tk=routing.expert_ids_Tk.flip(0),
+        expert_weights_Tk=routing.expert_weights_Tk.flip(0),
+    )
+    straight = experts(dispatch(routing, 7), weights, method="loop")
+    backwards = experts(dispatch(flipped, 7), weights, method="loop").flip(0)
+    torch.testing.assert_close(backwards, straight, rtol=0, atol=0)

@@ -1,0 +1,149 @@
+"""`hetero doctor` and `hetero profile` from the command line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from hetero.cli.doctor import doctor
+from hetero.cli.profile import profile
+from hetero.errors import EnvironmentProblemError, ExitCode
+from hetero.measure import machine
+from hetero.measure.environment import (
+    Check,
+    check_huge_pages,
+    check_ipex,
+    check_stored_profile,
+)
+from hetero.measure.machine import Effort
+from hetero.measure.store import stored_profile
+from planner.hardware import HardwareProfile
+
+TINY = Effort(
+    budget_s=0.0,
+    tokens={"bfloat16": (1,), "float32": (1,)},
+    gpu_tokens=(1,),
+    has_all_thread_counts=False,
+)
+
+
+@pytest.fixture
+def environ(tmp_path: Path) -> dict[str, str | None]:
+    return {"XDG_CACHE_HOME": str(tmp_path)}
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure next to nothing."""
+    monkeypatch.setattr(machine, "QUICK", TINY)
+    monkeypatch.setattr(machine, "cold_bytes", lambda available, caches: 40 << 20)
+
+
+def test_doctor_json_has_a_status_for_every_check(environ: dict[str, str | None]) -> None:
+    """One document; the exit code follows from it; whatever is not ok has a fix."""
+    result = CliRunner().invoke(doctor, ["--json"], env=environ)
+    document = json.loads(result.stdout)
+    checks = {check["name"]: check for check in document["checks"]}
+    assert document["schema_version"] == 1
+    assert {"python", "torch", "numba", "cpu", "memory", "gpu", "ipex", "profile", "model"} <= set(
+        checks
+    )
+    assert all(check["fix"] for check in checks.values() if check["status"] != "ok")
+    has_failed = any(check["status"] == "fail" for check in checks.values())
+    assert result.exit_code == (ExitCode.ENVIRONMENT if has_failed else ExitCode.OK)
+    assert document["is_healthy"] is not has_failed
+
+
+def test_doctor_prints_a_line_for_every_check(environ: dict[str, str | None]) -> None:
+    """Status first, so that `grep ^FAIL` works."""
+    result = CliRunner().invoke(doctor, [], env=environ)
+    words = [line.split()[:2] for line in result.stdout.splitlines() if not line.startswith(" ")]
+    assert ["OK", "python"] in words
+    assert {status for status, _ in words} <= {"OK", "WARN", "FAIL"}
+
+
+def test_doctor_fails_on_an_unsafe_cache(tmp_path: Path, environ: dict[str, str | None]) -> None:
+    """A folder that others write to is a FAIL, and exit 6."""
+    (tmp_path / "hetero").mkdir()
+    (tmp_path / "hetero").chmod(0o777)
+    result = CliRunner().invoke(doctor, ["--json"], env=environ)
+    statuses = {check["name"]: check["status"] for check in json.loads(result.stdout)["checks"]}
+    assert statuses["cache"] == "fail"
+    assert result.exit_code == ExitCode.ENVIRONMENT
+
+
+@pytest.mark.parametrize(
+    ("ipex", "torch", "status", "text"),
+    [
+        (None, "2.13.0", "ok", "not installed, not needed"),
+        ("2.8.0", "2.13.0+cpu", "warn", "ipex 2.8.0 installed but torch is 2.13.0+cpu: not used"),
+        ("2.8.0", "2.8.1+cpu", "ok", "ipex 2.8.0 installed, matches torch 2.8.1+cpu"),
+    ],
+)
+def test_ipex_is_judged_by_versions(
+    ipex: str | None, torch: str | None, status: str, text: str
+) -> None:
+    """Major and minor must agree with torch."""
+    check = check_ipex(ipex, torch)
+    assert (check.status, check.text) == (status, text)
+
+
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [("always [madvise] never\n", "ok"), ("always madvise [never]\n", "warn")],
+)
+def test_huge_pages_may_be_off(tmp_path: Path, words: str, status: str) -> None:
+    """Off costs time, nothing else."""
+    file = tmp_path / "enabled"
+    file.write_text(words)
+    assert check_huge_pages(file).status == status
+
+
+def test_profile_stores_what_it_prints(
+    tmp_path: Path, environ: dict[str, str | None], tiny: None
+) -> None:
+    """stdout is the profile and nothing else, and so are both files."""
+    out = tmp_path / "out.json"
+    arguments = ["--quick", "--json", "-o", str(out)]
+    result = CliRunner().invoke(profile, arguments, env=environ, catch_exceptions=False)
+    printed = HardwareProfile.from_json(result.stdout_bytes, source="stdout")
+    assert result.exit_code == ExitCode.OK
+    assert HardwareProfile.load(out) == printed
+    assert stored_profile(tmp_path / "hetero") == printed
+    assert "matrix products" in result.stderr
+    check = check_stored_profile(tmp_path / "hetero")
+    assert isinstance(check, Check)
+    assert str(printed.measured_at) in check.text
+
+
+def test_profile_prints_a_table(environ: dict[str, str | None], tiny: None) -> None:
+    """A row a quantity, a column a thread count, notes below."""
+    result = CliRunner().invoke(profile, ["--quick"], env=environ, catch_exceptions=False)
+    assert "1 thread" in result.stdout
+    assert "bfloat16 product, 1 token, GFLOP/s" in result.stdout
+    assert "note: quick measurement" in result.stdout
+
+
+def test_profile_refuses_an_unsafe_cache_first(
+    tmp_path: Path, environ: dict[str, str | None]
+) -> None:
+    """The error reaches whoever prints errors."""
+    (tmp_path / "hetero").mkdir()
+    (tmp_path / "hetero").chmod(0o777)
+    with pytest.raises(EnvironmentProblemError, match="chmod 700"):
+        CliRunner().invoke(profile, ["--quick"], env=environ, catch_exceptions=False)
+
+
+def test_commands_import_neither_torch_nor_numba() -> None:
+    """`hetero --help` stays fast."""
+    code = (
+        "import sys, hetero.cli.doctor, hetero.cli.profile;"
+        "print('torch' in sys.modules, 'numba' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]

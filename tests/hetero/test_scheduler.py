@@ -1,0 +1,509 @@
+"""Scheduler: its steps, its fairness, and that neither chunks nor preemption change an output."""
+
+from __future__ import annotations
+
+import itertools
+import zlib
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from numpy.typing import NDArray
+
+from hetero.errors import RequestError
+from hetero.kv_cache import BLOCK_SIZE, BlockAllocator, num_blocks_for
+from hetero.sampler import SamplingParams
+from hetero.scheduler import Batch, Scheduler
+from hetero.sequence import Sequence
+from planner.workload import decode_shape, prefill_shapes
+
+VOCAB_SIZE = 97
+
+
+def make_sequence(seq_id: str, prompt_len: int, max_tokens: int | None = 4) -> Sequence:
+    """A sequence whose prompt depends on its id."""
+    rng = np.random.default_rng(zlib.crc32(seq_id.encode()))
+    return Sequence(
+        seq_id=seq_id,
+        prompt_token_ids=rng.integers(0, VOCAB_SIZE, prompt_len).tolist(),
+        params=SamplingParams(max_tokens=max_tokens),
+    )
+
+
+def next_token(context: NDArray[np.int64]) -> int:
+    """The fake model: a token that depends on every token before it and on their order."""
+    return zlib.crc32(context.tobytes()) % VOCAB_SIZE
+
+
+def output_alone(sequence: Sequence, num_tokens: int) -> list[int]:
+    """What the fake model gives a sequence without scheduler and cache."""
+    token_ids = list(sequence.prompt_token_ids)
+    for _ in range(num_tokens):
+        token_ids.append(next_token(np.array(token_ids, dtype=np.int64)))
+    return token_ids[sequence.num_prompt_tokens :]
+
+
+class Machine:
+    """A scheduler with a fake model that sees tokens only through slots and block tables."""
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int = 64,
+        max_num_seqs: int = 8,
+        max_num_batched_tokens: int = 64,
+        max_model_len: int = 512,
+    ) -> None:
+        self.blocks = BlockAllocator(num_blocks)
+        self.ticks = itertools.count()
+        self.scheduler = Scheduler(
+            blocks=self.blocks,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=max_model_len,
+            clock=lambda: float(next(self.ticks)),
+        )
+        self.cache = np.full((num_blocks * BLOCK_SIZE, 2), -1, dtype=np.int64)
+        self.sequences: list[Sequence] = []
+
+    def add(self, seq_id: str, prompt_len: int, max_tokens: int | None = 4) -> Sequence:
+        sequence = make_sequence(seq_id, prompt_len, max_tokens)
+        self.scheduler.add(sequence)
+        self.sequences.append(sequence)
+        return sequence
+
+    def step(self) -> Batch | None:
+        """One step: schedule, compute, advance, finish what has reached its limit."""
+        batch = self.scheduler.schedule()
+        if batch is None:
+            return None
+        assert_within_limits(self.scheduler, batch)
+        assert_no_block_shared(self.sequences, self.blocks)
+        self.scheduler.advance(batch, self.compute(batch))
+        for sequence in batch.sampled:
+            if sequence.num_tokens == self.scheduler.token_limit(sequence):
+                self.scheduler.finish(sequence, "length")
+        return batch
+
+    def steps(self) -> Iterator[Batch]:
+        """Steps until nothing is unfinished; more than 2000 are taken for starvation."""
+        for _ in range(2000):
+            batch = self.step()
+            if batch is None:
+                return
+            yield batch
+        raise AssertionError("the scheduler does not come to an end")
+
+    def compute(self, batch: Batch) -> list[int]:
+        tensors = batch.tensors()
+        written = np.stack([tensors.token_ids_T.numpy(), tensors.positions_T.numpy()], axis=1)
+        self.cache[tensors.slots_T.numpy()] = written
+        sampled: dict[int, int] = {}
+        for i, item in enumerate(batch.items):
+            positions = np.arange(tensors.context_lens_S[i].item())
+            table = tensors.block_tables_SB[i].numpy()
+            cached = self.cache[
+                table[positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
+            ]
+            # Every cached token is the sequence's own, at its own place.
+            assert cached[:, 1].tolist() == positions.tolist()
+            assert cached[:, 0].tolist() == item.sequence.token_ids[: len(positions)]
+            sampled[tensors.query_starts[i + 1] - 1] = next_token(cached[:, 0])
+        return [sampled[row] for row in tensors.logit_rows_L.tolist()]
+
+
+def assert_within_limits(scheduler: Scheduler, batch: Batch) -> None:
+    """A step is of one phase, within its limits, with exactly the blocks that it needs."""
+    assert scheduler.num_running <= scheduler.max_num_seqs
+    assert len(batch.items) <= scheduler.max_num_seqs
+    if batch.phase == "prefill":
+        assert sum(i.num_tokens for i in batch.items) <= scheduler.max_num_batched_tokens
+        assert all(item.has_logits for item in batch.items[1:-1])
+    else:
+        assert all(item.num_tokens == 1 and item.has_logits for item in batch.items)
+    for item in batch.items:
+        assert item.num_tokens >= 1
+        num_cached = item.num_past_tokens + item.num_tokens
+        assert len(item.sequence.block_table) == num_blocks_for(num_cached)
+
+
+def assert_no_block_shared(sequences: list[Sequence], blocks: BlockAllocator) -> None:
+    """Every block is either free or in one place of one block table."""
+    held = [block for sequence in sequences for block in sequence.block_table]
+    assert len(set(held)) == len(held) == blocks.num_blocks - blocks.num_free
+    assert all(not s.block_table for s in sequences if s.status != "running")
+    blocks.check_integrity()
+
+
+def assert_all_as_alone(machine: Machine) -> None:
+    """Every sequence got all of its tokens, the same as alone, and every block is back."""
+    for sequence in machine.sequences:
+        num_tokens = machine.scheduler.token_limit(sequence) - sequence.num_prompt_tokens
+        assert sequence.output_token_ids == output_alone(sequence, num_tokens)
+        assert sequence.finish_reason == "length"
+    assert_no_block_shared(machine.sequences, machine.blocks)
+    assert machine.blocks.num_free == machine.blocks.num_blocks
+
+
+def phases(machine: Machine, num_steps: int) -> str:
+    """The phases of the next steps: `p` or `d` each."""
+    batches = [machine.step() for _ in range(num_steps)]
+    return "".join(batch.phase[0] for batch in batches if batch is not None)
+
+
+# Steps
+
+
+@settings(deadline=None, max_examples=200)
+@given(num_seqs=st.integers(1, 8), prompt_len=st.integers(1, 40), chunk_tokens=st.integers(1, 100))
+def test_prefill_steps_are_those_that_the_planner_prices(
+    num_seqs: int, prompt_len: int, chunk_tokens: int
+) -> None:
+    """Prompts that wait together are prefilled in the shapes of planner.workload."""
+    machine = Machine(max_num_batched_tokens=chunk_tokens)
+    for number in range(num_seqs):
+        machine.add(str(number), prompt_len)
+    expected = prefill_shapes(num_seqs, prompt_len, chunk_tokens)
+    batches = list(machine.steps())
+    assert [batch.shape for batch in batches[: len(expected)]] == expected
+    assert batches[len(expected)].shape == decode_shape(num_seqs, prompt_len)
+
+
+def test_a_batch_says_where_every_token_goes() -> None:
+    """Two prompts of 3 and 18 tokens in steps of 16: a whole one, and one in two chunks."""
+    machine = Machine(max_num_batched_tokens=16)
+    short, long = machine.add("short", 3), machine.add("long", 18)
+    batch = machine.scheduler.schedule()
+    assert batch is not None
+    assert batch.sampled == (short,)
+    tensors = batch.tensors()
+    assert tensors.phase == "prefill"
+    assert tensors.token_ids_T.tolist() == short.token_ids + long.token_ids[:13]
+    assert tensors.positions_T.tolist() == [*range(3), *range(13)]
+    assert tensors.slots_T.tolist() == [*range(3), *range(16, 29)]
+    assert tensors.block_tables_SB.tolist() == [[0], [1]]
+    assert tensors.context_lens_S.tolist() == [3, 13]
+    assert tensors.logit_rows_L.tolist() == [2]
+    assert tensors.query_starts == (0, 3, 16)
+    assert tensors.past_lens == (0, 0)
+
+    machine.scheduler.advance(batch, [7])
+    batch = machine.scheduler.schedule()
+    assert batch is not None
+    assert batch.sampled == (long,)
+    tensors = batch.tensors()
+    assert tensors.token_ids_T.tolist() == long.token_ids[13:]
+    assert tensors.positions_T.tolist() == [13, 14, 15, 16, 17]
+    assert tensors.slots_T.tolist() == [29, 30, 31, 32, 33]
+    assert tensors.past_lens == (13,)
+
+    machine.scheduler.advance(batch, [8])
+    batch = machine.scheduler.schedule()
+    assert batch is not None
+    assert batch.sampled == (short, long)
+    tensors = batch.tensors()
+    assert tensors.phase == "decode"
+    assert tensors.token_ids_T.tolist() == [7, 8]
+    assert tensors.slots_T.tolist() == [3, 34]
+    assert tensors.block_tables_SB.tolist() == [[0, 0], [1, 2]]
+    assert tensors.context_lens_S.tolist() == [4, 19]
+    assert tensors.logit_rows_L.tolist() == [0, 1]
+    dtypes = [tensors.token_ids_T.dtype, tensors.slots_T.dtype, tensors.logit_rows_L.dtype]
+    assert [str(dtype) for dtype in dtypes] == ["torch.int64"] * 3
+    assert str(tensors.block_tables_SB.dtype) == str(tensors.context_lens_S.dtype) == "torch.int32"
+
+
+def test_the_last_token_needs_no_slot() -> None:
+    """A prompt of 16 with one token to generate lives in one block."""
+    machine = Machine(num_blocks=1)
+    machine.add("a", 16, max_tokens=1)
+    assert phases(machine, 2) == "p"
+    assert_all_as_alone(machine)
+
+
+def test_no_step_when_nothing_is_unfinished() -> None:
+    """An idle scheduler says so."""
+    scheduler = Machine().scheduler
+    assert scheduler.schedule() is None
+    assert not scheduler.has_unfinished
+
+
+def test_times_are_stamped_once_for_the_first_and_always_for_the_last() -> None:
+    """The clock ticks at every schedule and every advance."""
+    machine = Machine(max_num_batched_tokens=4)
+    sequence = machine.add("a", 8, max_tokens=2)
+    list(machine.steps())
+    times = (sequence.first_scheduled_s, sequence.first_token_s, sequence.last_token_s)
+    # schedule 0, advance 1, schedule 2, advance 3 (first token), schedule 4, advance 5
+    assert times == (0.0, 3.0, 5.0)
+
+
+# Order and fairness
+
+
+def test_prompts_that_arrive_together_are_all_prefilled_before_the_first_decode() -> None:
+    """Three prompts of two chunks each, then three decode steps for the remaining tokens."""
+    machine = Machine(max_num_batched_tokens=8)
+    for seq_id in "abc":
+        machine.add(seq_id, 16)
+    assert phases(machine, 10) == "pppppp" + "ddd"
+    assert_all_as_alone(machine)
+
+
+def test_a_late_prompt_shares_the_steps_with_those_that_decode() -> None:
+    """Its chunks take every second step, and once it decodes nobody waits."""
+    machine = Machine(max_num_batched_tokens=8)
+    machine.add("early", 8, max_tokens=9)
+    assert phases(machine, 2) == "pd"
+    machine.add("late", 24)
+    assert phases(machine, 7) == "pdpdpdd"
+
+
+def test_a_prompt_that_waited_from_the_start_is_not_late() -> None:
+    """With room for one sequence at a time each is done before the next begins."""
+    machine = Machine(max_num_seqs=1)
+    for seq_id in "abc":
+        machine.add(seq_id, 8, max_tokens=3)
+    assert phases(machine, 10) == "pddpddpdd"
+    assert_all_as_alone(machine)
+
+
+def test_endless_arrivals_do_not_hold_up_a_decoding_sequence() -> None:
+    """With a new prompt before every step, it gets a token in every second step at least."""
+    machine = Machine(max_num_batched_tokens=16, num_blocks=200, max_num_seqs=100)
+    first = machine.add("first", 8, max_tokens=30)
+    machine.step()
+    for number in range(58):
+        before = first.num_output_tokens
+        machine.add(str(number), 16, max_tokens=1)
+        machine.step()
+        machine.step()
+        assert first.is_finished or first.num_output_tokens > before
+    assert first.is_finished
+
+
+def test_a_prompt_that_waits_is_not_overtaken() -> None:
+    """A small prompt behind one whose blocks are not free waits with it."""
+    machine = Machine(num_blocks=4)
+    machine.add("running", 20, max_tokens=12)  # 2 blocks
+    machine.step()
+    large, small = machine.add("large", 40), machine.add("small", 1)  # 3 blocks, 1 block
+    while not machine.sequences[0].is_finished:
+        assert large.status == small.status == "waiting"
+        machine.step()
+    machine.step()
+    assert large.status == small.status == "running"
+
+
+# Preemption
+
+
+def test_the_sequence_added_last_gives_way_when_blocks_run_out() -> None:
+    """Two of 16 + 40 tokens (4 blocks each) in 4 blocks: the second waits, and nothing is lost."""
+    machine = Machine(num_blocks=4)
+    first, second = machine.add("first", 16, 40), machine.add("second", 16, 40)
+    list(machine.steps())
+    # 1 + 1 blocks, then 2 + 2 until both hold 32 tokens; the third block of the first is the
+    # second's, whose 33 tokens then need 3 blocks and wait for the first to finish.
+    assert (first.num_preemptions, second.num_preemptions) == (0, 1)
+    assert_all_as_alone(machine)
+
+
+def test_a_preempted_sequence_waits_before_all_others() -> None:
+    """Its prompt and its output so far are prefilled in one go when blocks are free again."""
+    machine = Machine(num_blocks=4, max_num_seqs=2)
+    first, second = machine.add("first", 16, 33), machine.add("second", 16, 33)
+    third = machine.add("third", 1)
+    while not second.num_preemptions:
+        machine.step()
+    assert (second.status, second.num_computed_tokens, second.num_tokens) == ("waiting", 0, 33)
+    while not first.is_finished:
+        assert third.status == "waiting"
+        machine.step()
+    batch = machine.step()
+    assert batch is not None
+    items = [(i.sequence, i.num_past_tokens, i.num_tokens, i.has_logits) for i in batch.items]
+    assert items == [(second, 0, 33, True), (third, 0, 1, True)]
+    list(machine.steps())
+    assert_all_as_alone(machine)
+
+
+# Refusals
+
+
+def test_a_sequence_that_can_never_fit_is_refused_with_the_numbers() -> None:
+    """4 blocks hold 64 tokens: 40 + 26 needs 65 slots, 40 + 25 just fits."""
+    machine = Machine(num_blocks=4)
+    with pytest.raises(
+        RequestError,
+        match=r"40 tokens and max_tokens is 26, .* hold 65 tokens but it holds 64; "
+        r"lower max_tokens to 25 or less, or give the KV cache more memory",
+    ):
+        machine.add("a", 40, max_tokens=26)
+    assert not machine.scheduler.has_unfinished
+    machine.add("a", 40, max_tokens=25)
+    list(machine.steps())
+    assert_all_as_alone(machine)
+
+
+@pytest.mark.parametrize(
+    ("prompt_len", "max_tokens", "message"),
+    [
+        (0, 4, "no tokens"),
+        (100, 4, "100 tokens but the model's limit is 100"),
+        (70, 4, "shorten the prompt, or give"),
+        (70, None, "max_tokens is None, .* hold 99 tokens"),
+    ],
+)
+def test_a_prompt_that_cannot_be_served_is_refused(
+    prompt_len: int, max_tokens: int | None, message: str
+) -> None:
+    """The message names the number that is in the way."""
+    machine = Machine(num_blocks=4, max_model_len=100)
+    with pytest.raises(RequestError, match=message):
+        machine.add("a", prompt_len, max_tokens)
+
+
+def test_an_id_in_use_is_refused() -> None:
+    """Two unfinished requests of one id could not be told apart."""
+    machine = Machine()
+    machine.add("a", 3)
+    with pytest.raises(RequestError, match="'a' is in use"):
+        machine.add("a", 3)
+
+
+@pytest.mark.parametrize("max_tokens", [None, 99])
+def test_the_model_limit_ends_a_sequence(max_tokens: int | None) -> None:
+    """A sequence goes on to max_model_len where max_tokens allows it."""
+    machine = Machine(max_model_len=50)
+    sequence = machine.add("a", 20, max_tokens)
+    list(machine.steps())
+    assert sequence.num_tokens == 50
+    assert_all_as_alone(machine)
+
+
+# Ends
+
+
+def test_an_aborted_sequence_gives_its_blocks_back() -> None:
+    """Waiting, part-way through its prompt or decoding: all blocks are free afterwards."""
+    machine = Machine(max_num_batched_tokens=8, max_num_seqs=2)
+    decoding, part_way, waiting = machine.add("a", 8), machine.add("b", 20), machine.add("c", 8)
+    phases(machine, 2)
+    states = [(s.status, s.is_prefill) for s in (decoding, part_way, waiting)]
+    assert states == [("running", False), ("running", True), ("waiting", True)]
+    for sequence in (decoding, part_way, waiting):
+        assert machine.scheduler.abort(sequence.seq_id) is sequence
+        assert (sequence.status, sequence.finish_reason) == ("finished", "abort")
+    assert machine.scheduler.abort("a") is None
+    assert not machine.scheduler.has_unfinished
+    assert machine.blocks.num_free == machine.blocks.num_blocks
+
+
+def test_finish_records_why() -> None:
+    """The reason and what was met (a token, a string) stay with the sequence."""
+    machine = Machine()
+    sequence = machine.add("a", 3)
+    machine.step()
+    machine.scheduler.finish(sequence, "stop", "END")
+    assert (sequence.finish_reason, sequence.stop_reason) == ("stop", "END")
+    assert machine.blocks.num_free == machine.blocks.num_blocks
+
+
+def test_a_row_without_a_token_adds_nothing() -> None:
+    """A numerical error leaves its sequence as it was, for the engine to finish; others go on."""
+    machine = Machine()
+    failed, fine = machine.add("failed", 3), machine.add("fine", 3)
+    batch = machine.scheduler.schedule()
+    assert batch is not None
+    machine.scheduler.advance(batch, [None, 5])
+    machine.scheduler.finish(failed, "error")
+    assert (failed.output_token_ids, fine.output_token_ids) == ([], [5])
+    batch = machine.scheduler.schedule()
+    assert batch is not None
+    assert (batch.phase, batch.sampled) == ("decode", (fine,))
+
+
+def test_tokens_of_a_sequence_that_ended_during_the_step_are_dropped() -> None:
+    """An abort between schedule and advance leaves the sequence as it was aborted."""
+    machine = Machine()
+    gone, fine = machine.add("gone", 3), machine.add("fine", 3)
+    batch = machine.scheduler.schedule()
+    assert batch is not None
+    machine.scheduler.abort("gone")
+    machine.scheduler.advance(batch, [4, 5])
+    assert (gone.output_token_ids, fine.output_token_ids) == ([], [5])
+    assert gone.num_computed_tokens == 0
+
+
+# Whatever happens
+
+
+class RandomRuns(RuleBasedStateMachine):
+    """Requests arrive, run and are aborted in any order, with few blocks and small steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.machine = Machine(
+            num_blocks=6, max_num_seqs=4, max_num_batched_tokens=24, max_model_len=97
+        )
+
+    @rule(prompt_len=st.integers(1, 60), max_tokens=st.integers(1, 37))
+    def add(self, prompt_len: int, max_tokens: int) -> None:
+        self.machine.add(str(len(self.machine.sequences)), prompt_len, max_tokens)
+
+    @rule(num_steps=st.integers(1, 12))
+    def run(self, num_steps: int) -> None:
+        for _ in range(num_steps):
+            self.machine.step()
+
+    @precondition(lambda self: self.machine.scheduler.has_unfinished)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        ids = [s.seq_id for s in self.machine.sequences if not s.is_finished]
+        self.machine.scheduler.abort(data.draw(st.sampled_from(ids)))
+
+    @invariant()
+    def blocks_are_accounted_for(self) -> None:
+        assert_no_block_shared(self.machine.sequences, self.machine.blocks)
+
+    @invariant()
+    def running_sequences_are_older_than_waiting_ones(self) -> None:
+        statuses = [s.status for s in self.machine.sequences if not s.is_finished]
+        assert statuses == sorted(statuses)
+
+    def teardown(self) -> None:
+        list(self.machine.steps())
+        for sequence in self.machine.sequences:
+            if sequence.finish_reason == "length":
+                assert sequence.num_output_tokens == sequence.params.max_tokens
+            expected = output_alone(sequence, sequence.num_output_tokens)
+            assert sequence.output_token_ids == expected
+        assert self.machine.blocks.num_free == self.machine.blocks.num_blocks
+
+
+TestRandomRuns = RandomRuns.TestCase
+TestRandomRuns.settings = settings(deadline=None, max_examples=60, stateful_step_count=30)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    requests=st.lists(st.tuples(st.integers(1, 50), st.integers(1, 47)), min_size=1, max_size=10),
+    num_blocks=st.integers(6, 12),
+    max_num_seqs=st.integers(1, 6),
+    chunk_tokens=st.integers(1, 70),
+)
+def test_every_sequence_gets_the_output_that_it_gets_alone(
+    requests: list[tuple[int, int]], num_blocks: int, max_num_seqs: int, chunk_tokens: int
+) -> None:
+    """Chunks, batches and preemptions change no token, and every sequence comes to its end."""
+    machine = Machine(
+        num_blocks=num_blocks, max_num_seqs=max_num_seqs, max_num_batched_tokens=chunk_tokens
+    )
+    for number, (prompt_len, max_tokens) in enumerate(requests):
+        machine.add(str(number), prompt_len, max_tokens)
+    list(machine.steps())
+    assert_all_as_alone(machine)
