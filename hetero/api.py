@@ -19,7 +19,13 @@ from hetero.measure.store import default_cache_dir
 from hetero.model.decoder import Decoder
 from hetero.model.families import expected_tensors
 from hetero.model_lookup import default_hub_cache, find_model, read_model_spec
-from hetero.planning import base_profile, check_plan, make_plan, usable_hardware
+from hetero.planning import (
+    base_profile,
+    check_plan,
+    default_workload,
+    make_plan,
+    usable_hardware,
+)
 from hetero.runtime.devices import Accelerator, CudaAccelerator, EmulatedAccelerator
 from hetero.runtime.weights import load_weights
 from hetero.sampler import SamplingParams
@@ -30,6 +36,7 @@ from planner.estimate import estimate
 from planner.hardware import AcceleratorName, HardwareProfile, Resources
 from planner.memory import KV_BLOCK_TOKENS, kv_block_capacity, needs, num_kv_blocks
 from planner.model_spec import Dtype, ModelSpec
+from planner.placement import Device
 from planner.plan import Estimate, Plan
 from planner.timeline import Timeline
 from planner.workload import Phase, Workload
@@ -190,7 +197,7 @@ class LLM:
                 plan = make_plan(
                     self.spec,
                     self.hardware,
-                    workload or _default_workload(self._max_model_len),
+                    workload or default_workload(self._max_model_len),
                     strategy=strategy,
                 )
             elif strategy is not None:
@@ -273,6 +280,10 @@ class LLM:
     @property
     def max_model_len(self) -> int:
         return self._max_model_len
+
+    def device_bytes(self) -> dict[Device, int]:
+        """Bytes that weights, KV cache and staging buffers take on the accelerator now."""
+        return {} if self._accelerator is None else {"gpu": self._accelerator.used_bytes}
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt.
@@ -483,12 +494,6 @@ def _context(spec: ModelSpec, max_model_len: int | None) -> int:
             f"{spec.max_position_embeddings}; give 1..{spec.max_position_embeddings}"
         )
     return max_model_len
-
-
-def _default_workload(max_model_len: int) -> Workload:
-    """A short chat turn, or half of a context that is shorter than that."""
-    prompt_len = max(1, min(512, max_model_len // 2))
-    return Workload(prompt_len=prompt_len, output_len=max(1, min(128, max_model_len - prompt_len)))
 
 
 def _check_host_memory(plan: Plan, spec: ModelSpec, hardware: HardwareProfile) -> None:

@@ -423,8 +423,7 @@ def _draw(
 def _invert(weights_RM: Tensor, uniform_R: Tensor) -> Tensor:
     """The first index of each row whose running sum of weights exceeds `uniform` of the total."""
     sums_RM = weights_RM.double().cumsum(dim=1)
-    total_R1 = sums_RM[:, -1:]
-    # Rounding may lift the product to the total, past the last token of positive weight.
-    below_R1 = torch.nextafter(total_R1, torch.zeros_like(total_R1))
-    target_R1 = torch.minimum(uniform_R[:, None] * total_R1, below_R1)
+    # At most (1 - 2**-53) of the total, which rounds to less than the total: the index found is
+    # that of a positive weight.
+    target_R1 = uniform_R[:, None] * sums_RM[:, -1:]
     return torch.searchsorted(sums_RM, target_R1, right=True)[:, 0]

@@ -1,0 +1,129 @@
+"""The executor: order of issue, dependencies over lanes, errors, the measured Timeline."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from hetero.runtime.executor import Executor, issue_order
+from hetero.runtime.lanes import InlineLane, LaneRunner, ThreadLane
+from planner.step_graph import LANES, Lane, Op, StepGraph
+from planner.timeline import lane_orders
+
+# cpu waits for gpu's first op and gpu's last op waits for cpu, while a copy goes on beside both.
+CROSSING = StepGraph(
+    phase="decode",
+    ops=(
+        Op(index=0, kind="embed", lane="gpu"),
+        Op(index=1, kind="copy", lane="d2h", deps=(0,), payload="hidden", layer=0),
+        Op(index=2, kind="dense", lane="cpu", deps=(1,), layer=0),
+        Op(index=3, kind="copy", lane="h2d", deps=(2,), payload="hidden", layer=1),
+        Op(index=4, kind="dense", lane="gpu", deps=(3,), layer=1),
+        Op(index=5, kind="copy", lane="h2d", payload="weights", layer=2, module="dense"),
+        Op(index=6, kind="sample", lane="cpu", deps=(4,)),
+    ),
+)
+
+
+@pytest.fixture
+def lanes() -> Iterator[dict[Lane, LaneRunner]]:
+    found: dict[Lane, LaneRunner] = {"cpu": InlineLane()}
+    found |= {lane: ThreadLane(lane) for lane in LANES if lane != "cpu"}
+    yield found
+    for lane in found.values():
+        lane.close()
+
+
+def test_what_other_lanes_can_have_is_issued_before_work_that_blocks_the_issuing_thread() -> None:
+    """A copy that depends on nothing is not held up by a CPU op before it in the graph."""
+    graph = StepGraph(
+        phase="decode",
+        ops=(
+            Op(index=0, kind="embed", lane="cpu"),
+            Op(index=1, kind="copy", lane="h2d", payload="weights", layer=0, module="dense"),
+        ),
+    )
+
+    assert [op.index for op in issue_order(graph)] == [1, 0]
+
+
+def test_issue_order_keeps_the_order_of_every_lane_and_all_dependencies() -> None:
+    order = [op.index for op in issue_order(CROSSING)]
+
+    assert sorted(order) == list(range(7))
+    for lane in CROSSING.lanes:
+        mine = [op.index for op in CROSSING.lane(lane)]
+        assert [index for index in order if index in mine] == mine
+    for op in CROSSING.ops:
+        assert all(order.index(dep) < order.index(op.index) for dep in op.deps)
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_an_op_begins_after_its_dependencies_have_ended(
+    lanes: dict[Lane, LaneRunner], overlap: bool
+) -> None:
+    ended: set[int] = set()
+    broken: list[int] = []
+
+    def perform(op: Op) -> None:
+        if not ended.issuperset(op.deps):
+            broken.append(op.index)
+        ended.add(op.index)
+
+    timeline = Executor(lanes, overlap=overlap).run(CROSSING, perform)
+
+    assert broken == []
+    assert ended == set(range(7))
+    for span in timeline.spans:
+        assert all(timeline.spans[dep].end_s <= span.start_s for dep in span.op.deps)
+
+
+def test_lanes_really_run_at_the_same_time(lanes: dict[Lane, LaneRunner]) -> None:
+    """Two ops that meet at a barrier end only if both run at once."""
+    graph = StepGraph(
+        phase="decode",
+        ops=(Op(index=0, kind="dense", lane="gpu"), Op(index=1, kind="dense", lane="cpu")),
+    )
+    meeting = threading.Barrier(2, timeout=20)
+
+    def perform(op: Op) -> None:
+        meeting.wait()
+
+    Executor(lanes).run(graph, perform)  # or the barrier breaks
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("failing", range(7))
+def test_an_error_reaches_the_caller_and_later_ops_do_not_run(
+    lanes: dict[Lane, LaneRunner], overlap: bool, failing: int
+) -> None:
+    performed: set[int] = set()
+
+    def perform(op: Op) -> None:
+        if op.index == failing:
+            raise ZeroDivisionError(op.name)
+        performed.add(op.index)
+
+    executor = Executor(lanes, overlap=overlap)
+    with pytest.raises(ZeroDivisionError):
+        executor.run(CROSSING, perform)
+
+    depends = {failing}
+    for op in CROSSING.ops:
+        if depends & set(op.deps):
+            depends.add(op.index)
+    assert not performed & depends
+    executor.run(CROSSING, lambda op: None)  # the lanes are as good as new
+
+
+def test_the_measured_timeline_has_the_ops_of_the_graph_in_lane_order(
+    lanes: dict[Lane, LaneRunner],
+) -> None:
+    timeline = Executor(lanes).run(CROSSING, lambda op: None)
+
+    assert tuple(span.op for span in timeline.spans) == CROSSING.ops
+    assert lane_orders(timeline) == {
+        lane: [op.name for op in CROSSING.lane(lane)] for lane in LANES
+    }
