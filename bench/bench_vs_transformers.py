@@ -49,7 +49,8 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="also compare tokens in float32")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--engine", choices=("hetero", "transformers", "check"))
-    parser.add_argument("--folder", type=Path, help="a model made before; else a temporary one")
+    parser.add_argument("--folder", type=Path, help="keep the model here, or use the one there")
+    parser.add_argument("--make-only", action="store_true", help="make the model and stop")
     args = parser.parse_args()
     prompt_len, output_len = (128, 17) if args.quick else (512, 129)
     if args.engine is not None:
@@ -61,6 +62,8 @@ def main() -> None:
         if not (folder / "config.json").exists():
             num_params = make_model(folder, QUICK_SHAPE if args.quick else FULL_SHAPE)
             say(f"made a model of {num_params / 1e9:.2f} B parameters")
+        if args.make_only:
+            return
         report(args, folder, prompt_len, output_len)
     finally:
         if args.folder is None:

@@ -80,7 +80,7 @@ class Recipe:
     # (until this fraction, sequence length): short first, since attention costs as much as the rest
     lengths: tuple[tuple[float, int], ...] = ((0.4, 256), (0.9, 512), (math.inf, 1024))
     warmup_steps: int = 100
-    decay_from: float = 0.55
+    decay_from: float = 0.45
     muon_lr: float = 0.02
     muon_momentum: float = 0.95
     muon_weight_decay: float = 0.05

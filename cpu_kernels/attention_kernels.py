@@ -126,7 +126,7 @@ def _compiled_attend(cache_dtype: np.dtype[Any]) -> Any:
     return body
 
 
-@numba.njit(nogil=True, error_model="numpy")
+@numba.njit(nogil=True, error_model="numpy", inline="always")
 def _attend(
     call: Any,
     q: Any,
@@ -218,7 +218,7 @@ def _attend(
         first_item = next_seq_item
 
 
-@numba.njit(nogil=True, error_model="numpy")
+@numba.njit(nogil=True, error_model="numpy", inline="always")
 def _load_queries(
     q: Any,
     q_at: int,
@@ -239,7 +239,7 @@ def _load_queries(
             store(floats, query_at + g * padded_width + d, multiply(lanes, factor))
 
 
-@numba.njit(nogil=True, error_model="numpy")
+@numba.njit(nogil=True, error_model="numpy", inline="always")
 def _attend_segment(
     keys: Any,
     values: Any,
@@ -330,7 +330,7 @@ def _attend_segment(
         )
 
 
-@numba.njit(nogil=True, error_model="numpy")
+@numba.njit(nogil=True, error_model="numpy", inline="always")
 def _widen_rows(
     cache: Any,
     rows: Any,
@@ -352,13 +352,13 @@ def _widen_rows(
             store(floats, target + d, load_first(cache, source + d, width - d))
 
 
-@numba.njit(nogil=True, error_model="numpy")
+@numba.njit(nogil=True, error_model="numpy", inline="always")
 def _prefetch_row(cache: Any, row: int, width: int) -> None:
     for d in range(0, width, line_elements(cache)):
         prefetch(cache, row * width + d)
 
 
-@numba.njit(nogil=True, error_model="numpy")
+@numba.njit(nogil=True, error_model="numpy", inline="always")
 def _score_chunk(
     floats: Any,
     query_at: int,
@@ -401,7 +401,7 @@ def _score_chunk(
             store_lane_sums(floats, scores_at + g * CHUNK_TOKENS + t, CHUNK_TOKENS, tile)
 
 
-@numba.njit(nogil=True, error_model="numpy")
+@numba.njit(nogil=True, error_model="numpy", inline="always")
 def _weigh_chunk(
     floats: Any,
     scores_at: int,
@@ -436,7 +436,7 @@ def _weigh_chunk(
             store(floats, e, multiply(load(floats, e), rescale))
 
 
-@numba.njit(nogil=True, error_model="numpy")
+@numba.njit(nogil=True, error_model="numpy", inline="always")
 def _add_chunk_values(
     floats: Any,
     weights_at: int,
@@ -477,7 +477,7 @@ def _add_chunk_values(
             store_tile(floats, at, padded_value, tile)
 
 
-@numba.njit(nogil=True, error_model="numpy")
+@numba.njit(nogil=True, error_model="numpy", inline="always")
 def _merge_segments(
     floats: Any,
     partial_at: int,

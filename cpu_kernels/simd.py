@@ -101,9 +101,10 @@ def _constant(value: float) -> Any:
 
 def _call(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
     function_type = ir.FunctionType(result, [a.type for a in arguments])
-    return builder.call(
-        cgutils.get_or_insert_function(builder.module, function_type, name), arguments
+    function = cgutils.get_or_insert_function(  # type: ignore[no-untyped-call]
+        builder.module, function_type, name
     )
+    return builder.call(function, arguments)
 
 
 def _multiply_add(builder: Any, x: Any, y: Any, z: Any) -> Any:
@@ -502,9 +503,11 @@ def _generate_pointer_at(context: Any, builder: Any, signature: Any, arguments: 
     return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
 
 
-@_compiled_by(
-    _generate_pointer_at, lambda address, dtype: types.CPointer(dtype.dtype)(types.int64, dtype)
-)
+def _pointer_type(address: Any, dtype: Any) -> Any:
+    return types.CPointer(dtype.dtype)(types.int64, dtype)  # type: ignore[no-untyped-call]
+
+
+@_compiled_by(_generate_pointer_at, _pointer_type)
 def pointer_at(address: int, dtype: Any) -> Any:
     """Return an address as what compiled code takes for an array; there is no Python form."""
     raise NotImplementedError(f"address {address} of {dtype} outside compiled code")

@@ -31,7 +31,7 @@ from hetero.runtime.weights import load_weights
 from hetero.sampler import SamplingParams
 from hetero.sequence import FinishReason
 from hetero.sequence import Sequence as RunningSequence
-from hetero.tokenizer import Tokenizer
+from hetero.tokenizer import Tokenizer, read_eos_token_ids
 from planner.estimate import estimate
 from planner.hardware import AcceleratorName, HardwareProfile, Resources
 from planner.memory import KV_BLOCK_TOKENS, kv_block_capacity, needs, num_kv_blocks
@@ -239,6 +239,7 @@ class LLM:
             hardware=self.hardware,
             accelerator=self._accelerator,
             tokenizer=self.tokenizer,
+            eos_token_ids=read_eos_token_ids(checkpoint.folder),
             num_kv_blocks=max(planned, min(wanted, capacity)),
             max_num_seqs=max(max_num_seqs, self.plan.estimate.num_concurrent_seqs),
             max_model_len=self._max_model_len,

@@ -65,7 +65,7 @@ def _describe(error: Exception) -> str:
     kind = type(error).__name__
     # Raised by the template's own raise_exception(): the message stands alone.
     text = str(error)[:500] if kind == "TemplateError" else f"{kind}: {str(error)[:500]}"
-    return text.encode("ascii", "backslashreplace").decode()
+    return text.encode("unicode_escape").decode()
 
 
 def _answer(answer: dict[str, str]) -> None:
@@ -89,7 +89,9 @@ def _limit_process(max_memory_bytes: int) -> None:
         resource.RLIMIT_NOFILE: _NUM_STANDARD_FILES,
         resource.RLIMIT_NPROC: 0,
     }
-    for kind, limit in limits.items():
+    for kind, wanted in limits.items():
+        _, hard = resource.getrlimit(kind)
+        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         resource.setrlimit(kind, (limit, limit))
     for name in set(os.environ) - {"TZ"}:
         del os.environ[name]
@@ -109,6 +111,13 @@ def _environment() -> jinja2.Environment:
     from jinja2.utils import Namespace
 
     codecs.lookup("unicode_escape")
+
+    class Sandbox(ImmutableSandboxedEnvironment):
+        """Jinja makes a forbidden attribute an empty value until it is used; here it is an end."""
+
+        def unsafe_undefined(self, obj: object, attribute: str) -> NoReturn:
+            kind = type(obj).__name__
+            raise SecurityError(f"access to {attribute!r} of a {kind} is not allowed")
 
     class Generation(jinja2.ext.Extension):
         """`{% generation %}` marks what an assistant wrote, for training; here it is plain text."""
@@ -160,7 +169,7 @@ def _environment() -> jinja2.Environment:
             sort_keys=sort_keys,
         )
 
-    environment = ImmutableSandboxedEnvironment(
+    environment = Sandbox(
         trim_blocks=True,
         lstrip_blocks=True,
         extensions=[Generation, jinja2.ext.loopcontrols],

@@ -89,6 +89,8 @@ class Engine:
         None where the placement uses the CPU only.
     tokenizer : Tokenizer, optional
         Without it text is empty and stop strings are refused.
+    eos_token_ids : tuple of int
+        Tokens that end a sequence.
     num_kv_blocks : int
         Blocks of the KV cache.
     max_num_seqs, max_model_len : int
@@ -105,6 +107,7 @@ class Engine:
         hardware: HardwareProfile,
         accelerator: Accelerator | None,
         tokenizer: Tokenizer | None,
+        eos_token_ids: tuple[int, ...],
         num_kv_blocks: int,
         max_num_seqs: int,
         max_model_len: int,
@@ -117,6 +120,7 @@ class Engine:
         self._hardware = hardware
         self._accelerator = accelerator
         self._tokenizer = tokenizer
+        self._eos_token_ids = eos_token_ids
         self._graphs = {phase: build(decoder.spec, placement.tier(phase)) for phase in PHASES}
         self._kv_move = build_kv_move(placement.prefill, placement.decode)
         self._executor = Executor(
@@ -130,6 +134,9 @@ class Engine:
             max_model_len=max_model_len,
         )
         self._requests: dict[str, _Request] = {}
+        if accelerator is not None:
+            # What was put there so far was put there outside the lanes.
+            accelerator.synchronize()
 
     @property
     def spec(self) -> ModelSpec:
@@ -158,11 +165,10 @@ class Engine:
             )
         sequence = Sequence(seq_id=seq_id, prompt_token_ids=prompt_token_ids, params=params)
         self.scheduler.add(sequence)
-        eos = self._tokenizer.eos_token_ids if self._tokenizer is not None else ()
         self._requests[seq_id] = _Request(
             sequence=sequence,
             generator=make_generator(params),
-            eos_token_ids=() if params.ignore_eos else eos,
+            eos_token_ids=() if params.ignore_eos else self._eos_token_ids,
             detokenizer=(
                 None
                 if self._tokenizer is None

@@ -80,6 +80,30 @@ def usable_hardware(profile: HardwareProfile, resources: Resources) -> HardwareP
     return hardware.with_memory(cpu_bytes=resources.cpu_bytes, gpu_bytes=resources.gpu_bytes)
 
 
+def default_workload(
+    max_model_len: int,
+    *,
+    prompt_len: int | None = None,
+    output_len: int | None = None,
+    num_seqs: int = 1,
+) -> Workload:
+    """A short chat turn, or half of a context that is shorter than that; what is given is kept.
+
+    Examples
+    --------
+    >>> default_workload(4096).prompt_len, default_workload(4096).output_len
+    (512, 128)
+    >>> default_workload(300).prompt_len, default_workload(300).output_len
+    (150, 128)
+    """
+    if prompt_len is None:
+        room = max_model_len // 2 if output_len is None else max_model_len - output_len
+        prompt_len = max(1, min(512, room))
+    if output_len is None:
+        output_len = max(1, min(128, max_model_len - prompt_len))
+    return Workload(prompt_len=prompt_len, output_len=output_len, num_seqs=num_seqs)
+
+
 def make_plan(
     spec: ModelSpec,
     hardware: HardwareProfile,

@@ -76,15 +76,7 @@ class Tokenizer:
             backend.no_padding()
         settings = read_json(folder, "tokenizer_config.json", MAX_TOKENIZER_CONFIG_BYTES) or {}
         special_tokens = _special_tokens(settings)
-        generation = (
-            folder / "generation_config.json",
-            read_json(folder, "generation_config.json"),
-        )
-        config = (folder / "config.json", read_json(folder, "config.json"))
-        ids = {
-            key: _token_ids(generation, key) or _token_ids(config, key)
-            for key in ("bos_token_id", "eos_token_id")
-        }
+        ids = {key: _folder_token_ids(folder, key) for key in ("bos_token_id", "eos_token_id")}
         for key, name in (("bos_token_id", "bos_token"), ("eos_token_id", "eos_token")):
             if not ids[key] and name in special_tokens:
                 found = backend.token_to_id(special_tokens[name])
@@ -292,14 +284,27 @@ def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def _token_ids(source: tuple[Path, dict[str, Any] | None], key: str) -> tuple[int, ...]:
-    path, values = source
-    value = (values or {}).get(key)
-    if value is None:
-        return ()
-    listed = value if isinstance(value, list) else [value]
-    if not all(type(item) is int and 0 <= item < 1 << 31 for item in listed):
-        raise ModelFolderError(
-            f"{path}: {key} is {printable(str(value))} but must be a token id or a list of them"
-        )
-    return tuple(listed)
+def read_eos_token_ids(folder: Path) -> tuple[int, ...]:
+    """End-of-sequence tokens of a model folder, for a model that is used without a tokenizer.
+
+    Raises
+    ------
+    ModelFolderError
+        generation_config.json or config.json is damaged or names what is no token id.
+    """
+    return _folder_token_ids(folder, "eos_token_id")
+
+
+def _folder_token_ids(folder: Path, key: str) -> tuple[int, ...]:
+    # Both are read: a damaged file is an error also where the other one has the answer.
+    found: list[tuple[int, ...]] = []
+    for name in ("generation_config.json", "config.json"):
+        value = (read_json(folder, name) or {}).get(key)
+        listed = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(item) is int and 0 <= item < 1 << 31 for item in listed):
+            raise ModelFolderError(
+                f"{folder / name}: {key} is {printable(str(value))} but must be a token id or a "
+                "list of them"
+            )
+        found.append(tuple(listed))
+    return found[0] or found[1]

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from cpu_kernels.attention import decode_attention
-from hetero.measure.cold_memory import ColdMemory, torch_dtype
+from hetero.measure.cold_memory import ColdMemory
 from hetero.measure.timing import median_seconds
+from hetero.runtime.weights import TORCH_DTYPES
 from planner.model_spec import Dtype, ModelSpec
 
 _BLOCK_SIZE = 16
@@ -65,7 +66,7 @@ def cpu_decode_bytes_per_s(
         )
 
     seconds = median_seconds(attend, device=torch.device("cpu"), budget_s=budget_s)
-    itemsize = torch_dtype(dtype).itemsize
+    itemsize = TORCH_DTYPES[dtype].itemsize
     # keys and values
     kv_bytes = 2 * shape.context_len * shape.num_kv_heads * shape.head_dim * itemsize
     return kv_bytes / seconds
@@ -83,7 +84,7 @@ def gpu_decode_bytes_per_s(
     blocks = torch.randperm(num_blocks, device=memory.device)
     group = shape.num_heads // shape.num_kv_heads
     q_1GRK = torch.randn(1, shape.num_kv_heads, group, shape.head_dim, device=memory.device).to(
-        torch_dtype(dtype)
+        TORCH_DTYPES[dtype]
     )
     mask_111C = torch.zeros(1, 1, 1, shape.context_len, dtype=q_1GRK.dtype, device=memory.device)
 
@@ -106,9 +107,9 @@ def prefill_flop_per_s(
     tokens = shape.prefill_len
     groups, width = shape.num_kv_heads, shape.head_dim
     repeat = shape.num_heads // groups
-    q_TGRK = torch.randn(tokens, groups, repeat, width, device=device).to(torch_dtype(dtype))
+    q_TGRK = torch.randn(tokens, groups, repeat, width, device=device).to(TORCH_DTYPES[dtype])
     k_TGK, v_TGK = (
-        torch.randn(tokens, groups, width, device=device).to(torch_dtype(dtype)) for _ in range(2)
+        torch.randn(tokens, groups, width, device=device).to(TORCH_DTYPES[dtype]) for _ in range(2)
     )
 
     def attend() -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hetero.runtime.weights import TORCH_DTYPES
 from planner.model_spec import Dtype
 
 _CPU_FOLDER = Path("/sys/devices/system/cpu")
@@ -37,7 +38,7 @@ class ColdMemory:
 
     def take(self, dtype: Dtype, *shape: int) -> Tensor:
         """The next piece of the buffer with this shape."""
-        flat = self._buffer.view(torch_dtype(dtype))
+        flat = self._buffer.view(TORCH_DTYPES[dtype])
         count = 1
         for size in shape:
             count *= size
@@ -92,8 +93,3 @@ def last_level_cache_bytes(cpu_folder: Path = _CPU_FOLDER) -> int:
 def _cache_size(text: str) -> int:
     units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
     return int(text[:-1]) * units[text[-1]] if text[-1:] in units else int(text)
-
-
-def torch_dtype(dtype: Dtype) -> torch.dtype:
-    """The torch name of a format."""
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]

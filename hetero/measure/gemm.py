@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from hetero.measure.cold_memory import ColdMemory, torch_dtype
+from hetero.measure.cold_memory import ColdMemory
 from hetero.measure.timing import median_seconds
+from hetero.runtime.weights import TORCH_DTYPES
 from planner.hardware import LinearSample
 from planner.model_spec import Dtype, ModelSpec
 
@@ -48,7 +49,7 @@ def model_shapes(spec: ModelSpec) -> tuple[Shape, ...]:
 def _linear_seconds(
     memory: ColdMemory, dtype: Dtype, num_tokens: int, shape: Shape, budget_s: float
 ) -> float:
-    x = torch.full((num_tokens, shape[1]), 0.01, dtype=torch_dtype(dtype), device=memory.device)
+    x = torch.full((num_tokens, shape[1]), 0.01, dtype=TORCH_DTYPES[dtype], device=memory.device)
     return median_seconds(
         lambda: F.linear(x, memory.take(dtype, *shape)), device=memory.device, budget_s=budget_s
     )

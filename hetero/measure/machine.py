@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-import psutil
 import torch
 
 from cpu_kernels.threads import physical_cores
@@ -19,6 +16,7 @@ from hetero.measure.attention import (
     gpu_decode_bytes_per_s,
     prefill_flop_per_s,
 )
+from hetero.measure.busy import OtherProcesses
 from hetero.measure.cold_memory import (
     ColdMemory,
     cold_bytes,
@@ -49,8 +47,6 @@ Progress = Callable[[str], None]
 # CUDA context, library workspaces: less than this was never seen.
 _MIN_RESERVED_GPU_BYTES = 500_000_000
 _MAX_GPU_COLD_BYTES = 1 << 30
-# Below this share of the cores the other processes are the system's own background.
-_BUSY_SHARE = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,7 +132,7 @@ def measure_with(
     memory_bytes: int | None = None,
 ) -> HardwareProfile:
     """Measure with a given effort; `memory_bytes` overrides the memory that is rotated through."""
-    others = _OtherProcesses()
+    others = OtherProcesses()
     num_bytes, size_notes = _rotated_bytes(spec, memory_bytes)
     progress(f"filling {num_bytes / 1e6:.0f} MB, so that reads miss the caches")
     memory = cold_cpu_memory(num_bytes)
@@ -304,34 +300,6 @@ def _measure_gpu(
         reserved_bytes=max(_MIN_RESERVED_GPU_BYTES, reserved),
     )
     return profile, link, f"GPU-{facts.uuid}"
-
-
-class _OtherProcesses:
-    """Cores that other processes keep busy between its making and `notes`."""
-
-    def __init__(self) -> None:
-        self._cores = sorted(psutil.Process().cpu_affinity() or range(os.cpu_count() or 1))
-        self._start = time.perf_counter()
-        self._busy_s = self._busy()
-        self._own_s = time.process_time()
-
-    def _busy(self) -> float:
-        times = psutil.cpu_times(percpu=True)
-        return float(
-            sum(sum(times[core]) - times[core].idle - times[core].iowait for core in self._cores)
-        )
-
-    def notes(self) -> tuple[str, ...]:
-        """A note where they took more than a tenth of the cores, empty otherwise."""
-        wall_s = time.perf_counter() - self._start
-        own_s = time.process_time() - self._own_s
-        num_busy = max(0.0, self._busy() - self._busy_s - own_s) / wall_s
-        if num_busy < _BUSY_SHARE * len(self._cores):
-            return ()
-        return (
-            f"measured while other processes kept {num_busy:.1f} of {len(self._cores)} cores busy: "
-            "rates are too low and vary",
-        )
 
 
 def _machine_name(fingerprint: Fingerprint, gpu: DeviceProfile | None) -> str:

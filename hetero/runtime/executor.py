@@ -88,12 +88,12 @@ class Executor:
         return Timeline(spans=tuple(spans))
 
 
-def _drain(events: Mapping[int, LaneEvent]) -> list[Exception]:
+def _drain(events: Mapping[int, LaneEvent]) -> list[BaseException]:
     """Wait for everything that was submitted; the errors in order of submission."""
-    errors: list[Exception] = []
+    errors: list[BaseException] = []
     for event in events.values():
         try:
             event.wait()
-        except Exception as error:
+        except BaseException as error:  # an interrupt too: other lanes still read this step
             errors.append(error)
     return errors

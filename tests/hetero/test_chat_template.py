@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -40,33 +42,24 @@ def render(template: str, messages: list[dict[str, Any]] | None = None, **argume
 
 @pytest.mark.parametrize("name", REAL)
 def test_real_templates_give_the_text_of_transformers(name: str) -> None:
-    """Templates as models ship them, with and without the assistant's turn begun."""
+    """Templates as models ship them."""
     path = DATA / f"{name}.jinja"
     if not path.is_file():
         pytest.skip(f"{path} is not on this machine")
     template = path.read_text(encoding="utf-8")
-    for add_generation_prompt in (True, False):
-        expected, _ = render_jinja_template(
-            CONVERSATIONS,
-            chat_template=template,
-            add_generation_prompt=add_generation_prompt,
-            **SPECIAL,
-        )
-        actual = render_chats(
-            template,
-            CONVERSATIONS,
-            source=name,
-            add_generation_prompt=add_generation_prompt,
-            special_tokens=SPECIAL,
-        )
-        assert actual == expected
+    expected, _ = render_jinja_template(
+        CONVERSATIONS, chat_template=template, add_generation_prompt=True, **SPECIAL
+    )
+    actual = render_chats(template, CONVERSATIONS, source=name, special_tokens=SPECIAL)
+    assert actual == expected
 
 
 @pytest.mark.parametrize(
     "template",
     [
         "  {% if true %}\n  a\n  {% endif %}\nb\n",
-        "{{ {'k': '<\u00e9>', 'n': [1, none, true]} | tojson }}{{ {'b': 1, 'a': 2} | tojson(indent=2) }}",
+        "{{ {'k': '<\u00e9>', 'n': [1, none, true]} | tojson }}",
+        "{{ {'b': 1, 'a': 2} | tojson(indent=2) }}",
         "{% generation %}{{ messages[0].content }}{% endgeneration %}",
         "{% for i in range(9) %}{% if i == 2 %}{% continue %}{% endif %}{% if i > 4 %}{% break %}"
         "{% endif %}{{ i }}{% endfor %}",
@@ -75,6 +68,7 @@ def test_real_templates_give_the_text_of_transformers(name: str) -> None:
         "{{ 'a b c d' | wordwrap(3) }}{{ messages | pprint }}{{ '%.2f' | format(1.5) }}",
         "{{ messages[0]['content'].split('?')[0] | trim | upper }}{{ 'x' if tools else 'y' }}",
         "{{ tools is none }}{{ documents is none }}{{ bos_token }}",
+        "{{ 'begin' if add_generation_prompt else 'end' }}",
         "{% macro m(x) %}[{{ x }}]{% endmacro %}{{ m(1) }}{{ [3, 1, 2] | sort | join('-') }}",
     ],
 )
@@ -103,6 +97,7 @@ HOSTILE = {
     "joiner": "{{ joiner.__init__.__globals__ }}",
     "lipsum": "{{ lipsum.__globals__['os'] }}",
     "function globals": "{{ raise_exception.__globals__ }}",
+    "attribute that is not used": "{{ '' if messages.__class__ else '' }}",
     "function code": "{{ strftime_now.__code__.co_consts }}",
     "generator frame": "{{ (messages|map('upper')).gi_frame.f_globals }}",
     "self": "{{ self._TemplateReference__context.environment }}",
@@ -126,7 +121,6 @@ HOSTILE = {
     "range": "{{ range(10**9) | list }}",
     "syntax": "{% if %}",
     "unknown tag": "{% exec 'x' %}",
-    "not text": "\ud800",
 }
 
 
@@ -148,9 +142,8 @@ def test_a_hostile_template_fails_and_says_whose_fault_it_is(template: str) -> N
     ],
 )
 def test_an_endless_template_is_ended(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The clock ends it in less than three seconds, whatever it is doing."""
+    """The worker's own clock ends it, whatever it is doing."""
     monkeypatch.setattr(chat_template, "MAX_RENDER_S", 0.3)
-    monkeypatch.setattr(chat_template, "_WORKER_START_S", 2.5)  # exceeding it is another error
     with pytest.raises(ModelFolderError, match=r"took longer than 0\.3 s for conversation 0"):
         render(template)
 
@@ -174,9 +167,6 @@ def test_the_worker_cannot_open_files_or_read_secrets(tmp_path: Path) -> None:
         "print(failures, sorted(os.environ))"
     )
     environment = os.environ | {"HF_TOKEN": "secret", "TZ": "UTC"}
-    import subprocess
-    import sys
-
     output = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
     ).stdout
@@ -192,7 +182,10 @@ def test_a_template_that_refuses_the_messages_blames_the_messages() -> None:
 
 def test_one_bad_conversation_does_not_spoil_the_others() -> None:
     """Answers keep the order; each bad one has its own error."""
-    template = "{% if messages|length > 1 %}{{ raise_exception('one only') }}{% endif %}{{ messages[0].content }}"
+    template = (
+        "{% if messages|length > 1 %}{{ raise_exception('one only') }}{% endif %}"
+        "{{ messages[0].content }}"
+    )
     answers = render_chats(template, [[USER], [], [USER, USER], [USER]], source="toy")
     assert answers[0] == answers[3] == USER["content"]
     assert "at least one message" in str(answers[1])

@@ -1,4 +1,4 @@
-"""Placement invariance: every strategy gives the tokens of all-CPU, and runs the graph it priced."""
+"""Placement invariance: every strategy gives all-CPU's tokens and runs the graph it priced."""
 
 from __future__ import annotations
 

@@ -13,7 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hetero.errors import ModelFolderError, RequestError
-from hetero.tokenizer import IncrementalDetokenizer, StopChecker, Tokenizer
+from hetero.tokenizer import (
+    IncrementalDetokenizer,
+    StopChecker,
+    Tokenizer,
+    read_eos_token_ids,
+)
 
 OLMO = Path(__file__).parents[2].parent / "shared/data/tokenizers/olmo_gpt_neox/tokenizer.json"
 TEXTS = [
@@ -236,7 +241,7 @@ def test_without_a_stop_all_text_is_final() -> None:
     assert unlimited.visible_text == "any"
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     text=st.text("ab", max_size=20),
     stops=st.lists(st.text("ab", min_size=1, max_size=5), max_size=3),
@@ -279,6 +284,8 @@ def test_end_tokens_come_from_the_first_file_that_has_them(tmp_path: Path) -> No
     assert (load(tmp_path).eos_token_ids, load(tmp_path).bos_token_id) == ((258,), 256)
     write_json(tmp_path, "generation_config.json", {"eos_token_id": [257, 258]})
     assert load(tmp_path).eos_token_ids == (257, 258)
+    (tmp_path / "tokenizer.json").unlink()
+    assert read_eos_token_ids(tmp_path) == (257, 258)
 
 
 @pytest.mark.parametrize("value", ["</s>", -1, 1.5, True, [1, None], {"id": 1}, 1 << 40])

@@ -112,7 +112,7 @@ def prefill(layer: Layer, sequences: list[Tensor], pages: Pages, bounds: list[li
         chunks = [x[start:end] for x, start, end in zip(sequences, past, ends, strict=True)]
         batch = make_batch("prefill", zeros([len(c) for c in chunks]), past, tables())
         out = layer.run(torch.cat(chunks), pages, batch, "torch")
-        for parts, piece in zip(outputs, out.split([len(c) for c in chunks]), strict=True):
+        for parts, piece in zip(outputs, torch.split(out, [len(c) for c in chunks]), strict=True):
             parts.append(piece)
         past = list(ends)
     return torch.cat([torch.cat(parts) for parts in outputs])

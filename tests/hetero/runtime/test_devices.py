@@ -21,9 +21,7 @@ def accelerator(request: pytest.FixtureRequest) -> Iterator[Accelerator]:
     if request.param == "cuda":
         made = CudaAccelerator(budget_bytes=BUDGET_BYTES)
     else:
-        made = EmulatedAccelerator(
-            budget_bytes=BUDGET_BYTES, link_bytes_per_s=50e9, latency_s=1e-6
-        )
+        made = EmulatedAccelerator(budget_bytes=BUDGET_BYTES, link_bytes_per_s=50e9, latency_s=1e-6)
     yield made
     made.close()
 

@@ -1,0 +1,142 @@
+"""What plan and run share: options on the machine, its profile, and the model as it will run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
+
+import click
+
+if TYPE_CHECKING:
+    from hetero.model_lookup import ModelSource
+    from planner.hardware import AcceleratorName, HardwareProfile
+    from planner.model_spec import ModelSpec
+
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+# The choices of click are made when the command is defined, without the planner.
+ACCELERATORS = ("auto", "none", "cuda", "emulated")
+STRATEGIES = ("gpu", "cpu", "offload", "split", "experts-on-cpu")
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MachineOptions:
+    """What of which machine may be used, as the command line said it."""
+
+    profile: str | None
+    accelerator: AcceleratorName
+    gpu_mem_gb: float | None
+    cpu_mem_gb: float | None
+
+
+def machine_options(command: _Command) -> _Command:
+    """Add --profile, --accelerator, the memory budgets, --strategy and --dtype."""
+    positive = click.FloatRange(min=0, max=1e6, min_open=True)
+    for option in (
+        click.option(
+            "--dtype",
+            type=click.Choice(get_args(DtypeName)),
+            default="auto",
+            show_default=True,
+            help="Weights and arithmetic; auto is the checkpoint's own.",
+        ),
+        click.option(
+            "--strategy",
+            type=click.Choice(STRATEGIES),
+            help="Only this way of dividing the model; its cut point is still searched.",
+        ),
+        click.option(
+            "--cpu-mem-gb", type=positive, help="Host memory that may be used, in 1e9 bytes."
+        ),
+        click.option(
+            "--gpu-mem-gb", type=positive, help="GPU memory that may be used, in 1e9 bytes."
+        ),
+        click.option(
+            "--accelerator",
+            type=click.Choice(ACCELERATORS),
+            default="auto",
+            show_default=True,
+            help="What to use beside the CPU; emulated rehearses a GPU on one core.",
+        ),
+        click.option(
+            "--profile",
+            metavar="NAME|PATH",
+            help="The machine: a reference machine or a file; otherwise this machine as measured.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def say(line: str) -> None:
+    """A line of progress or a warning."""
+    from hetero.terminal_text import one_line
+
+    click.echo(one_line(line), err=True)
+
+
+def use_numba_cache() -> None:
+    """Let numba keep compiled kernels in hetero's own cache; before numba is imported."""
+    from hetero.measure.store import default_cache_dir, numba_cache_dir
+
+    if "NUMBA_CACHE_DIR" not in os.environ:
+        os.environ["NUMBA_CACHE_DIR"] = str(numba_cache_dir(default_cache_dir(os.environ)))
+
+
+def read_profile(name: str | None, progress: Callable[[str], None] = say) -> HardwareProfile:
+    """A named profile, or this machine's own, measured now if it has none."""
+    from hetero.measure.store import default_cache_dir
+    from hetero.planning import base_profile
+
+    if name is None:
+        use_numba_cache()
+    return base_profile(name, default_cache_dir(os.environ), progress)
+
+
+def cut_to_options(profile: HardwareProfile, options: MachineOptions) -> HardwareProfile:
+    """The part of a machine that may be used."""
+    from hetero.planning import usable_hardware
+    from planner.hardware import Resources
+
+    def in_bytes(gigabytes: float | None) -> int | None:
+        return None if gigabytes is None else int(gigabytes * 1e9)
+
+    return usable_hardware(
+        profile,
+        Resources(
+            accelerator=options.accelerator,
+            gpu_bytes=in_bytes(options.gpu_mem_gb),
+            cpu_bytes=in_bytes(options.cpu_mem_gb),
+        ),
+    )
+
+
+def lookup_model(model: str | None) -> ModelSource:
+    """Find a model in the places that the environment names."""
+    from hetero.model_lookup import default_hub_cache, find_model
+
+    return find_model(model, hub_cache=default_hub_cache(os.environ))
+
+
+def spec_as_run(source: ModelSource, dtype: DtypeName, hardware: HardwareProfile) -> ModelSpec:
+    """The shapes of a model in the dtype in which `hetero.LLM` would run it here."""
+    from hetero.model_lookup import read_model_spec
+
+    if dtype != "auto":
+        return read_model_spec(source, dtype)
+    spec = read_model_spec(source)
+    # The same rule as hetero.api: a CPU has no float16 arithmetic of any speed.
+    if spec.dtype == "float16" and hardware.gpu is None:
+        return replace(spec, dtype="float32")
+    return spec
+
+
+def output_path(context: click.Context, option: click.Parameter, value: Path | None) -> Path | None:
+    """Refuse before the work, not after it, a file whose folder is missing."""
+    if value is not None and not value.parent.is_dir():
+        raise click.BadParameter(f"the folder {value.parent} does not exist", context, option)
+    return value

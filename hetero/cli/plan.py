@@ -1,0 +1,110 @@
+"""`hetero plan`: where a model goes, how fast it will be, what limits it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from hetero.cli.machine import (
+    DtypeName,
+    MachineOptions,
+    cut_to_options,
+    lookup_model,
+    machine_options,
+    output_path,
+    read_profile,
+    say,
+    spec_as_run,
+)
+from hetero.errors import ExitCode
+
+if TYPE_CHECKING:
+    from planner.hardware import HardwareProfile
+    from planner.plan import Plan
+    from planner.workload import Objective
+
+
+@click.command()
+@click.argument("model", required=False)
+@machine_options
+@click.option("--prompt-len", type=click.IntRange(min=1), help="Prompt tokens of a sequence (512).")
+@click.option("--output-len", type=click.IntRange(min=1), help="Tokens to generate (128).")
+@click.option(
+    "--num-seqs",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Sequences that arrive together.",
+)
+@click.option(
+    "--objective",
+    type=click.Choice(["latency", "throughput"]),
+    default="latency",
+    show_default=True,
+    help="latency runs all sequences at once; throughput may run them in waves.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as one JSON document.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    callback=output_path,
+    help="Also write the plan to this file, for hetero run --plan.",
+)
+@click.pass_context
+def plan(
+    context: click.Context,
+    model: str | None,
+    prompt_len: int | None,
+    output_len: int | None,
+    num_seqs: int,
+    objective: Objective,
+    as_json: bool,
+    output: Path | None,
+    strategy: str | None,
+    dtype: DtypeName,
+    **machine: Any,
+) -> None:
+    """Say where a model goes on this machine, how fast it will be, and what limits it.
+
+    MODEL is a folder, an org/name in the local hub cache, or a model profile (no weights needed);
+    the default is the small model that ships with hetero. Lengths that are not given are 512 and
+    128 tokens, less where the model's context is shorter.
+    """
+    from hetero.measure.store import write_atomically
+    from hetero.planning import default_workload, lacking_memory, make_plan
+
+    options = MachineOptions(**machine)
+    source = lookup_model(model)
+    hardware = cut_to_options(read_profile(options.profile), options)
+    spec = spec_as_run(source, dtype, hardware)
+    workload = default_workload(
+        spec.max_position_embeddings,
+        prompt_len=prompt_len,
+        output_len=output_len,
+        num_seqs=num_seqs,
+    )
+    made = make_plan(spec, hardware, workload, objective, strategy=strategy)
+    if output is not None:
+        write_atomically(output, made.to_json())
+        say(f"wrote {output}")
+    if as_json:
+        click.echo(made.to_json(), nl=False)
+    else:
+        _print(made, hardware)
+    if not made.feasible:
+        say(f"error: {lacking_memory(made, spec, hardware)}")
+        context.exit(ExitCode.DOES_NOT_FIT)
+
+
+def _print(made: Plan, hardware: HardwareProfile) -> None:
+    from rich.console import Console
+
+    from hetero.report import print_plan
+
+    # A pipe has no width: a table of 100 columns is what grep and a mail can take.
+    width = None if os.isatty(1) else 100
+    print_plan(Console(width=width, highlight=False), made, hardware)

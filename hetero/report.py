@@ -1,0 +1,339 @@
+"""What a Plan and a run look like as text: rich tables, and the few lines before a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from hetero.terminal_text import one_line
+from planner.hardware import HardwareProfile
+from planner.memory import available_bytes
+from planner.placement import Device, ModulePlacement, Runs, TierPlacement
+from planner.plan import Alternative, Plan
+from planner.timeline import TERMS, TermComparison
+from planner.workload import PHASES, Phase, Workload
+
+# Ratio of measured to predicted from which a number is drawn as a warning, and as an alarm.
+AMBER_RATIO = 1.25
+RED_RATIO = 1.5
+
+_MAX_ALTERNATIVES = 8
+_MS, _US = 1e-3, 1e-6
+
+
+class Speed(Protocol):
+    """The five numbers that a plan predicts and a run measures."""
+
+    @property
+    def ttft_s(self) -> float: ...
+    @property
+    def tpot_s(self) -> float: ...
+    @property
+    def e2e_s(self) -> float: ...
+    @property
+    def prefill_tokens_per_s(self) -> float: ...
+    @property
+    def decode_tokens_per_s(self) -> float: ...
+
+
+def seconds_text(seconds: float) -> str:
+    """Seconds with three digits and a unit that suits them.
+
+    Examples
+    --------
+    >>> seconds_text(0.00641), seconds_text(12.34), seconds_text(600)
+    ('6.41 ms', '12.3 s', '10.0 min')
+    """
+    if seconds >= 7200:
+        return f"{_three_digits(seconds / 3600)} h"
+    if seconds >= 120:
+        return f"{_three_digits(seconds / 60)} min"
+    if seconds >= 0.9995:
+        return f"{_three_digits(seconds)} s"
+    if seconds >= 0.9995 * _MS or seconds == 0:
+        return f"{_three_digits(seconds / _MS)} ms"
+    return f"{_three_digits(seconds / _US)} us"
+
+
+def rate_text(tokens_per_s: float) -> str:
+    """Tokens per second with three digits."""
+    return f"{_three_digits(tokens_per_s)} tokens/s"
+
+
+def bytes_text(num_bytes: float) -> str:
+    """Bytes in units of 1e9, or of 1e6 where that is less than 0.1.
+
+    Examples
+    --------
+    >>> bytes_text(12_345_678_901), bytes_text(23_400_000)
+    ('12.3 GB', '23.4 MB')
+    """
+    if num_bytes >= 0.1e9:
+        return f"{_three_digits(num_bytes / 1e9)} GB"
+    return f"{_three_digits(num_bytes / 1e6)} MB"
+
+
+def ratio_text(ratio: float | None) -> Text:
+    """Measured over predicted, in the colour of how far it is off."""
+    if ratio is None:
+        return Text("-")
+    style = "red" if ratio > RED_RATIO else "yellow" if ratio > AMBER_RATIO else ""
+    return Text(f"{ratio:.2f}x", style=style)
+
+
+def _three_digits(value: float) -> str:
+    if value == 0:
+        return "0"
+    digits = 2 if value < 9.995 else 1 if value < 99.95 else 0
+    return f"{value:.{digits}f}"
+
+
+def workload_text(workload: Workload) -> str:
+    """`1 sequence of 512 prompt and 128 output tokens`."""
+    plural = "s" if workload.num_seqs > 1 else ""
+    return (
+        f"{workload.num_seqs} sequence{plural} of {workload.prompt_len} prompt and "
+        f"{workload.output_len} output tokens"
+    )
+
+
+def where_text(tier: TierPlacement) -> str:
+    """Where the modules of a tier run, as `attention gpu 32; experts gpu 20, cpu 12; head gpu`."""
+    experts = [layer.ffn for layer in tier.layers if layer.router is not None]
+    dense = [layer.ffn for layer in tier.layers if layer.router is None]
+    groups: list[tuple[str, Sequence[ModulePlacement]]] = [
+        ("attention", [layer.attention for layer in tier.layers]),
+        ("experts", experts),
+        ("feed-forward", dense),
+    ]
+    parts = [f"{name} {_counts(places)}" for name, places in groups if places]
+    return "; ".join([*parts, f"head {_run_name(tier.head.runs)}"])
+
+
+def _counts(places: Sequence[ModulePlacement]) -> str:
+    order: tuple[Runs, ...] = ("gpu", "stream", "cpu")
+    counts = {runs: sum(place.runs == runs for place in places) for runs in order}
+    return ", ".join(f"{_run_name(runs)} {count}" for runs, count in counts.items() if count)
+
+
+def _run_name(runs: Runs) -> str:
+    return "gpu (streamed)" if runs == "stream" else runs
+
+
+def machine_line(hardware: HardwareProfile) -> str:
+    """What of the machine is used, and that an emulated accelerator is emulated."""
+    rates = "measured" if hardware.provenance == "measured" else "datasheet"
+    if hardware.gpu is None:
+        return f"{hardware.name}: CPU only, no accelerator is used ({rates} rates)"
+    if hardware.gpu.kind == "emulated":
+        return f"{hardware.name}: EMULATED, its speeds are not a GPU's ({rates} rates)"
+    return f"{hardware.name}: CPU and {hardware.gpu.name} ({rates} rates)"
+
+
+def plan_lines(plan: Plan, hardware: HardwareProfile) -> list[str]:
+    """The plan in a few lines: where, how much memory, how fast, what binds."""
+    est = plan.estimate
+    lines = [
+        f"plan: {plan.model}, {workload_text(plan.workload)}, for {plan.objective}",
+        f"machine: {machine_line(hardware)}",
+    ]
+    for phase in PHASES:
+        tier = plan.placement.tier(phase)
+        bound = est.bottleneck_by_phase.get(phase, "none")
+        lines.append(f"{phase}: {_tier_name(tier)} ({where_text(tier)}), bound by {bound}")
+    lines.append(f"memory: {_memory_text(plan, hardware)}")
+    lines.append(
+        f"predicted: first token after {seconds_text(est.ttft_s)}, then "
+        f"{seconds_text(est.tpot_s)} a token ({rate_text(est.decode_tokens_per_s)})"
+    )
+    return [one_line(line) for line in lines]
+
+
+def _tier_name(tier: TierPlacement) -> str:
+    return f"{tier.strategy} {tier.cut}" if tier.cut else tier.strategy
+
+
+def _memory_text(plan: Plan, hardware: HardwareProfile) -> str:
+    return ", ".join(
+        f"{bytes_text(size)} of {bytes_text(available_bytes(hardware, device))} on the "
+        f"{_device_name(device, hardware)}"
+        for device, size in plan.estimate.bytes_by_device.items()
+    )
+
+
+def _device_name(device: Device, hardware: HardwareProfile) -> str:
+    is_emulated = hardware.gpu is not None and hardware.gpu.kind == "emulated"
+    return "gpu (emulated)" if device == "gpu" and is_emulated else device
+
+
+def print_plan(console: Console, plan: Plan, hardware: HardwareProfile) -> None:
+    """Print a plan: whether it fits, where everything goes, how fast, and what else there was."""
+    console.print(Text(one_line(f"{plan.model} on {machine_line(hardware)}"), style="bold"))
+    console.print(Text(f"{workload_text(plan.workload)}, for {plan.objective}"))
+    fits = "fits" if plan.feasible else "does not fit; the nearest miss is"
+    style = "green" if plan.feasible else "red"
+    console.print(Text(fits, style=style).append(f": {plan.placement.name}", style="none"))
+    for table in (
+        _where_table(plan),
+        _memory_table(plan, hardware),
+        _speed_table(plan),
+        _terms_table(plan),
+        _alternatives_table(plan),
+    ):
+        if table.row_count:
+            console.print()
+            console.print(table)
+    for note in hardware.notes:
+        console.print(Text(one_line(f"note: {note}")))
+
+
+def _table(*columns: tuple[str, str]) -> Table:
+    """A table without lines; a column is its heading and `left` or `right`."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False)
+    for heading, side in columns:
+        justify = "right" if side == "right" else "left"
+        table.add_column(heading, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    return table
+
+
+def _add_row(table: Table, cells: Iterable[str | Text]) -> None:
+    # Text, so that a bracket in a name is not taken for markup.
+    table.add_row(*(cell if isinstance(cell, Text) else Text(one_line(cell)) for cell in cells))
+
+
+def _where_table(plan: Plan) -> Table:
+    table = _table(
+        ("phase", "left"), ("strategy", "left"), ("layers", "left"), ("bound by", "left")
+    )
+    for phase in PHASES:
+        tier = plan.placement.tier(phase)
+        bound = plan.estimate.bottleneck_by_phase.get(phase, "")
+        _add_row(table, (phase, _tier_name(tier), where_text(tier), bound))
+    return table
+
+
+def _memory_table(plan: Plan, hardware: HardwareProfile) -> Table:
+    table = _table(("memory", "left"), ("planned", "right"), ("may be used", "right"))
+    for device, size in plan.estimate.bytes_by_device.items():
+        limit = available_bytes(hardware, device)
+        planned = Text(bytes_text(size), style="red" if size > limit else "")
+        _add_row(table, (_device_name(device, hardware), planned, bytes_text(limit)))
+    return table
+
+
+def _speed_table(plan: Plan) -> Table:
+    est = plan.estimate
+    table = _table(("predicted", "left"), ("time", "right"), ("rate", "right"))
+    _add_row(
+        table,
+        ("first token", seconds_text(est.ttft_s), f"prefill {rate_text(est.prefill_tokens_per_s)}"),
+    )
+    _add_row(
+        table,
+        ("each token", seconds_text(est.tpot_s), f"decode {rate_text(est.decode_tokens_per_s)}"),
+    )
+    _add_row(table, ("all", seconds_text(est.e2e_s), ""))
+    if est.num_concurrent_seqs < plan.workload.num_seqs:
+        waves = f"in waves of {est.num_concurrent_seqs} of {plan.workload.num_seqs} sequences"
+        _add_row(table, (waves, "", ""))
+    return table
+
+
+def _terms_table(plan: Plan) -> Table:
+    table = _table(("time goes to", "left"), ("prefill", "right"), ("decode step", "right"))
+    terms_by_phase = plan.estimate.terms_by_phase
+    totals = {phase: sum(terms.values()) for phase, terms in terms_by_phase.items()}
+
+    def cell(phase: Phase, seconds: float) -> str:
+        share = seconds / totals[phase] if totals.get(phase) else 0.0
+        return f"{seconds_text(seconds)} {share:4.0%}" if seconds else "-"
+
+    for term in TERMS:
+        seconds = {phase: terms_by_phase.get(phase, {}).get(term, 0.0) for phase in PHASES}
+        if any(seconds.values()):
+            _add_row(table, (term, *(cell(phase, seconds[phase]) for phase in PHASES)))
+    return table
+
+
+def _alternatives_table(plan: Plan) -> Table:
+    table = _table(
+        ("not chosen", "left"),
+        ("first", "right"),
+        ("each", "right"),
+        ("all", "right"),
+        ("", "left"),
+    )
+    for other in plan.alternatives[:_MAX_ALTERNATIVES]:
+        _add_row(table, (other.name, *_times(other), other.reason))
+    left = len(plan.alternatives) - _MAX_ALTERNATIVES
+    if left > 0:
+        _add_row(table, (f"{left} more", "", "", "", "in --json"))
+    return table
+
+
+def _times(other: Alternative) -> tuple[str, str, str]:
+    if not other.feasible:
+        return ("-", "-", "-")
+    ttft, tpot, e2e = (
+        "-" if seconds is None else seconds_text(seconds)
+        for seconds in (other.ttft_s, other.tpot_s, other.e2e_s)
+    )
+    return (ttft, tpot, e2e)
+
+
+def print_comparison(
+    console: Console, predicted: Speed, measured: Speed, *, is_emulated: bool = False
+) -> None:
+    """Print what was predicted beside what was measured; the ratio is measured over predicted."""
+    emulated = " (emulated)" if is_emulated else ""
+    table = _table(
+        (f"this run{emulated}", "left"),
+        ("predicted", "right"),
+        ("measured", "right"),
+        ("ratio", "right"),
+    )
+    rows = (
+        ("first token", predicted.ttft_s, measured.ttft_s, seconds_text),
+        ("each token", predicted.tpot_s, measured.tpot_s, seconds_text),
+        ("all", predicted.e2e_s, measured.e2e_s, seconds_text),
+    )
+    for name, ours, theirs, text in rows:
+        ratio = theirs / ours if ours > 0 and theirs > 0 else None
+        _add_row(table, (name, text(ours), text(theirs), ratio_text(ratio)))
+    rates = (
+        ("prefill", predicted.prefill_tokens_per_s, measured.prefill_tokens_per_s),
+        ("decode", predicted.decode_tokens_per_s, measured.decode_tokens_per_s),
+    )
+    for name, ours, theirs in rates:
+        if theirs > 0:
+            # A rate is better when higher: the colours are those of the time per token.
+            cell = ratio_text(ours / theirs)
+            cell.plain = f"{theirs / ours:.2f}x" if ours > 0 else "-"
+            _add_row(table, (name, rate_text(ours), rate_text(theirs), cell))
+    console.print(table)
+
+
+def print_terms(console: Console, phase: Phase, terms: Sequence[TermComparison]) -> None:
+    """Print the terms of the last step, predicted beside measured."""
+    if not terms:
+        return
+    console.print(terms_table(f"last {phase} step", terms))
+
+
+def terms_table(title: str, terms: Sequence[TermComparison]) -> Table:
+    """A row a term and their sum, each with its ratio."""
+    table = _table(
+        (title, "left"), ("predicted", "right"), ("measured", "right"), ("ratio", "right")
+    )
+    for row in terms:
+        cells = (row.term, seconds_text(row.predicted_s), seconds_text(row.measured_s))
+        _add_row(table, (*cells, ratio_text(row.ratio)))
+    ours = sum(row.predicted_s for row in terms)
+    theirs = sum(row.measured_s for row in terms)
+    ratio = theirs / ours if ours > 0 else None
+    _add_row(table, ("step", seconds_text(ours), seconds_text(theirs), ratio_text(ratio)))
+    return table

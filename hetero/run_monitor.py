@@ -1,0 +1,277 @@
+"""RunMonitor: watches a running `LLM.generate` and keeps an immutable Snapshot of it."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import psutil
+
+from hetero.measure.memory_limit import memory_limit_bytes
+from planner.hardware import HardwareProfile
+from planner.memory import available_bytes
+from planner.placement import Device
+from planner.plan import Plan
+from planner.step_graph import LANES, Lane
+from planner.timeline import TermComparison, Timeline, compare
+from planner.workload import PHASES, Phase
+
+if TYPE_CHECKING:
+    from hetero.api import GenerationStep
+
+REFRESH_S = 0.25
+HISTORY_LEN = 60
+# A snapshot (the predicted Timeline above all) may take this share of the run at most.
+_MAX_COST_SHARE = 0.01
+# Enough for the panel of a large terminal.
+_MAX_TEXT_CHARS = 8192
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceUse:
+    """Memory of one device, and how busy it is where that is known."""
+
+    name: str
+    used_bytes: int | None
+    planned_bytes: int
+    limit_bytes: int
+    busy_share: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaneUse:
+    """Share of the last step in which a lane worked."""
+
+    lane: Lane
+    busy_share: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseSpeed:
+    """Tokens per second of one phase: since the last snapshot, and over the run."""
+
+    now: float | None = None
+    mean: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LastStep:
+    """The last step, predicted and measured."""
+
+    phase: Phase
+    predicted_s: float
+    measured_s: float
+    terms: tuple[TermComparison, ...]
+    lanes: tuple[LaneUse, ...]
+    overlap: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """A run at one moment; times in seconds from its start."""
+
+    title: str
+    num_done: int
+    num_requests: int
+    num_prompt_tokens: int = 0
+    num_output_tokens: int = 0
+    max_output_tokens: int
+    at_s: float = 0.0
+    eta_s: float | None = None
+    speeds: dict[Phase, PhaseSpeed] = field(
+        default_factory=lambda: {phase: PhaseSpeed() for phase in PHASES}
+    )
+    decode_history: tuple[float, ...] = ()
+    ttft_s: float | None = None
+    devices: tuple[DeviceUse, ...] = ()
+    last_step: LastStep | None = None
+    text: str = ""
+
+
+@dataclass(slots=True)
+class _PhaseWork:
+    """Tokens and seconds of one phase, in all and since the last snapshot. Mutable."""
+
+    num_tokens: int = 0
+    seconds: float = 0.0
+    num_recent_tokens: int = 0
+    recent_s: float = 0.0
+
+    def add(self, num_tokens: int, seconds: float) -> None:
+        self.num_tokens += num_tokens
+        self.seconds += seconds
+        self.num_recent_tokens += num_tokens
+        self.recent_s += seconds
+
+    def take_speed(self) -> PhaseSpeed:
+        speed = PhaseSpeed(
+            now=self.num_recent_tokens / self.recent_s if self.recent_s > 0 else None,
+            mean=self.num_tokens / self.seconds if self.seconds > 0 else None,
+        )
+        self.num_recent_tokens, self.recent_s = 0, 0.0
+        return speed
+
+
+class RunMonitor:
+    """The observer of a run. Mutable; `snapshot` is replaced whole, so any thread may read it.
+
+    Parameters
+    ----------
+    plan, hardware
+        What runs where, and the limits.
+    num_requests, max_output_tokens
+        Size of the run: requests, and the most tokens that all of them may generate.
+    predict
+        Gives the predicted Timeline of the last step, usually `llm.predicted_timeline`.
+    clock
+        The time in seconds.
+    """
+
+    def __init__(
+        self,
+        *,
+        plan: Plan,
+        hardware: HardwareProfile,
+        num_requests: int,
+        max_output_tokens: int,
+        predict: Callable[[], Timeline | None],
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.clock = clock
+        self.start_s = clock()
+        self._plan = plan
+        self._hardware = hardware
+        self._predict = predict
+        self._memory_limit_bytes = memory_limit_bytes()
+        self._process = psutil.Process()
+        # The first call starts the count and gives nothing.
+        psutil.cpu_percent()
+        self._last_s = self.start_s
+        self._next_s = self.start_s
+        self._work = {phase: _PhaseWork() for phase in PHASES}
+        self._num_output_tokens = 0
+        self._max_output_tokens = max_output_tokens
+        self._ttfts_s: list[float] = []
+        self._first_token_s: float | None = None
+        self._history: deque[float] = deque(maxlen=HISTORY_LEN)
+        self.snapshot = Snapshot(
+            title=f"{plan.model} as {plan.placement.name}",
+            num_done=0,
+            num_requests=num_requests,
+            max_output_tokens=max_output_tokens,
+            devices=self._devices(),
+        )
+
+    @property
+    def elapsed_s(self) -> float:
+        return self.clock() - self.start_s
+
+    def observe(self, step: GenerationStep) -> None:
+        """Count a step; take a snapshot if it is time for one."""
+        now_s = self.clock()
+        batch = step.result.batch
+        phase = batch.phase
+        self._work[phase].add(sum(item.num_tokens for item in batch.items), now_s - self._last_s)
+        self._last_s = now_s
+        for sequence in batch.sampled:
+            self._num_output_tokens += 1
+            if sequence.num_output_tokens == 1 and sequence.first_token_s is not None:
+                self._ttfts_s.append(sequence.first_token_s - sequence.arrival_s)
+                self._first_token_s = self._first_token_s or now_s
+        for sequence in step.result.finished:
+            limit = sequence.params.max_tokens
+            if limit is not None:
+                self._max_output_tokens -= limit - sequence.num_output_tokens
+        is_last = step.num_finished == step.num_requests
+        if now_s >= self._next_s or is_last:
+            self.snapshot = self._snapshot(step, now_s)
+            cost_s = self.clock() - now_s
+            self._next_s = now_s + max(REFRESH_S, cost_s / _MAX_COST_SHARE)
+
+    def _snapshot(self, step: GenerationStep, now_s: float) -> Snapshot:
+        speeds = {phase: work.take_speed() for phase, work in self._work.items()}
+        decode_now = speeds["decode"].now
+        if decode_now is not None:
+            self._history.append(decode_now)
+        # One text can be followed; of many, the first that still grows would jump about.
+        text = step.texts[0][-_MAX_TEXT_CHARS:] if len(step.texts) == 1 else ""
+        return replace(
+            self.snapshot,
+            num_done=step.num_finished,
+            num_requests=step.num_requests,
+            num_prompt_tokens=self._work["prefill"].num_tokens,
+            num_output_tokens=self._num_output_tokens,
+            max_output_tokens=self._max_output_tokens,
+            at_s=now_s - self.start_s,
+            eta_s=self._eta_s(now_s),
+            speeds=speeds,
+            decode_history=tuple(self._history),
+            ttft_s=sum(self._ttfts_s) / len(self._ttfts_s) if self._ttfts_s else None,
+            devices=self._devices(),
+            last_step=self._last_step(step),
+            text=text,
+        )
+
+    def _eta_s(self, now_s: float) -> float | None:
+        """Seconds left at the speed since the first token; less where texts end early."""
+        if self._first_token_s is None or self._num_output_tokens < 2 or now_s <= self.start_s:
+            return None
+        spent_s = now_s - self._first_token_s
+        left = max(0, self._max_output_tokens - self._num_output_tokens)
+        return spent_s / (self._num_output_tokens - 1) * left
+
+    def _last_step(self, step: GenerationStep) -> LastStep | None:
+        measured, predicted = step.result.timeline, self._predict()
+        if predicted is None:
+            return None
+        makespan_s = measured.makespan_s
+        busy_s = measured.busy_s()
+        used = {span.op.lane for span in measured.spans}
+        return LastStep(
+            phase=step.result.batch.phase,
+            predicted_s=predicted.makespan_s,
+            measured_s=makespan_s,
+            terms=compare(predicted, measured),
+            lanes=tuple(
+                LaneUse(lane=lane, busy_share=busy_s[lane] / makespan_s if makespan_s else 0.0)
+                for lane in LANES
+                if lane in used
+            ),
+            overlap=measured.overlap(),
+        )
+
+    def _devices(self) -> tuple[DeviceUse, ...]:
+        planned = self._plan.estimate.bytes_by_device
+        gpu = self._hardware.gpu
+        uses = [
+            DeviceUse(
+                name="cpu",
+                used_bytes=int(self._process.memory_info().rss),
+                planned_bytes=planned.get("cpu", 0),
+                limit_bytes=self._memory_limit_bytes,
+                busy_share=psutil.cpu_percent() / 100,
+            )
+        ]
+        device: Device = "gpu"
+        if gpu is not None and planned.get(device):
+            is_emulated = gpu.kind == "emulated"
+            uses.append(
+                DeviceUse(
+                    name="gpu (emulated)" if is_emulated else "gpu",
+                    used_bytes=None if is_emulated else _cuda_used_bytes(),
+                    planned_bytes=planned[device],
+                    limit_bytes=available_bytes(self._hardware, device),
+                )
+            )
+        return tuple(uses)
+
+
+def _cuda_used_bytes() -> int:
+    # Here and not above: the monitor of a CPU run needs no torch.
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    return int(total - free)

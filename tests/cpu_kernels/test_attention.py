@@ -1,0 +1,331 @@
+"""Decode attention equals float64 attention for any shape, format, window and thread count."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from cpu_kernels import attention, attention_kernels
+from cpu_kernels.attention import decode_attention, merge_attention
+from cpu_kernels.formats import from_bfloat16_bits, to_bfloat16_bits
+
+# 32-bit sums of up to 1300 products of order one: 1e-6 seen, times 4
+_TOLERANCE = 4e-6
+
+
+class Case:
+    """Random sequences in a paged cache: blocks in random order, NaN where nothing may be read."""
+
+    def __init__(
+        self,
+        context_lens: list[int],
+        *,
+        heads: int = 4,
+        kv_heads: int = 2,
+        key_width: int = 32,
+        value_width: int | None = None,
+        block_size: int = 16,
+        cache_format: str = "float32",
+        seed: int = 0,
+    ) -> None:
+        rng = np.random.default_rng(seed)
+        value_width = value_width or key_width
+        num_seqs, max_blocks = len(context_lens), -(-max(context_lens) // block_size) + 1
+        num_blocks = num_seqs * max_blocks
+        self.context_lens = np.array(context_lens, np.int32)
+        tables = rng.permutation(num_blocks).reshape(num_seqs, max_blocks).astype(np.int32)
+        self.block_tables = tables
+        self.q = rng.standard_normal((num_seqs, heads, key_width)).astype(np.float32)
+        self.caches = []
+        self.exact = []
+        for width in (key_width, value_width):
+            shape = (num_blocks, kv_heads, block_size, width)
+            values = np.full(shape, np.nan, np.float32)
+            exact = []
+            for seq, length in enumerate(context_lens):
+                tokens = rng.standard_normal((length, kv_heads, width)).astype(np.float32)
+                stored = _stored(tokens, cache_format)
+                exact.append(_widened(stored).astype(np.float64))
+                for t in range(length):
+                    values[tables[seq, t // block_size], :, t % block_size] = _widened(stored[t])
+                # beyond the end the table may hold anything
+                tables[seq, -(-length // block_size) :] = 2**30
+            self.caches.append(_stored(values, cache_format))
+            self.exact.append(exact)
+        self.scale = key_width**-0.5
+        self.out_shape = (num_seqs, heads, value_width)
+
+    def expected(self, window: int | None) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Attend in float64."""
+        out, lse = np.empty(self.out_shape), np.empty(self.out_shape[:2])
+        for seq, length in enumerate(self.context_lens):
+            keys, values = (side[seq] for side in self.exact)
+            first = 0 if window is None else max(0, length - window)
+            group = self.q.shape[1] // keys.shape[1]
+            for head in range(self.q.shape[1]):
+                scores = keys[first:, head // group] @ self.q[seq, head].astype(np.float64)
+                lse[seq, head] = np.log(np.exp(scores * self.scale).sum())
+                weights = np.exp(scores * self.scale - lse[seq, head])
+                out[seq, head] = weights @ values[first:, head // group]
+        return out, lse
+
+    def attend(
+        self, window: int | None = None, num_threads: int = 1
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Run the kernel on NaN-filled outputs."""
+        out = np.full(self.out_shape, np.nan, np.float32)
+        lse = np.full(self.out_shape[:2], np.nan, np.float32)
+        decode_attention(
+            self.q,
+            self.caches[0],
+            self.caches[1],
+            self.block_tables,
+            self.context_lens,
+            scale=self.scale,
+            window=window,
+            num_threads=num_threads,
+            out=out,
+            lse=lse,
+        )
+        return out, lse
+
+    def assert_right(self, window: int | None = None, num_threads: int = 1) -> None:
+        """Compare the kernel with float64."""
+        for actual, expected in zip(
+            self.attend(window, num_threads), self.expected(window), strict=True
+        ):
+            np.testing.assert_allclose(actual, expected, rtol=_TOLERANCE, atol=_TOLERANCE)
+
+
+def _stored(values: NDArray[np.float32], cache_format: str) -> NDArray[Any]:
+    if cache_format == "bfloat16":
+        return to_bfloat16_bits(values)
+    return values.astype(cache_format)
+
+
+def _widened(stored: NDArray[Any]) -> NDArray[np.float32]:
+    if stored.dtype == np.uint16:
+        return from_bfloat16_bits(stored)
+    return stored.astype(np.float32)
+
+
+@pytest.mark.parametrize("cache_format", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("window", [None, 1, 100, 700])
+def test_attention_equals_float64(cache_format: str, num_threads: int, window: int | None) -> None:
+    """Contexts around a block, a chunk and a segment, each format, window and thread count."""
+    case = Case([1, 33, 511, 512, 513, 1300], cache_format=cache_format)
+    case.assert_right(window, num_threads)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads"), [(1, 1), (4, 4), (4, 2), (6, 3), (6, 2), (14, 2), (8, 1)]
+)
+def test_attention_is_right_for_any_group(heads: int, kv_heads: int) -> None:
+    """Groups of 1, 2, 3, 7 and 8 query heads a KV head."""
+    Case([5, 70], heads=heads, kv_heads=kv_heads).assert_right()
+
+
+@pytest.mark.parametrize("cache_format", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(("key_width", "value_width"), [(14, 14), (128, 128), (1, 3), (72, 80)])
+def test_attention_is_right_for_any_width(
+    cache_format: str, key_width: int, value_width: int
+) -> None:
+    """Widths that are no multiple of a vector, with values wider than keys."""
+    case = Case([7, 40], key_width=key_width, value_width=value_width, cache_format=cache_format)
+    case.assert_right()
+
+
+@pytest.mark.parametrize("block_size", [1, 5, 16, 256])
+def test_attention_is_right_for_any_block_size(block_size: int) -> None:
+    """Blocks smaller and larger than the kernel's chunks, windows that start within one."""
+    Case([600, 31], block_size=block_size).assert_right(window=539)
+
+
+def test_large_scores_do_not_overflow() -> None:
+    """Scores of several hundred, far above log of the largest float32, give finite results."""
+    case = Case([300])
+    case.scale = 60.0
+    out, _ = case.attend()
+
+    keys, values = (side[0] for side in case.exact)
+    best = (keys[:, 0] @ case.q[0, 0].astype(np.float64)).argmax()
+    np.testing.assert_allclose(out[0, 0], values[best, 0], rtol=1e-4, atol=1e-4)
+
+
+def test_nan_in_the_cache_is_not_hidden() -> None:
+    """A key that is NaN makes the heads that read it NaN."""
+    case = Case([40])
+    case.caches[0][case.block_tables[0, 1], 0, 3] = np.nan
+    out, lse = case.attend()
+
+    assert np.isnan(out[0, :2]).all()
+    assert np.isnan(lse[0, :2]).all()
+    assert np.isfinite(out[0, 2:]).all()
+
+
+def test_results_do_not_depend_on_threads_or_neighbours() -> None:
+    """A sequence has the same bits alone or in a batch, on one thread, two or three."""
+    case = Case([1300, 3, 700])
+    batch = case.attend(num_threads=1)[0]
+
+    for num_threads in (2, 3):
+        assert np.array_equal(case.attend(num_threads=num_threads)[0], batch)
+    case.q, case.block_tables = case.q[:1].copy(), case.block_tables[:1].copy()
+    case.context_lens, case.out_shape = case.context_lens[:1].copy(), (1, *case.out_shape[1:])
+    assert np.array_equal(case.attend()[0], batch[:1])
+
+
+def test_calls_from_two_threads_at_once_do_not_disturb_each_other() -> None:
+    """One caller with two threads and one with a single thread, as beside an accelerator thread."""
+    cases = [Case([900, 80], seed=1), Case([1200, 20], seed=2)]
+    expected = [case.attend()[0] for case in cases]
+    wrong: list[int] = []
+
+    def repeat(number: int, num_threads: int) -> None:
+        for _ in range(50):
+            if not np.array_equal(
+                cases[number].attend(num_threads=num_threads)[0], expected[number]
+            ):
+                wrong.append(number)
+
+    callers = [threading.Thread(target=repeat, args=(number, 2 - number)) for number in (0, 1)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+
+    assert wrong == []
+
+
+def test_read_only_queries_are_accepted() -> None:
+    """An array that may not be written to is read."""
+    case = Case([20])
+    case.q.flags.writeable = False
+    case.assert_right()
+
+
+def test_no_sequences_is_no_work() -> None:
+    """An empty batch returns without touching anything."""
+    case = Case([3])
+    case.q, case.block_tables = case.q[:0], case.block_tables[:0]
+    case.context_lens, case.out_shape = case.context_lens[:0], (0, *case.out_shape[1:])
+
+    assert case.attend()[0].shape == (0, 4, 32)
+
+
+def test_the_kernel_is_right_in_plain_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same functions, not compiled, over the Python twins of the vector operations."""
+    case = Case([3, 37], key_width=20, value_width=18, heads=3, kv_heads=1, cache_format="bfloat16")
+    names = [name for name, value in vars(attention_kernels).items() if hasattr(value, "py_func")]
+    for name in names:
+        monkeypatch.setattr(attention_kernels, name, getattr(attention_kernels, name).py_func)
+
+    def in_python(body_address: int, argument_address: int, num_threads: int) -> None:
+        call = attention_kernels.AttentionCall.from_address(argument_address)
+        sizes = {
+            "q": (np.float32, case.q.size),
+            "key_cache": (np.uint16, case.caches[0].size),
+            "value_cache": (np.uint16, case.caches[1].size),
+            "block_tables": (np.int32, case.block_tables.size),
+            "context_lens": (np.int32, case.context_lens.size),
+            "out": (np.float32, int(np.prod(case.out_shape))),
+            "lse": (np.float32, int(np.prod(case.out_shape[:2]))),
+            "floats": (np.float32, call.workers_at + call.worker_size),
+            "counters": (np.int64, call.rows_at + attention_kernels.WORKER_ROWS),
+        }
+        arrays = []
+        for name, (dtype, size) in sizes.items():
+            memory = (ctypes.c_char * (size * np.dtype(dtype).itemsize)).from_address(
+                getattr(call, name)
+            )
+            arrays.append(np.frombuffer(memory, dtype))
+        with np.errstate(invalid="ignore"):  # stale scratch in the padding of a last tile
+            attention_kernels._attend(call, *arrays)
+
+    monkeypatch.setattr(attention, "fork_join", in_python)
+    monkeypatch.setattr(attention, "attend_address", lambda cache_dtype: 0)
+
+    assert len(names) >= 7
+    case.assert_right()
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="names an x86-64 CPU")
+def test_the_kernel_needs_no_particular_x86_cpu() -> None:
+    """Compiled for a CPU with SSE2 only, the results are the same within rounding."""
+    script = (
+        "import numpy as np; from tests.cpu_kernels.test_attention import Case\n"
+        "Case([5, 40], key_width=20, value_width=18, cache_format='bfloat16').assert_right()"
+    )
+    environment = os.environ | {"NUMBA_CPU_NAME": "x86-64", "NUMBA_CPU_FEATURES": ""}
+    result = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True
+    )
+
+    assert result.stderr == ""
+    assert result.returncode == 0
+
+
+def test_wrong_arguments_are_named() -> None:
+    """Shapes, formats, layouts and ranges that do not fit raise with what was given."""
+    case = Case([20])
+    case.q = case.q[:, :3].copy()
+    with pytest.raises(ValueError, match=r"out is float32 \(1, 4, 32\).*\(1, 3, 32\)"):
+        case.attend()
+    case = Case([20])
+    case.caches[0] = case.caches[0].astype(np.float64)
+    with pytest.raises(ValueError, match="keys are float64"):
+        case.attend()
+    case = Case([20])
+    case.caches[1] = case.caches[1].transpose(0, 2, 1, 3)
+    with pytest.raises(ValueError, match="cache is float32"):
+        case.attend()
+    case = Case([20])
+    case.context_lens[0] = 100
+    with pytest.raises(ValueError, match=r"100 .* 1 to 48"):
+        case.attend()
+    case = Case([20])
+    with pytest.raises(ValueError, match="window is 0"):
+        case.attend(window=0)
+
+
+@given(
+    st.lists(st.integers(1, 90), min_size=1, max_size=3), st.integers(1, 89), st.integers(0, 1000)
+)
+@settings(max_examples=25, deadline=None)
+def test_merging_two_parts_equals_the_whole(lengths: list[int], cut: int, seed: int) -> None:
+    """The last `cut` tokens by a window, the rest by a shorter context, merged; both may be all."""
+    case = Case(lengths, seed=seed)
+    whole = case.attend()
+    newest = case.attend(window=cut)
+    older_out, older_lse = np.full_like(whole[0], np.nan), np.full_like(whole[1], -np.inf)
+    rest = case.context_lens - cut
+    case.context_lens = np.maximum(rest, 1).astype(np.int32)
+    out, lse = case.attend()
+    older_out[rest > 0], older_lse[rest > 0] = out[rest > 0], lse[rest > 0]
+
+    merged = merge_attention(older_out, older_lse, *newest)
+
+    for actual, expected in zip(merged, whole, strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=_TOLERANCE, atol=_TOLERANCE)
+
+
+def test_merging_nothing_with_nothing_is_nothing() -> None:
+    """Two empty sides give zeros and -inf, without a warning."""
+    empty = np.full((2, 3), np.nan, np.float32), np.full(2, -np.inf, np.float32)
+
+    out, lse = merge_attention(*empty, *empty)
+
+    assert not out.any()
+    assert np.isneginf(lse).all()
+    assert out.dtype == lse.dtype == np.float32
