@@ -24,7 +24,7 @@ from hetero import LLM, SamplingParams
 from hetero.errors import HeteroError
 from hetero.measure.machine import measure_machine
 from hetero.model_lookup import find_model, read_model_spec
-from planner.hardware import HardwareProfile
+from planner.hardware import AcceleratorName, HardwareProfile
 from planner.workload import Workload
 
 STRATEGIES = ("gpu", "offload", "split", "experts-on-cpu", None)
@@ -45,7 +45,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick:
         args.prompt_len, args.output_len, args.repetitions = 64, 16, 1
-    accelerator = args.accelerator or ("cuda" if torch.cuda.is_available() else "emulated")
+    accelerator: AcceleratorName = args.accelerator or (
+        "cuda" if torch.cuda.is_available() else "emulated"
+    )
     say("measuring the machine")
     profile = measure_machine(quick=True, accelerator=accelerator)
     spec = read_model_spec(find_model(args.model))
@@ -80,7 +82,7 @@ def headroom_gb(accelerator: str) -> float:
 def run(
     args: argparse.Namespace,
     profile: HardwareProfile,
-    accelerator: Any,
+    accelerator: AcceleratorName,
     strategy: str | None,
     budget_gb: float | None,
     workload: Workload,
@@ -105,10 +107,10 @@ def run(
             runs = []
             for _ in range(args.repetitions):
                 (out,) = llm.generate(prompt, params)
-                assert llm.measured is not None and llm.predicted is not None
+                assert llm.measured is not None
                 runs.append(llm.measured)
             timeline, predicted = llm.timeline, llm.predicted
-            assert timeline is not None
+            assert timeline is not None and predicted is not None
             row |= {
                 "placement": llm.plan.placement.name,
                 "cut": {
@@ -133,7 +135,10 @@ def run(
 
 
 def check(
-    args: argparse.Namespace, profile: HardwareProfile, accelerator: str, rows: list[dict[str, Any]]
+    args: argparse.Namespace,
+    profile: HardwareProfile,
+    accelerator: AcceleratorName,
+    rows: list[dict[str, Any]],
 ) -> dict[str, bool]:
     """Greedy tokens of every strategy in float32, with room for everything, against all-CPU."""
     workload = Workload(prompt_len=args.prompt_len, output_len=args.output_len)

@@ -239,7 +239,11 @@ class LLM:
             hardware=self.hardware,
             accelerator=self._accelerator,
             tokenizer=self.tokenizer,
-            eos_token_ids=read_eos_token_ids(checkpoint.folder),
+            eos_token_ids=(
+                self.tokenizer.eos_token_ids
+                if self.tokenizer is not None
+                else read_eos_token_ids(checkpoint.folder)
+            ),
             num_kv_blocks=max(planned, min(wanted, capacity)),
             max_num_seqs=max(max_num_seqs, self.plan.estimate.num_concurrent_seqs),
             max_model_len=self._max_model_len,

@@ -2,111 +2,157 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
-from itertools import pairwise
 
-from planner.cost_model import op_cost, predict
+from planner.cost_model import Pricer, op_cost
 from planner.hardware import HardwareProfile
 from planner.memory import DeviceMemory
 from planner.model_spec import ModelSpec
-from planner.placement import Device, Placement, TierPlacement
+from planner.placement import Device, Placement
 from planner.plan import Estimate
+from planner.simulate import makespan_s, simulate
 from planner.step_graph import StepGraph, build, build_kv_move
 from planner.timeline import TERMS, TimelineTerm
 from planner.workload import BatchShape, Workload, decode_shape, prefill_shapes
 
-# Long prompts are priced at this many of their chunks: the cost of a chunk is affine in its past
-# as long as one lane binds, so evenly spread samples miss little.
-_MAX_PRICED_STEPS = 6
+# Steps of one size differ in their past only, and the cost of a step is affine in its past as long
+# as one lane binds, so a few evenly spread pasts miss little.
+_MAX_PRICED_PASTS = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillStep:
+    """A prefill step that is priced, and what its price counts for.
+
+    `num_steps` is how many steps it stands for; `num_awaiting` how many sequences wait for those
+    steps before their first token, added up over the steps.
+    """
+
+    shape: BatchShape
+    num_steps: float
+    num_awaiting: float
+
+
+def prefill_steps(workload: Workload, chunk_tokens: int) -> tuple[PrefillStep, ...]:
+    """The prefill steps of a workload; of many that differ in their past only, a few.
+
+    A step between two priced pasts counts for both in proportion (linear interpolation), so that a
+    sum over all steps is a weighted sum over the priced ones.
+
+    Examples
+    --------
+    >>> [(step.shape.num_tokens, step.num_steps, step.num_awaiting)
+    ...     for step in prefill_steps(Workload(prompt_len=6, num_seqs=3), 8)]
+    [(8, 1.0, 3.0), (8, 1.0, 2.0), (2, 1.0, 1.0)]
+    """
+    shapes = prefill_shapes(workload.num_seqs, workload.prompt_len, chunk_tokens)
+    pasts_by_size: dict[tuple[int, int, int], set[float]] = {}
+    for shape in shapes:
+        pasts_by_size.setdefault(_size(shape), set()).add(shape.num_past_tokens)
+    priced_pasts = {size: _spread(sorted(pasts)) for size, pasts in pasts_by_size.items()}
+    num_steps: dict[BatchShape, float] = {}
+    num_awaiting: dict[BatchShape, float] = {}
+    num_waiting = workload.num_seqs
+    for shape in shapes:
+        for past, share in _between(priced_pasts[_size(shape)], shape.num_past_tokens):
+            like = _with_past(shape, past)
+            num_steps[like] = num_steps.get(like, 0.0) + share
+            num_awaiting[like] = num_awaiting.get(like, 0.0) + share * num_waiting
+        num_waiting -= shape.num_logits
+    return tuple(
+        PrefillStep(shape=shape, num_steps=num_steps[shape], num_awaiting=num_awaiting[shape])
+        for shape in num_steps
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefillCost:
-    """Prefill of all sequences of a batch."""
+    """Seconds of a batch's prefill, and the mean time until a sequence's own prompt has ended."""
 
-    step_ends_s: tuple[float, ...]
-    num_logits: tuple[int, ...]
-    terms: dict[TimelineTerm, float]
-    bottleneck: str
-
-    @property
-    def seconds(self) -> float:
-        return self.step_ends_s[-1]
+    seconds: float
+    mean_first_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DecodeCost:
-    """One decode step at mean context."""
+class PhaseTerms:
+    """What a phase's seconds are made of: critical path by term, and what takes most of it."""
 
-    seconds: float
     terms: dict[TimelineTerm, float]
     bottleneck: str
 
 
-def prefill_cost(
-    spec: ModelSpec, tier: TierPlacement, hardware: HardwareProfile, workload: Workload
-) -> PrefillCost:
-    """Price the prefill steps of a workload under a tier."""
-    graph = build(spec, tier)
-    shapes = prefill_shapes(workload.num_seqs, workload.prompt_len, tier.max_num_tokens)
-    priced: dict[BatchShape, float] = {}
-    terms: dict[TimelineTerm, float] = dict.fromkeys(TERMS, 0.0)
-    bottleneck = "none"
-    sampled = _spread(len(shapes), _MAX_PRICED_STEPS)
-    weight = len(shapes) / len(sampled)
-    for position in sampled:
-        timeline = predict(graph, spec, hardware, shapes[position])
-        priced[shapes[position]] = timeline.makespan_s
-        for term, seconds in timeline.by_term().items():
-            terms[term] += weight * seconds
-        bottleneck = timeline.bottleneck()
-    ends, clock = [], 0.0
-    known = [(position, priced[shapes[position]]) for position in sampled]
-    for position, shape in enumerate(shapes):
-        clock += priced[shape] if shape in priced else _between(known, position)
-        ends.append(clock)
-    return PrefillCost(
-        step_ends_s=tuple(ends),
-        num_logits=tuple(shape.num_logits for shape in shapes),
-        terms=terms,
-        bottleneck=bottleneck,
-    )
+class WavePricer:
+    """Prices steps for sequences that run together; tiers share the prices of equal ops.
 
+    Parameters
+    ----------
+    wave : Workload
+        The sequences that run together.
+    chunk_tokens : int
+        New tokens of one prefill step at most.
+    """
 
-def decode_cost(
-    spec: ModelSpec, tier: TierPlacement, hardware: HardwareProfile, workload: Workload
-) -> DecodeCost:
-    """Price one decode step at the mean context of a workload."""
-    past = workload.prompt_len + (workload.output_len - 1) / 2
-    timeline = predict(build(spec, tier), spec, hardware, decode_shape(workload.num_seqs, past))
-    return DecodeCost(
-        seconds=timeline.makespan_s,
-        terms=timeline.by_term(),
-        bottleneck=timeline.bottleneck(),
-    )
+    def __init__(
+        self, spec: ModelSpec, hardware: HardwareProfile, wave: Workload, chunk_tokens: int
+    ) -> None:
+        self._spec = spec
+        self._hardware = hardware
+        self._wave = wave
+        self._steps = [
+            (step, Pricer(spec, hardware, step.shape)) for step in prefill_steps(wave, chunk_tokens)
+        ]
+        # Decode steps read prompt_len .. prompt_len + output_len - 2 tokens of past.
+        past = wave.prompt_len + max(0, wave.output_len - 2) / 2
+        self._decode = Pricer(spec, hardware, decode_shape(wave.num_seqs, past))
 
+    def prefill(self, graph: StepGraph) -> PrefillCost:
+        """Price the prefill of all sequences."""
+        seconds, awaited_s = 0.0, 0.0
+        for step, price in self._steps:
+            step_s = makespan_s(graph, price)
+            seconds += step.num_steps * step_s
+            awaited_s += step.num_awaiting * step_s
+        return PrefillCost(seconds=seconds, mean_first_s=awaited_s / self._wave.num_seqs)
 
-def kv_move_s(
-    spec: ModelSpec,
-    graph: StepGraph,
-    hardware: HardwareProfile,
-    workload: Workload,
-) -> float:
-    """Seconds to run a KV move graph (`step_graph.build_kv_move`) once for every sequence."""
-    shape = BatchShape(
-        phase="prefill",
-        num_tokens=workload.prompt_len,
-        num_seqs=1,
-        num_past_tokens=0,
-        num_logits=1,
-    )
-    each = sum(op_cost(op, spec, hardware, shape).seconds for op in graph.ops)
-    return workload.num_seqs * each
+    def decode_step_s(self, graph: StepGraph) -> float:
+        """Price one decode step at mean context."""
+        return makespan_s(graph, self._decode)
+
+    def kv_move_s(self, graph: StepGraph) -> float:
+        """Seconds to run a KV move graph (`step_graph.build_kv_move`) once for every sequence."""
+        shape = BatchShape(
+            phase="prefill",
+            num_tokens=self._wave.prompt_len,
+            num_seqs=1,
+            num_past_tokens=0,
+            num_logits=1,
+        )
+        each = sum(op_cost(op, self._spec, self._hardware, shape).seconds for op in graph.ops)
+        return self._wave.num_seqs * each
+
+    def prefill_terms(self, graph: StepGraph) -> PhaseTerms:
+        """What the seconds of `prefill` are made of; the bottleneck is the costliest step's."""
+        terms: dict[TimelineTerm, float] = dict.fromkeys(TERMS, 0.0)
+        costliest_s, bottleneck = -1.0, "none"
+        for step, price in self._steps:
+            timeline = simulate(graph, price)
+            for term, seconds in timeline.by_term().items():
+                terms[term] += step.num_steps * seconds
+            if step.num_steps * timeline.makespan_s > costliest_s:
+                costliest_s = step.num_steps * timeline.makespan_s
+                bottleneck = timeline.bottleneck()
+        return PhaseTerms(terms=terms, bottleneck=bottleneck)
+
+    def decode_terms(self, graph: StepGraph) -> PhaseTerms:
+        """What the seconds of `decode_step_s` are made of."""
+        timeline = simulate(graph, self._decode)
+        return PhaseTerms(terms=timeline.by_term(), bottleneck=timeline.bottleneck())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Latency:
-    """The three times of a workload, and the rates of its phases."""
+    """The three times of a workload."""
 
     ttft_s: float
     tpot_s: float
@@ -114,24 +160,22 @@ class Latency:
 
 
 def latency(
-    prefill: PrefillCost, decode: DecodeCost, move_s: float, workload: Workload, num_concurrent: int
+    prefill: PrefillCost, decode_step_s: float, move_s: float, workload: Workload, num_waves: int
 ) -> Latency:
-    """Times of a workload: prefill of those that run together, then their decode, wave by wave."""
-    num_waves = -(-workload.num_seqs // num_concurrent)
-    firsts = sum(
-        end * count for end, count in zip(prefill.step_ends_s, prefill.num_logits, strict=True)
-    )
-    num_prefilled = sum(prefill.num_logits)
-    wave_s = prefill.seconds + move_s + (workload.output_len - 1) * decode.seconds
-    # Sequence i of a wave sees its first token when its own prompt ends; later waves wait.
-    ttft_s = firsts / num_prefilled + (num_waves - 1) / 2 * wave_s
-    rest = workload.output_len - 1
-    first_in_wave_s = firsts / num_prefilled
+    """Times of a workload that runs in waves: prefill of a wave, KV moves, then its decode."""
+    num_steps = workload.output_len - 1
+    wave_s = prefill.seconds + move_s + num_steps * decode_step_s
     return Latency(
-        ttft_s=ttft_s,
-        tpot_s=(wave_s - first_in_wave_s) / rest if rest else 0.0,
+        # A sequence sees its first token when its own prompt ends; later waves wait for earlier.
+        ttft_s=prefill.mean_first_s + (num_waves - 1) / 2 * wave_s,
+        tpot_s=(wave_s - prefill.mean_first_s) / num_steps if num_steps else 0.0,
         e2e_s=num_waves * wave_s,
     )
+
+
+def num_waves(workload: Workload, num_concurrent: int) -> int:
+    """Waves of up to `num_concurrent` sequences; the last one is priced as if it were full."""
+    return -(-workload.num_seqs // num_concurrent)
 
 
 def estimate(
@@ -154,47 +198,63 @@ def estimate(
     wave = Workload(
         prompt_len=workload.prompt_len, output_len=workload.output_len, num_seqs=concurrent
     )
-    prefill = prefill_cost(spec, placement.prefill, hardware, wave)
-    decode = decode_cost(spec, placement.decode, hardware, wave)
-    move_s = kv_move_s(spec, build_kv_move(placement.prefill, placement.decode), hardware, wave)
-    return combine(prefill, decode, move_s, workload, concurrent, memory or {})
-
-
-def combine(
-    prefill: PrefillCost,
-    decode: DecodeCost,
-    move_s: float,
-    workload: Workload,
-    num_concurrent: int,
-    memory: dict[Device, DeviceMemory],
-) -> Estimate:
-    """The Estimate that follows from priced phases."""
-    times = latency(prefill, decode, move_s, workload, num_concurrent)
-    prefill_terms = dict(prefill.terms)
-    prefill_terms["transfer"] += move_s
+    prefill_graph, decode_graph = build(spec, placement.prefill), build(spec, placement.decode)
+    pricer = WavePricer(spec, hardware, wave, placement.prefill.max_num_tokens)
+    prefill = pricer.prefill(prefill_graph)
+    decode_step_s = pricer.decode_step_s(decode_graph)
+    move_s = pricer.kv_move_s(build_kv_move(placement.prefill, placement.decode))
+    times = latency(prefill, decode_step_s, move_s, workload, num_waves(workload, concurrent))
+    prefill_terms, decode_terms = (
+        pricer.prefill_terms(prefill_graph),
+        pricer.decode_terms(decode_graph),
+    )
+    prefill_terms.terms["transfer"] += move_s
     return Estimate(
         ttft_s=times.ttft_s,
         tpot_s=times.tpot_s,
         e2e_s=times.e2e_s,
-        prefill_tokens_per_s=num_concurrent * workload.prompt_len / prefill.seconds,
-        decode_tokens_per_s=num_concurrent / decode.seconds,
-        num_concurrent_seqs=num_concurrent,
-        bytes_by_device={device: need.needed_bytes for device, need in memory.items()},
-        terms_by_phase={"prefill": prefill_terms, "decode": dict(decode.terms)},
-        bottleneck_by_phase={"prefill": prefill.bottleneck, "decode": decode.bottleneck},
+        prefill_tokens_per_s=concurrent * workload.prompt_len / prefill.seconds,
+        decode_tokens_per_s=concurrent / decode_step_s,
+        num_concurrent_seqs=concurrent,
+        bytes_by_device={device: need.needed_bytes for device, need in (memory or {}).items()},
+        terms_by_phase={"prefill": prefill_terms.terms, "decode": decode_terms.terms},
+        bottleneck_by_phase={
+            "prefill": prefill_terms.bottleneck,
+            "decode": decode_terms.bottleneck,
+        },
     )
 
 
-def _spread(count: int, limit: int) -> list[int]:
-    """Up to `limit` positions spread evenly over 0..count-1, both ends included."""
-    if count <= limit:
-        return list(range(count))
-    return sorted({round(index * (count - 1) / (limit - 1)) for index in range(limit)})
+def _size(shape: BatchShape) -> tuple[int, int, int]:
+    """What two steps must share to differ in their past only."""
+    return (shape.num_tokens, shape.num_seqs, shape.num_logits)
 
 
-def _between(known: list[tuple[int, float]], position: int) -> float:
-    """Linear interpolation over sorted (position, seconds); the ends are always known."""
-    for (x0, y0), (x1, y1) in pairwise(known):
-        if x0 <= position <= x1:
-            return y0 + (y1 - y0) * (position - x0) / (x1 - x0)
-    raise AssertionError("positions lie between the first and the last known one")
+def _with_past(shape: BatchShape, num_past_tokens: float) -> BatchShape:
+    return BatchShape(
+        phase=shape.phase,
+        num_tokens=shape.num_tokens,
+        num_seqs=shape.num_seqs,
+        num_past_tokens=num_past_tokens,
+        num_logits=shape.num_logits,
+    )
+
+
+def _spread(pasts: list[float]) -> list[float]:
+    """A few of some ascending pasts, evenly spread, both ends included."""
+    last = len(pasts) - 1
+    if last < _MAX_PRICED_PASTS:
+        return pasts
+    steps = _MAX_PRICED_PASTS - 1
+    return [pasts[round(index * last / steps)] for index in range(_MAX_PRICED_PASTS)]
+
+
+def _between(pasts: list[float], past: float) -> list[tuple[float, float]]:
+    """The ascending pasts beside one that lies between them, each with its share."""
+    position = bisect_left(pasts, past)
+    after = pasts[position]
+    if after == past:
+        return [(past, 1.0)]
+    before = pasts[position - 1]
+    share = (past - before) / (after - before)
+    return [(before, 1.0 - share), (after, share)]

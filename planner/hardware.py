@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
 from msgspec.structs import replace
 
 from planner.errors import ProfileError
@@ -19,13 +20,18 @@ DeviceKind = Literal["cpu", "cuda", "emulated"]
 Provenance = Literal["measured", "datasheet"]
 AcceleratorName = Literal["auto", "none", "cuda", "emulated"]
 
+# Checked where a profile is read: a rate of 0 would divide by zero far from the file that has it.
+PositiveInt = Annotated[int, Meta(ge=1)]
+Rate = Annotated[float, Meta(gt=0)]
+Seconds = Annotated[float, Meta(ge=0)]
+
 
 class LinearSample(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Rate of `y = x W^T` for `num_tokens` rows of x, with W read from main memory (not cached)."""
 
     dtype: Dtype
-    num_tokens: int
-    flop_per_s: float
+    num_tokens: PositiveInt
+    flop_per_s: Rate
 
 
 class DeviceProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -40,14 +46,14 @@ class DeviceProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     name: str
     kind: DeviceKind
-    memory_bytes: int
-    read_bytes_per_s: float
-    attention_bytes_per_s: float
-    attention_flop_per_s: float
-    launch_s: float
+    memory_bytes: Annotated[int, Meta(ge=0)]
+    read_bytes_per_s: Rate
+    attention_bytes_per_s: Rate
+    attention_flop_per_s: Rate
+    launch_s: Seconds
     linear: tuple[LinearSample, ...]
-    num_threads: int = 1
-    reserved_bytes: int = 0
+    num_threads: PositiveInt = 1
+    reserved_bytes: Annotated[int, Meta(ge=0)] = 0
 
     def linear_flop_per_s(self, dtype: Dtype, num_tokens: float) -> float:
         """Rate of the matrix product at a token count: log-log between samples, flat outside.
@@ -77,11 +83,11 @@ class LinkProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Rates of the link between host and GPU; `pageable_*` where the host memory is not pinned."""
 
     name: str
-    h2d_bytes_per_s: float
-    d2h_bytes_per_s: float
-    latency_s: float
-    pageable_h2d_bytes_per_s: float | None = None
-    pageable_d2h_bytes_per_s: float | None = None
+    h2d_bytes_per_s: Rate
+    d2h_bytes_per_s: Rate
+    latency_s: Seconds
+    pageable_h2d_bytes_per_s: Rate | None = None
+    pageable_d2h_bytes_per_s: Rate | None = None
 
 
 class Fingerprint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -162,12 +168,14 @@ class HardwareProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         return replace(self, gpu=None, link=None)
 
     def with_memory(self, *, cpu_bytes: int | None, gpu_bytes: int | None) -> HardwareProfile:
-        """The same machine with less (or more) memory; None leaves a device as it is."""
+        """The same machine with less (or more) memory; None leaves a device as it is.
+
+        A stated budget is the caller's own: nothing is taken off it for the runtime.
+        """
         cpus, gpu = self.cpu_by_threads, self.gpu
         if cpu_bytes is not None:
-            cpus = tuple(replace(cpu, memory_bytes=cpu_bytes) for cpu in cpus)
+            cpus = tuple(replace(cpu, memory_bytes=cpu_bytes, reserved_bytes=0) for cpu in cpus)
         if gpu_bytes is not None and gpu is not None:
-            # A stated budget is the caller's own: nothing is taken off it for the runtime.
             gpu = replace(gpu, memory_bytes=gpu_bytes, reserved_bytes=0)
         return replace(self, cpu_by_threads=cpus, gpu=gpu)
 
@@ -182,7 +190,11 @@ class HardwareProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         one = by_threads[0]
         rest = [cpu for cpu in by_threads if cpu.num_threads < by_threads[-1].num_threads]
         gpu = replace(
-            one, name=f"emulated on {one.name}", kind="emulated", memory_bytes=memory_bytes
+            one,
+            name=f"emulated on {one.name}",
+            kind="emulated",
+            memory_bytes=memory_bytes,
+            reserved_bytes=0,
         )
         link = LinkProfile(
             name="emulated link",

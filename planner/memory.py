@@ -10,7 +10,7 @@ from planner.hardware import HardwareProfile
 from planner.model_spec import ModelSpec, Module
 from planner.placement import Device, Placement, TierPlacement
 from planner.step_graph import NUM_STREAM_BUFFERS
-from planner.workload import PHASES, Workload
+from planner.workload import PHASES, Phase, Workload
 
 KV_BLOCK_TOKENS = 16
 _LOGIT_BYTES = 4
@@ -44,7 +44,8 @@ def available_bytes(hardware: HardwareProfile, device: Device) -> int:
     profile = hardware.cpu if device == "cpu" else hardware.gpu
     if profile is None:
         return 0
-    return int((profile.memory_bytes - profile.reserved_bytes) * (1.0 - MARGIN_SHARE[device]))
+    free = max(0, profile.memory_bytes - profile.reserved_bytes)
+    return int(free * (1.0 - MARGIN_SHARE[device]))
 
 
 class ModelBytes:
@@ -85,7 +86,7 @@ class ModelBytes:
         return num_tokens * self._token_bytes + num_logits * self._logit_bytes
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TierFacts:
     """What the memory of a placement needs to know of one tier."""
 
@@ -167,43 +168,93 @@ def needs(
 ) -> dict[Device, DeviceMemory]:
     """Memory that a placement needs on each device for all sequences of a workload at once."""
     sizes = ModelBytes(spec)
-    prefill = TierFacts.of(placement.prefill, spec, sizes)
-    decode = TierFacts.of(placement.decode, spec, sizes)
-    return needs_of_tiers(spec, sizes, prefill, decode, workload, hardware)
-
-
-def needs_of_tiers(
-    spec: ModelSpec,
-    sizes: ModelBytes,
-    prefill: TierFacts,
-    decode: TierFacts,
-    workload: Workload,
-    hardware: HardwareProfile,
-) -> dict[Device, DeviceMemory]:
-    """`needs` from facts that were worked out once for each tier."""
-    found: dict[Device, DeviceMemory] = {}
-    # All layers have one KV width.
-    kv_bytes = num_kv_blocks(workload) * KV_BLOCK_TOKENS * spec.kv_bytes_per_token(0)
-    prefill_tokens = min(prefill.tier.max_num_tokens, workload.num_seqs * workload.prompt_len)
-    prefill_activations = sizes.activation_bytes(
-        prefill_tokens, min(workload.num_seqs, prefill_tokens)
+    return WaveMemory(spec, sizes, workload, hardware).needs(
+        TierFacts.of(placement.prefill, spec, sizes), TierFacts.of(placement.decode, spec, sizes)
     )
-    decode_activations = sizes.activation_bytes(workload.num_seqs, workload.num_seqs)
-    devices: tuple[Device, ...] = ("cpu",) if hardware.gpu is None else ("gpu", "cpu")
-    for device in devices:
-        staging = max(prefill.staging_bytes, decode.staging_bytes) if device == "gpu" else 0
-        num_kv_layers = (prefill.kv_layers[device] | decode.kv_layers[device]).bit_count()
-        found[device] = DeviceMemory(
-            weights_bytes=sizes.weight_bytes(prefill.lives[device] | decode.lives[device]),
-            kv_bytes=kv_bytes * num_kv_layers,
-            activation_bytes=max(
-                prefill_activations if prefill.uses[device] else 0,
-                decode_activations if decode.uses[device] else 0,
-            ),
-            staging_bytes=staging,
-            available_bytes=available_bytes(hardware, device),
-        )
-    return found
+
+
+class WaveMemory:
+    """Memory of pairs of tiers for sequences that run together; what all pairs share is here."""
+
+    def __init__(
+        self, spec: ModelSpec, sizes: ModelBytes, wave: Workload, hardware: HardwareProfile
+    ) -> None:
+        self._spec = spec
+        self._sizes = sizes
+        self._wave = wave
+        # All layers have one KV width.
+        self._layer_kv_bytes = num_kv_blocks(wave) * KV_BLOCK_TOKENS * spec.kv_bytes_per_token(0)
+        devices: tuple[Device, ...] = ("cpu",) if hardware.gpu is None else ("gpu", "cpu")
+        self._available = {device: available_bytes(hardware, device) for device in devices}
+        self._activations: dict[tuple[TierFacts, Phase, Device], int] = {}
+
+    def needs(self, prefill: TierFacts, decode: TierFacts) -> dict[Device, DeviceMemory]:
+        """Bytes on each device; weights that either tier wants on a device are there for both."""
+        found: dict[Device, DeviceMemory] = {}
+        for device, available in self._available.items():
+            staging = max(prefill.staging_bytes, decode.staging_bytes) if device == "gpu" else 0
+            num_kv_layers = (prefill.kv_layers[device] | decode.kv_layers[device]).bit_count()
+            lives = prefill.lives[device] | decode.lives[device]
+            found[device] = DeviceMemory(
+                weights_bytes=self._sizes.weight_bytes(lives),
+                kv_bytes=self._layer_kv_bytes * num_kv_layers,
+                activation_bytes=max(
+                    self._activation_bytes(prefill, "prefill", device),
+                    self._activation_bytes(decode, "decode", device),
+                ),
+                staging_bytes=staging,
+                available_bytes=available,
+            )
+        return found
+
+    def _activation_bytes(self, facts: TierFacts, phase: Phase, device: Device) -> int:
+        """Live activations of a step of the phase, worked out once for each tier."""
+        key = (facts, phase, device)
+        if key not in self._activations:
+            work_out = (
+                self._prefill_activation_bytes
+                if phase == "prefill"
+                else self._decode_activation_bytes
+            )
+            self._activations[key] = work_out(facts, device)
+        return self._activations[key]
+
+    def _prefill_activation_bytes(self, facts: TierFacts, device: Device) -> int:
+        wave, chunk = self._wave, facts.tier.max_num_tokens
+        num_tokens = min(chunk, wave.num_seqs * wave.prompt_len)
+        num_logits = min(wave.num_seqs, num_tokens)
+        if not facts.uses[device]:
+            return self._logits_on_their_way(device, num_logits)
+        total = self._sizes.activation_bytes(num_tokens, num_logits)
+        if facts.kv_layers[device] and wave.num_seqs * wave.prompt_len > chunk:
+            # Prompts in parts read the cache: one sequence gathered at a time, behind a mask that
+            # is made from two boolean ones.
+            context_len = _whole_blocks(wave.prompt_len)
+            total += self._gathered_bytes(context_len)
+            total += num_tokens * context_len * (self._spec.dtype_bytes + 2)
+        return total
+
+    def _decode_activation_bytes(self, facts: TierFacts, device: Device) -> int:
+        wave = self._wave
+        if not facts.uses[device]:
+            return self._logits_on_their_way(device, wave.num_seqs)
+        total = self._sizes.activation_bytes(wave.num_seqs, wave.num_seqs)
+        if device == "gpu" and facts.kv_layers[device]:
+            # The CPU's kernel reads the pages in place, the GPU's gathers them.
+            total += self._gathered_bytes(wave.num_seqs * _whole_blocks(wave.context_len))
+        return total
+
+    def _logits_on_their_way(self, device: Device, num_logits: int) -> int:
+        """Tokens are sampled on the CPU, whatever computes."""
+        return self._sizes.activation_bytes(0, num_logits) if device == "cpu" else 0
+
+    def _gathered_bytes(self, num_tokens: int) -> int:
+        """One layer's KV, gathered: keys, then values before and after they are laid out."""
+        return num_tokens * self._spec.kv_bytes_per_token(0) * 3 // 2
+
+
+def _whole_blocks(num_tokens: int) -> int:
+    return math.ceil(num_tokens / KV_BLOCK_TOKENS) * KV_BLOCK_TOKENS
 
 
 def kv_block_capacity(

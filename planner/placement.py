@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
 
 from planner.model_spec import ModelSpec, Module
 from planner.workload import DEFAULT_CHUNK_TOKENS, Phase
@@ -64,8 +65,8 @@ class TierPlacement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     phase: Phase
     strategy: str
-    cut: int
-    max_num_tokens: int = DEFAULT_CHUNK_TOKENS
+    cut: Annotated[int, Meta(ge=0)]
+    max_num_tokens: Annotated[int, Meta(ge=1)] = DEFAULT_CHUNK_TOKENS
     embedding: ModulePlacement
     layers: tuple[LayerPlacement, ...]
     head: ModulePlacement
@@ -92,11 +93,9 @@ class TierPlacement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         return tuple(n for n, where in self.layers[layer].modules() if where.runs == "stream")
 
 
-def pair_name(prefill: TierPlacement, decode: TierPlacement) -> str:
+def pair_name(prefill: str, decode: str) -> str:
     """Strategy of both phases, or both strategies joined by a plus."""
-    if prefill.strategy == decode.strategy:
-        return decode.strategy
-    return f"{prefill.strategy}+{decode.strategy}"
+    return decode if prefill == decode else f"{prefill}+{decode}"
 
 
 class Placement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -122,7 +121,7 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     @property
     def name(self) -> str:
         """`offload` where both phases use one strategy, `offload+split` where they differ."""
-        return pair_name(self.prefill, self.decode)
+        return pair_name(self.prefill.strategy, self.decode.strategy)
 
     def tier(self, phase: Phase) -> TierPlacement:
         return self.prefill if phase == "prefill" else self.decode

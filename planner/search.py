@@ -4,51 +4,134 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 
 from msgspec.structs import replace
 
 from planner.errors import PlannerError
-from planner.estimate import (
-    DecodeCost,
-    Latency,
-    PrefillCost,
-    combine,
-    decode_cost,
-    kv_move_s,
-    latency,
-    prefill_cost,
-)
+from planner.estimate import Latency, PrefillCost, WavePricer, estimate, latency, num_waves
 from planner.hardware import HardwareProfile
-from planner.memory import DeviceMemory, ModelBytes, TierFacts, needs_of_tiers
+from planner.memory import DeviceMemory, ModelBytes, TierFacts, WaveMemory
 from planner.model_spec import ModelSpec
-from planner.placement import Device, Placement, pair_name
+from planner.placement import Device, Placement, TierPlacement, pair_name
 from planner.plan import Alternative, Plan
-from planner.step_graph import build_kv_move
+from planner.step_graph import StepGraph, build, build_kv_move
 from planner.strategies import STRATEGIES, candidates
-from planner.workload import DEFAULT_CHUNK_TOKENS, Objective, Phase, Workload
+from planner.workload import DEFAULT_CHUNK_TOKENS, PHASES, Objective, Phase, Workload
+
+
+class _Tier:
+    """A candidate, for either phase; its graph is built when it is first priced."""
+
+    def __init__(self, tier: TierPlacement, spec: ModelSpec, sizes: ModelBytes) -> None:
+        self.facts = TierFacts.of(tier, spec, sizes)
+        self._spec = spec
+
+    @property
+    def strategy(self) -> str:
+        return self.facts.tier.strategy
+
+    @property
+    def cut(self) -> int:
+        return self.facts.tier.cut
+
+    def placement(self, phase: Phase) -> TierPlacement:
+        return replace(self.facts.tier, phase=phase)
+
+    @cached_property
+    def graph(self) -> StepGraph:
+        return build(self._spec, self.facts.tier)
+
+
+class _Wave:
+    """Memory and prices for sequences in waves of one size; every tier is priced at most once."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        sizes: ModelBytes,
+        hardware: HardwareProfile,
+        workload: Workload,
+        num_concurrent: int,
+        chunk_tokens: int,
+    ) -> None:
+        wave = replace(workload, num_seqs=num_concurrent)
+        self.num_concurrent = num_concurrent
+        self.memory = WaveMemory(spec, sizes, wave, hardware)
+        self.pricer = WavePricer(spec, hardware, wave, chunk_tokens)
+        self._workload = workload
+        self._num_waves = num_waves(workload, num_concurrent)
+        self._prefills: dict[_Tier, PrefillCost] = {}
+        self._decode_steps_s: dict[_Tier, float] = {}
+        self._moves_s: dict[tuple[int, int], float] = {}
+
+    def prefill_cost(self, tier: _Tier) -> PrefillCost:
+        if tier not in self._prefills:
+            self._prefills[tier] = self.pricer.prefill(tier.graph)
+        return self._prefills[tier]
+
+    def decode_step_s(self, tier: _Tier) -> float:
+        if tier not in self._decode_steps_s:
+            self._decode_steps_s[tier] = self.pricer.decode_step_s(tier.graph)
+        return self._decode_steps_s[tier]
+
+    def move_s(self, prefill: _Tier, decode: _Tier) -> float:
+        """Seconds of moving the KV of all sequences between the phases."""
+        before, after = prefill.facts.kv_layers["gpu"], decode.facts.kv_layers["gpu"]
+        # All layers have one KV width: how many go up and how many go down is all that counts.
+        counts = ((after & ~before).bit_count(), (before & ~after).bit_count())
+        if counts not in self._moves_s:
+            graph = build_kv_move(prefill.facts.tier, decode.facts.tier)
+            self._moves_s[counts] = self.pricer.kv_move_s(graph)
+        return self._moves_s[counts]
+
+    def latency(self, prefill: _Tier, decode: _Tier) -> Latency:
+        return latency(
+            self.prefill_cost(prefill),
+            self.decode_step_s(decode),
+            self.move_s(prefill, decode),
+            self._workload,
+            self._num_waves,
+        )
+
+    def seconds_by_phase(self, prefill: _Tier, decode: _Tier) -> dict[Phase, float]:
+        """Seconds that the workload spends in each phase, KV moves in the first."""
+        prefill_s = self.prefill_cost(prefill).seconds + self.move_s(prefill, decode)
+        decode_s = (self._workload.output_len - 1) * self.decode_step_s(decode)
+        return {"prefill": self._num_waves * prefill_s, "decode": self._num_waves * decode_s}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Pair:
-    """A prefill tier and a decode tier with their price for sequences in waves of one size."""
+    """A prefill tier and a decode tier for sequences in waves of one size."""
 
-    prefill: TierFacts
-    decode: TierFacts
-    prefill_cost: PrefillCost
-    decode_cost: DecodeCost
-    move_s: float
-    num_concurrent: int
-    times: Latency
+    prefill: _Tier
+    decode: _Tier
+    wave: _Wave
 
     @property
     def name(self) -> str:
-        return pair_name(self.prefill.tier, self.decode.tier)
+        return pair_name(self.prefill.strategy, self.decode.strategy)
+
+    @property
+    def placement(self) -> Placement:
+        return Placement(
+            prefill=self.prefill.placement("prefill"), decode=self.decode.placement("decode")
+        )
+
+    @property
+    def memory(self) -> dict[Device, DeviceMemory]:
+        return self.wave.memory.needs(self.prefill.facts, self.decode.facts)
+
+    @property
+    def times(self) -> Latency:
+        return self.wave.latency(self.prefill, self.decode)
 
     @property
     def rank(self) -> tuple[float, bool, int, int]:
         """Fastest first; of equals one strategy for both phases, then the smaller cuts."""
-        prefill, decode = self.prefill.tier, self.decode.tier
-        return (self.times.e2e_s, prefill.strategy != decode.strategy, prefill.cut, decode.cut)
+        is_mixed = self.prefill.strategy != self.decode.strategy
+        return (self.times.e2e_s, is_mixed, self.prefill.cut, self.decode.cut)
 
 
 def search(
@@ -64,8 +147,8 @@ def search(
 
     The space is every pair of (prefill tier, decode tier) of the named strategies with all their
     cut points; weights that either tier wants on a device are resident there, KV that changes
-    device between the phases is moved and charged. The search prices each tier once and then
-    checks memory in order of price, which is exhaustive: the gap to the best of the space is 0.
+    device between the phases is moved and charged. Every pair that fits is priced, which is
+    exhaustive: the gap to the best of the space is 0.
 
     Parameters
     ----------
@@ -94,37 +177,34 @@ def search(
         known = ", ".join(STRATEGIES)
         raise PlannerError(f"strategy {strategy!r} is not one of {known}")
     sizes = ModelBytes(spec)
-    pairs = [
-        pair
-        for num_concurrent in _wave_sizes(workload, objective)
-        for pair in _priced_pairs(
-            spec, sizes, hardware, workload, num_concurrent, chunk_tokens, strategy
+    names = tuple(STRATEGIES) if strategy is None else (strategy,)
+    # Strategies place both phases alike, so one list of candidates serves both.
+    tiers = [
+        _Tier(tier, spec, sizes)
+        for tier in candidates(
+            spec,
+            "prefill",
+            has_gpu=hardware.gpu is not None,
+            chunk_tokens=chunk_tokens,
+            names=names,
         )
     ]
-    if not pairs:
+    if not tiers:
         raise PlannerError(
             f"strategy {strategy!r} does not apply: {_no_candidates(spec, hardware)}"
         )
-    pairs.sort(key=lambda pair: pair.rank)
-
-    def memory_of(pair: _Pair) -> dict[Device, DeviceMemory]:
-        wave = _wave(workload, pair.num_concurrent)
-        return needs_of_tiers(spec, sizes, pair.prefill, pair.decode, wave, hardware)
-
-    fitting: dict[str, _Pair] = {}
-    misses: dict[str, tuple[int, _Pair]] = {}
-    for pair in pairs:
-        if pair.name in fitting:
-            continue
-        lacking = _lacking_bytes(memory_of(pair))
-        if lacking == 0:
-            fitting[pair.name] = pair
-        elif pair.name not in misses or lacking < misses[pair.name][0]:
-            misses[pair.name] = (lacking, pair)
-    # Both dictionaries were filled in order of price; the nearest miss lacks the fewest bytes.
-    missed = {name: miss for name, miss in misses.items() if name not in fitting}
-    nearest = [pair for _, pair in sorted(missed.values(), key=lambda miss: miss[0])]
-    chosen, *others = [*fitting.values(), *nearest]
+    pairs = [
+        _Pair(prefill=prefill, decode=decode, wave=wave)
+        for wave in (
+            _Wave(spec, sizes, hardware, workload, num_concurrent, chunk_tokens)
+            for num_concurrent in _wave_sizes(workload, objective)
+        )
+        for prefill in tiers
+        for decode in tiers
+    ]
+    fitting, nearest = _best_by_name(pairs)
+    chosen, *others = [*fitting, *nearest]
+    placement = chosen.placement
     return Plan(
         model=spec.name,
         model_fingerprint=spec.fingerprint,
@@ -134,17 +214,44 @@ def search(
         workload=workload,
         objective=objective,
         feasible=bool(fitting),
-        placement=Placement(prefill=chosen.prefill.tier, decode=chosen.decode.tier),
-        estimate=combine(
-            chosen.prefill_cost,
-            chosen.decode_cost,
-            chosen.move_s,
+        placement=placement,
+        estimate=estimate(
+            spec,
+            placement,
+            hardware,
             workload,
-            chosen.num_concurrent,
-            memory_of(chosen),
+            chosen.memory,
+            num_concurrent=chosen.wave.num_concurrent,
         ),
         optimality_gap=0.0,
-        alternatives=tuple(_alternative(pair, chosen, memory_of(pair)) for pair in others),
+        alternatives=tuple(_alternative(pair, chosen) for pair in others),
+    )
+
+
+def _best_by_name(pairs: list[_Pair]) -> tuple[list[_Pair], list[_Pair]]:
+    """Of each name the fastest pair that fits, by price; of the others the nearest miss.
+
+    The nearest miss lacks the fewest bytes and is the fastest of those. Only pairs that fit or are
+    nearest are priced.
+    """
+    fitting: dict[str, _Pair] = {}
+    lacking: dict[str, int] = {}
+    misses: dict[str, list[_Pair]] = {}
+    for pair in pairs:
+        name, num_bytes = pair.name, _lacking_bytes(pair.memory)
+        if num_bytes == 0:
+            if name not in fitting or pair.rank < fitting[name].rank:
+                fitting[name] = pair
+        elif name not in lacking or num_bytes < lacking[name]:
+            lacking[name], misses[name] = num_bytes, [pair]
+        elif num_bytes == lacking[name]:
+            misses[name].append(pair)
+    missed = [name for name in misses if name not in fitting]
+    nearest = {name: min(misses[name], key=lambda pair: pair.rank) for name in missed}
+    missed.sort(key=lambda name: (lacking[name], nearest[name].rank))
+    return (
+        sorted(fitting.values(), key=lambda pair: pair.rank),
+        [nearest[name] for name in missed],
     )
 
 
@@ -175,88 +282,41 @@ def _wave_sizes(workload: Workload, objective: Objective) -> list[int]:
     return sizes
 
 
-def _priced_pairs(
-    spec: ModelSpec,
-    sizes: ModelBytes,
-    hardware: HardwareProfile,
-    workload: Workload,
-    num_concurrent: int,
-    chunk_tokens: int,
-    strategy: str | None,
-) -> list[_Pair]:
-    """Every pair of tiers, each tier priced once."""
-    wave = _wave(workload, num_concurrent)
-    names = tuple(STRATEGIES) if strategy is None else (strategy,)
-
-    def tiers(phase: Phase) -> list[TierFacts]:
-        found = candidates(
-            spec,
-            phase,
-            has_gpu=hardware.gpu is not None,
-            chunk_tokens=chunk_tokens,
-            names=names,
-        )
-        return [TierFacts.of(tier, spec, sizes) for tier in found]
-
-    prefills = [
-        (facts, prefill_cost(spec, facts.tier, hardware, wave)) for facts in tiers("prefill")
-    ]
-    decodes = [(facts, decode_cost(spec, facts.tier, hardware, wave)) for facts in tiers("decode")]
-    move_s_by_layers: dict[tuple[int, int], float] = {}
-    pairs = []
-    for prefill, cost in prefills:
-        for decode, step in decodes:
-            kv_layers = (prefill.kv_layers["gpu"], decode.kv_layers["gpu"])
-            if kv_layers not in move_s_by_layers:
-                graph = build_kv_move(prefill.tier, decode.tier)
-                move_s_by_layers[kv_layers] = kv_move_s(spec, graph, hardware, wave)
-            move_s = move_s_by_layers[kv_layers]
-            pairs.append(
-                _Pair(
-                    prefill=prefill,
-                    decode=decode,
-                    prefill_cost=cost,
-                    decode_cost=step,
-                    move_s=move_s,
-                    num_concurrent=num_concurrent,
-                    times=latency(cost, step, move_s, workload, num_concurrent),
-                )
-            )
-    return pairs
-
-
-def _wave(workload: Workload, num_concurrent: int) -> Workload:
-    return replace(workload, num_seqs=num_concurrent)
-
-
 def _lacking_bytes(memory: dict[Device, DeviceMemory]) -> int:
     return sum(max(0, need.needed_bytes - need.available_bytes) for need in memory.values())
 
 
-def _alternative(pair: _Pair, chosen: _Pair, memory: dict[Device, DeviceMemory]) -> Alternative:
+def _alternative(pair: _Pair, chosen: _Pair) -> Alternative:
     """One row of what was not chosen, with the reason."""
+    memory = pair.memory
     fits = _lacking_bytes(memory) == 0
+    times = pair.times
     return Alternative(
         name=pair.name,
-        cut_by_phase={"prefill": pair.prefill.tier.cut, "decode": pair.decode.tier.cut},
+        cut_by_phase={"prefill": pair.prefill.cut, "decode": pair.decode.cut},
         feasible=fits,
-        ttft_s=pair.times.ttft_s,
-        tpot_s=pair.times.tpot_s,
-        e2e_s=pair.times.e2e_s,
+        ttft_s=times.ttft_s,
+        tpot_s=times.tpot_s,
+        e2e_s=times.e2e_s,
         reason=_why_slower(pair, chosen) if fits else _why_not(memory),
     )
 
 
 def _why_slower(pair: _Pair, chosen: _Pair) -> str:
-    """Which phase lost, by how much, and what bound it."""
+    """Which phase lost more seconds, by how much all is slower, and what bound that phase."""
+    ours = pair.wave.seconds_by_phase(pair.prefill, pair.decode)
+    best = chosen.wave.seconds_by_phase(chosen.prefill, chosen.decode)
+    phase: Phase = max(PHASES, key=lambda phase: ours[phase] - best[phase])
+    pricer = pair.wave.pricer
+    terms = (
+        pricer.prefill_terms(pair.prefill.graph)
+        if phase == "prefill"
+        else pricer.decode_terms(pair.decode.graph)
+    )
     ratio = pair.times.e2e_s / chosen.times.e2e_s
-    lost_prefill = pair.prefill_cost.seconds - chosen.prefill_cost.seconds
-    lost_decode = pair.decode_cost.seconds - chosen.decode_cost.seconds
-    phase = "prefill" if lost_prefill > lost_decode else "decode"
-    bottleneck = pair.prefill_cost.bottleneck if phase == "prefill" else pair.decode_cost.bottleneck
     if ratio < 1.005:
-        return f"as fast within 0.5%; {phase} bound by {bottleneck}"
-    return f"{ratio:.2f}x the time; {phase} bound by {bottleneck}"
+        return f"as fast within 0.5%; {phase} bound by {terms.bottleneck}"
+    return f"{ratio:.2f}x the time; {phase} bound by {terms.bottleneck}"
 
 
 def _why_not(memory: dict[Device, DeviceMemory]) -> str:

@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
-import heapq
-from collections import deque
 from collections.abc import Callable
 
-from planner.step_graph import Lane, Op, StepGraph
+from planner.step_graph import LANES, Op, StepGraph
 from planner.timeline import Span, Timeline
 
 
-def simulate(graph: StepGraph, seconds: Callable[[Op], float]) -> Timeline:
-    """Run the graph on ideal lanes: each lane does one op at a time, in graph order.
+def op_times(graph: StepGraph, seconds: Callable[[Op], float]) -> list[tuple[float, float]]:
+    """Start and end of every op on ideal lanes: each does one op at a time, in graph order.
 
-    An event-driven simulation. An op begins when its lane is free and its dependencies have ended;
-    lanes never reorder, as the executor's do not.
+    An op begins when its lane is free and its dependencies have ended. Lanes never reorder, as the
+    executor's do not, and a graph is in topological order, so one pass over it is exact.
+    """
+    free_s = dict.fromkeys(LANES, 0.0)
+    times: list[tuple[float, float]] = []
+    for op in graph.ops:
+        start_s = free_s[op.lane]
+        for dep in op.deps:
+            end_s = times[dep][1]
+            if end_s > start_s:
+                start_s = end_s
+        end_s = free_s[op.lane] = start_s + seconds(op)
+        times.append((start_s, end_s))
+    return times
+
+
+def makespan_s(graph: StepGraph, seconds: Callable[[Op], float]) -> float:
+    """Seconds of the whole step: `simulate(graph, seconds).makespan_s` without the Timeline."""
+    return max((end_s for _, end_s in op_times(graph, seconds)), default=0.0)
+
+
+def simulate(graph: StepGraph, seconds: Callable[[Op], float]) -> Timeline:
+    """Run the graph on ideal lanes.
 
     Parameters
     ----------
@@ -32,38 +51,10 @@ def simulate(graph: StepGraph, seconds: Callable[[Op], float]) -> Timeline:
     >>> simulate(graph, lambda op: 2.0 if op.kind == "copy" else 3.0).makespan_s
     5.0
     """
-    queues: dict[Lane, deque[Op]] = {lane: deque(graph.lane(lane)) for lane in graph.lanes}
-    missing = {op.index: len(op.deps) for op in graph.ops}
-    waiting: dict[int, list[Op]] = {}
-    for op in graph.ops:
-        for dep in op.deps:
-            waiting.setdefault(dep, []).append(op)
-    running: list[tuple[float, int]] = []
-    idle: set[Lane] = set(graph.lanes)
-    starts: dict[int, float] = {}
-    spans: dict[int, Span] = {}
-
-    def start_what_can(now: float) -> None:
-        for lane in sorted(idle):
-            queue = queues[lane]
-            if queue and missing[queue[0].index] == 0:
-                op = queue.popleft()
-                starts[op.index] = now
-                heapq.heappush(running, (now + seconds(op), op.index))
-                idle.discard(lane)
-
-    start_what_can(0.0)
-    while running:
-        now, index = heapq.heappop(running)
-        ended = [index]
-        while running and running[0][0] == now:
-            ended.append(heapq.heappop(running)[1])
-        for done in ended:
-            op = graph.ops[done]
-            spans[done] = Span(op=op, start_s=starts[done], end_s=now)
-            idle.add(op.lane)
-            for later in waiting.get(done, ()):
-                missing[later.index] -= 1
-        start_what_can(now)
-    assert len(spans) == len(graph.ops), "the graph has a cycle or is not in lane order"
-    return Timeline(spans=tuple(spans[op.index] for op in graph.ops))
+    times = op_times(graph, seconds)
+    return Timeline(
+        spans=tuple(
+            Span(op=op, start_s=start_s, end_s=end_s)
+            for op, (start_s, end_s) in zip(graph.ops, times, strict=True)
+        )
+    )

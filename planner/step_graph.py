@@ -134,7 +134,7 @@ class _Builder:
                 index=len(self.ops),
                 kind=kind,
                 lane=lane,
-                deps=tuple(sorted(set(deps))),
+                deps=deps if len(deps) < 2 else tuple(sorted(set(deps))),
                 layer=layer,
                 payload=payload,
                 module=module,

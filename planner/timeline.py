@@ -36,6 +36,10 @@ class Span:
         return self.end_s - self.start_s
 
 
+def _end_s(span: Span) -> float:
+    return span.end_s
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timeline:
     """Spans of one step, in the order of the graph."""
@@ -72,23 +76,22 @@ class Timeline:
         """
         if not self.spans:
             return ()
-        by_index = {span.op.index: span for span in self.spans}
-        before: dict[int, Span] = {}
-        for lane in LANES:
-            previous: Span | None = None
-            for span in self.lane(lane):
-                if previous is not None:
-                    before[span.op.index] = previous
-                previous = span
-        path = [max(self.spans, key=lambda span: span.end_s)]
-        while True:
-            here = path[-1]
-            waited = [by_index[dep] for dep in here.op.deps]
-            if here.op.index in before:
-                waited.append(before[here.op.index])
-            if not waited:
-                break
-            path.append(max(waited, key=lambda span: span.end_s))
+        # Lanes in the order of the graph, which they keep: measured starts may be out of order by
+        # a clock tick, and a walk along them could go round in circles.
+        waited_for: dict[int, Span] = {}
+        by_index: dict[int, Span] = {}
+        last_of_lane: dict[Lane, Span] = {}
+        for span in self.spans:
+            op = span.op
+            waited = [by_index[dep] for dep in op.deps]
+            if op.lane in last_of_lane:
+                waited.append(last_of_lane[op.lane])
+            if waited:
+                waited_for[op.index] = max(waited, key=_end_s)
+            by_index[op.index] = last_of_lane[op.lane] = span
+        path = [max(self.spans, key=_end_s)]
+        while path[-1].op.index in waited_for:
+            path.append(waited_for[path[-1].op.index])
         return tuple(reversed(path))
 
     def by_term(self) -> dict[TimelineTerm, float]:

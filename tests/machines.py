@@ -26,8 +26,12 @@ def toy_cpu(num_threads: int = 1, memory_bytes: int = 8_000_000_000) -> DevicePr
     )
 
 
-def toy_machine(num_threads: int = 2) -> HardwareProfile:
-    """A machine without a GPU, measured with one thread and with all of them."""
+def toy_machine(num_threads: int = 1) -> HardwareProfile:
+    """A machine without a GPU, measured with one thread and with all of them.
+
+    One thread by default: the models of the tests are too small to gain from two, and threads that
+    wait for each other on a busy machine lose much.
+    """
     return HardwareProfile(
         name="toy machine",
         provenance="measured",

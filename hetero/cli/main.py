@@ -14,8 +14,8 @@ from typing import Any, NoReturn
 import click
 
 import hetero
-from hetero.terminal_text import one_line
 from hetero.errors import ExitCode, HeteroError
+from hetero.terminal_text import one_line
 
 # First lines of the commands' own help, here so that `hetero --help` loads none of them.
 SHORT_HELP = {
@@ -51,15 +51,6 @@ class _Commands(click.Group):
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         return _load(name) if name in SHORT_HELP else None
-
-    def resolve_command(
-        self, context: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and args[0] not in SHORT_HELP and not args[0].startswith("-"):
-            context.fail(
-                f"there is no command {args[0]!r}; the commands are {', '.join(SHORT_HELP)}"
-            )
-        return super().resolve_command(context, args)
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -149,6 +140,11 @@ def run_command(arguments: list[str]) -> int:
 
 
 def _unexpected(error: Exception) -> int:
+    if isinstance(error, ModuleNotFoundError):
+        return _fail(
+            f"error: the Python package {error.name} is missing; install hetero again, with pip",
+            ExitCode.ENVIRONMENT,
+        )
     from planner.errors import (
         DoesNotFitError,
         ModelSpecError,

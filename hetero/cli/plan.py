@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +57,7 @@ if TYPE_CHECKING:
 @click.pass_context
 def plan(
     context: click.Context,
+    /,
     model: str | None,
     prompt_len: int | None,
     output_len: int | None,
@@ -106,5 +107,5 @@ def _print(made: Plan, hardware: HardwareProfile) -> None:
     from hetero.report import print_plan
 
     # A pipe has no width: a table of 100 columns is what grep and a mail can take.
-    width = None if os.isatty(1) else 100
+    width = None if sys.stdout.isatty() else 100
     print_plan(Console(width=width, highlight=False), made, hardware)

@@ -33,8 +33,12 @@ def linear_sample(
     return LinearSample(dtype=dtype, num_tokens=num_tokens, flop_per_s=flops / seconds)
 
 
-def model_shapes(spec: ModelSpec) -> tuple[Shape, ...]:
-    """Products of a model's largest layer: qkv, output, gate and up, down."""
+def model_shapes(spec: ModelSpec, *, max_elements: int) -> tuple[Shape, ...]:
+    """Products of a model's largest layer: qkv, output, gate and up, down.
+
+    One of more than `max_elements` weights is cut to its first rows: it would neither fit the
+    memory that is rotated through, nor be any different.
+    """
     layer = max(spec.layers, key=lambda layer: layer.intermediate_size)
     hidden, width = spec.hidden_size, layer.intermediate_size
     shapes = (
@@ -43,7 +47,8 @@ def model_shapes(spec: ModelSpec) -> tuple[Shape, ...]:
         (2 * width, hidden),
         (hidden, width),
     )
-    return tuple(dict.fromkeys(shapes))
+    cut = ((min(rows, max(1, max_elements // columns)), columns) for rows, columns in shapes)
+    return tuple(dict.fromkeys(cut))
 
 
 def _linear_seconds(

@@ -136,7 +136,7 @@ def measure_with(
     num_bytes, size_notes = _rotated_bytes(spec, memory_bytes)
     progress(f"filling {num_bytes / 1e6:.0f} MB, so that reads miss the caches")
     memory = cold_cpu_memory(num_bytes)
-    subject = _Subject.of(spec)
+    subject = _Subject.of(spec, num_bytes)
     with torch.inference_mode():
         cpus = tuple(
             _measure_cpu(memory, num_threads, effort, subject, progress)
@@ -178,10 +178,11 @@ class _Subject:
     attention_dtype: Dtype = "bfloat16"
 
     @classmethod
-    def of(cls, spec: ModelSpec | None) -> _Subject:
+    def of(cls, spec: ModelSpec | None, num_bytes: int) -> _Subject:
         if spec is None:
             return cls()
-        shapes = model_shapes(spec)
+        # four of the largest product in float32
+        shapes = model_shapes(spec, max_elements=num_bytes // 16)
         return cls(
             cpu_shapes=shapes,
             gpu_shapes=shapes,

@@ -148,7 +148,8 @@ class CudaClock:
 
     def seconds(self, event: torch.cuda.Event) -> float:
         """Host time (`time.perf_counter`) at which an event of the device happened."""
-        return self._host_s + self._event.elapsed_time(event) / 1e3
+        elapsed_ms: float = self._event.elapsed_time(event)
+        return self._host_s + elapsed_ms / 1e3
 
 
 class CudaLane:

@@ -189,7 +189,7 @@ def fill(checkpoint: Checkpoint, layout: ModuleLayout, flat: Tensor) -> None:
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.view(torch.uint8).numpy()).cast("B")
+    return tensor.view(torch.uint8).numpy().data
 
 
 def _host_flat(layout: ModuleLayout, dtype: torch.dtype, pinned_for: Accelerator | None) -> Tensor:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from hetero import LLM, RequestOutput, SamplingParams
 from hetero.errors import (
@@ -23,7 +24,7 @@ from hetero.errors import (
 from hetero.model_lookup import find_model
 from planner.plan import Plan
 from planner.workload import Workload
-from tests.machines import toy_machine
+from tests.machines import toy_cpu, toy_machine
 from tests.tiny_models import save_tiny_model
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0)
@@ -225,11 +226,15 @@ def test_a_plan_for_another_model_or_machine_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(PlanMismatchError, match=r"made for model demo .* but this is other"):
         LLM(other, profile=toy_machine(), plan=path)
-    with pytest.raises(PlanMismatchError, match=r"made for the machine toy machine .* toy machine"):
-        LLM(
-            profile=toy_machine(num_threads=3).with_memory(cpu_bytes=None, gpu_bytes=None),
-            plan=plan,
-        )
+    elsewhere = replace(
+        toy_machine(),
+        name="another machine",
+        cpu_by_threads=(replace(toy_cpu(), name="another cpu"),),
+    )
+    with pytest.raises(
+        PlanMismatchError, match=r"made for the machine toy machine .* this is another machine"
+    ):
+        LLM(profile=elsewhere, plan=plan)
     with LLM(profile=toy_machine(), plan=path) as again:
         assert again.plan == Plan.load(path)
 

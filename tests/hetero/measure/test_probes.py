@@ -134,7 +134,14 @@ def test_linear_sample_names_what_it_measured(memory: ColdMemory) -> None:
 
 def test_shapes_are_those_of_the_largest_layer() -> None:
     """qkv: 4*32 + 2*2*32 = 256; gate and up: 2*96 = 192."""
-    assert model_shapes(SPEC) == ((256, 64), (64, 128), (192, 64), (64, 96))
+    shapes = model_shapes(SPEC, max_elements=1_000_000)
+    assert shapes == ((256, 64), (64, 128), (192, 64), (64, 96))
+
+
+def test_shapes_are_cut_to_the_memory() -> None:
+    """6400 / 64 = 100 rows of qkv and of gate and up, 6400 / 128 = 50 of the output, down whole."""
+    shapes = model_shapes(SPEC, max_elements=6400)
+    assert shapes == ((100, 64), (50, 128), (64, 96))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

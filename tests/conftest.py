@@ -1,0 +1,67 @@
+"""What several tests share: a cache of their own, a stored profile, the command line in process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+from hetero.cli.main import run_command
+from hetero.measure.fingerprint import machine_fingerprint
+from hetero.measure.store import store_profile
+from planner.hardware import HardwareProfile
+from tests.machines import toy_machine
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # `hetero run` points numba at the user's cache unless told otherwise; a test must not, and a
+    # fresh folder each time would compile for half a minute.
+    os.environ.setdefault("NUMBA_CACHE_DIR", str(config.rootpath / ".pytest_cache" / "numba"))
+
+
+@pytest.fixture
+def cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty XDG_CACHE_HOME, and no setting of the user's own."""
+    for name in os.environ:
+        if name.startswith(("HETERO_", "HF_")):
+            monkeypatch.delenv(name)
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder
+
+
+@pytest.fixture
+def stored_profile(cache_home: Path) -> HardwareProfile:
+    """A profile of round numbers, stored as this machine's own, so that nothing is measured."""
+    profile = replace(toy_machine(), fingerprint=machine_fingerprint())
+    store_profile(cache_home / "hetero", profile)
+    return profile
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What a command left behind."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+Hetero = Callable[..., Outcome]
+
+
+@pytest.fixture
+def hetero(stored_profile: HardwareProfile, capsys: pytest.CaptureFixture[str]) -> Hetero:
+    """Run `hetero` with arguments in this process."""
+
+    def call(*arguments: str | Path) -> Outcome:
+        capsys.readouterr()
+        code = run_command([str(argument) for argument in arguments])
+        printed = capsys.readouterr()
+        return Outcome(code=code, stdout=printed.out, stderr=printed.err)
+
+    return call

@@ -1,0 +1,116 @@
+"""Loading weights: every tensor where the placement wants it, converted, shared where tied."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hetero.checkpoint import Checkpoint
+from hetero.errors import MemoryBudgetError
+from hetero.model.families import module_layout
+from hetero.runtime.devices import EmulatedAccelerator
+from hetero.runtime.weights import Weights, load_weights
+from planner import strategies
+from planner.model_spec import Dtype, ModelSpec
+from planner.placement import Placement
+from tests.tiny_models import TINY_MODELS, save_tiny_model, tiny_spec
+
+
+def emulated(budget_bytes: int = 100_000_000) -> EmulatedAccelerator:
+    return EmulatedAccelerator(budget_bytes=budget_bytes, link_bytes_per_s=50e9, latency_s=0.0)
+
+
+def load(
+    folder: Path, name: str, placement: Callable[[ModelSpec], Placement], dtype: Dtype = "float32"
+) -> tuple[ModelSpec, Weights, EmulatedAccelerator]:
+    spec = tiny_spec(save_tiny_model(name, folder))
+    spec = replace(spec, dtype=dtype)
+    accelerator = emulated()
+    with Checkpoint.open(folder) as checkpoint:
+        weights = load_weights(spec, checkpoint, placement(spec), accelerator)
+    accelerator.close()
+    return spec, weights, accelerator
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_every_tensor_of_the_checkpoint_is_in_its_slot(name: str, tmp_path: Path) -> None:
+    """Compared with what the safetensors library reads."""
+    spec, weights, _ = load(tmp_path, name, lambda spec: strategies.placement(spec, "cpu", 0))
+    stored = load_file(tmp_path / "model.safetensors")
+    seen = set()
+    for index, layer in enumerate(spec.layers):
+        for module in layer.modules:
+            flat = weights.host_flat(module, index)
+            for slot in module_layout(spec, module, index).slots:
+                found = flat[slot.offset : slot.offset + slot.num_elements].view(slot.shape)
+                torch.testing.assert_close(found, stored[slot.name], rtol=0, atol=0)
+                seen.add(slot.name)
+
+    head, embedding = weights.resident("cpu", "head"), weights.resident("cpu", "embedding")
+    outside = {"model.norm.weight", "model.embed_tokens.weight", "lm_head.weight"}
+    assert seen == set(stored) - outside
+    torch.testing.assert_close(head["norm"], stored["model.norm.weight"], rtol=0, atol=0)
+    matrix = stored["model.embed_tokens.weight" if spec.is_tied else "lm_head.weight"]
+    torch.testing.assert_close(head["weight"], matrix, rtol=0, atol=0)
+    assert (head["weight"].data_ptr() == embedding["weight"].data_ptr()) == spec.is_tied
+
+
+def test_another_dtype_than_the_stored_one_is_rounded_once(tmp_path: Path) -> None:
+    _, weights, _ = load(
+        tmp_path, "qwen3", lambda spec: strategies.placement(spec, "cpu", 0), "bfloat16"
+    )
+    stored = load_file(tmp_path / "model.safetensors")
+    norm = weights.resident("cpu", "head")["norm"]
+
+    assert norm.dtype == torch.bfloat16
+    torch.testing.assert_close(norm, stored["model.norm.weight"].bfloat16(), rtol=0, atol=0)
+
+
+def test_the_accelerator_counts_its_weights_and_buffers(tmp_path: Path) -> None:
+    """Offload of one of two layers: head, embedding and layer 0, and two buffers of layer 1."""
+    spec, weights, accelerator = load(
+        tmp_path, "mistral", lambda spec: strategies.placement(spec, "offload", 1)
+    )
+
+    def layer_elements(index: int) -> int:
+        return sum(
+            module_layout(spec, module, index).num_elements for module in ("attention", "dense")
+        )
+
+    expected = module_layout(spec, "head").num_elements + layer_elements(0) + 2 * layer_elements(1)
+    assert accelerator.used_bytes == 4 * expected
+    staged, views = weights.staged("dense", 1, 0, ("attention", "dense"))
+    assert staged.numel() == module_layout(spec, "dense", 1).num_elements
+    assert views["down"].shape == (60, 44)
+
+
+def test_weights_beyond_the_budget_are_refused_while_loading(tmp_path: Path) -> None:
+    spec = tiny_spec(save_tiny_model("llama", tmp_path))
+    accelerator = emulated(budget_bytes=50_000)
+    with (
+        Checkpoint.open(tmp_path) as checkpoint,
+        pytest.raises(MemoryBudgetError, match=r"budget is 0\.000 GB"),
+    ):
+        load_weights(spec, checkpoint, strategies.placement(spec, "gpu", 0), accelerator)
+    accelerator.close()
+
+
+def test_progress_counts_every_byte_once(tmp_path: Path) -> None:
+    spec = tiny_spec(save_tiny_model("olmoe", tmp_path))
+    calls: list[tuple[int, int]] = []
+    with Checkpoint.open(tmp_path) as checkpoint:
+        load_weights(
+            spec,
+            checkpoint,
+            strategies.placement(spec, "cpu", 0),
+            None,
+            lambda done, total: calls.append((done, total)),
+        )
+
+    assert calls == sorted(calls)
+    assert calls[-1] == (spec.total_weight_bytes(), spec.total_weight_bytes())

@@ -1,0 +1,174 @@
+"""`hetero plan`: what it prints, what it refuses, and with which exit code."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from hetero.errors import ExitCode
+from hetero.measure import machine
+from hetero.measure.store import stored_profile as read_stored_profile
+from hetero.model_lookup import find_model
+from planner.hardware import HardwareProfile
+from planner.plan import Plan
+from tests.conftest import Hetero
+from tests.machines import toy_machine
+
+PLAN_KEYS = {
+    *("schema_version", "model", "model_fingerprint", "profile", "profile_fingerprint"),
+    *("resources", "workload", "objective", "feasible", "placement", "estimate"),
+    *("optimality_gap", "alternatives"),
+}
+ESTIMATE_KEYS = {
+    *("ttft_s", "tpot_s", "e2e_s", "prefill_tokens_per_s", "decode_tokens_per_s"),
+    *("num_concurrent_seqs", "bytes_by_device", "terms_by_phase", "bottleneck_by_phase"),
+}
+ALTERNATIVE_KEYS = {
+    *("name", "cut_by_phase", "feasible", "ttft_s", "tpot_s", "e2e_s", "reason"),
+}
+DESKTOP = ("--profile", "desktop-rtx4090")
+
+
+@pytest.fixture
+def demo(tmp_path: Path) -> Path:
+    """A copy of the demo model, to be damaged."""
+    folder = find_model().folder
+    assert folder is not None
+    return shutil.copytree(folder, tmp_path / "copy")
+
+
+def test_json_is_one_document_with_the_keys_of_the_contract(hetero: Hetero) -> None:
+    outcome = hetero("plan", "demo", "--accelerator", "emulated", "--json")
+    document = json.loads(outcome.stdout)
+    assert outcome.code == 0
+    assert set(document) == PLAN_KEYS
+    assert set(document["estimate"]) == ESTIMATE_KEYS
+    assert all(set(other) == ALTERNATIVE_KEYS for other in document["alternatives"])
+    assert document["workload"] == {"prompt_len": 512, "output_len": 128, "num_seqs": 1}
+
+
+def test_default_workload_shrinks_to_the_context(hetero: Hetero, demo: Path) -> None:
+    config = json.loads((demo / "config.json").read_text())
+    (demo / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 100}))
+    document = json.loads(hetero("plan", demo, "--json").stdout)
+    assert document["workload"] == {"prompt_len": 50, "output_len": 50, "num_seqs": 1}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "workload"),
+    [
+        (("--prompt-len", "1000"), (1000, 24, 1)),
+        (("--output-len", "1000"), (24, 1000, 1)),
+        (("--prompt-len", "7", "--output-len", "9", "--num-seqs", "3"), (7, 9, 3)),
+    ],
+)
+def test_given_lengths_are_kept(
+    hetero: Hetero, arguments: tuple[str, ...], workload: tuple[int, int, int]
+) -> None:
+    """The demo has a context of 1024; the length that was not given takes what is left."""
+    found = json.loads(hetero("plan", "demo", "--json", *arguments).stdout)["workload"]
+    assert (found["prompt_len"], found["output_len"], found["num_seqs"]) == workload
+
+
+def test_report_says_that_the_cpu_does_it_all(hetero: Hetero) -> None:
+    outcome = hetero("plan")
+    assert outcome.code == 0
+    assert "CPU only, no accelerator is used" in outcome.stdout
+    assert "fits: cpu" in outcome.stdout
+    assert outcome.stderr == ""
+
+
+def test_emulated_is_always_labelled(hetero: Hetero) -> None:
+    outcome = hetero("plan", "--accelerator", "emulated", "--strategy", "gpu")
+    assert "EMULATED, its speeds are not a GPU's" in outcome.stdout
+    assert "gpu (emulated)" in outcome.stdout
+
+
+def test_output_is_the_plan_that_was_printed(hetero: Hetero, tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    outcome = hetero("plan", "--json", "-o", file)
+    assert Plan.load(file) == Plan.from_json(outcome.stdout.encode(), source="stdout")
+    assert outcome.stderr == f"wrote {file}\n"
+
+
+def test_budgets_bound_the_plan(hetero: Hetero) -> None:
+    arguments = ("llama-3.1-8b", *DESKTOP, "--gpu-mem-gb", "8", "--cpu-mem-gb", "16", "--json")
+    plan = Plan.from_json(hetero("plan", *arguments).stdout.encode(), source="stdout")
+    assert plan.feasible
+    assert plan.estimate.bytes_by_device["gpu"] <= 8e9
+    assert plan.estimate.bytes_by_device["cpu"] <= 16e9
+
+
+@pytest.mark.parametrize("form", [(), ("--json",)], ids=["report", "json"])
+def test_what_does_not_fit_is_printed_and_exits_with_4(
+    hetero: Hetero, form: tuple[str, ...]
+) -> None:
+    arguments = ("llama-3.1-8b", *DESKTOP, "--gpu-mem-gb", "2", "--cpu-mem-gb", "4")
+    outcome = hetero("plan", *arguments, *form)
+    assert outcome.code == ExitCode.DOES_NOT_FIT
+    assert outcome.stderr.startswith("error: llama-3.1-8b as ")
+    assert "may be used" in outcome.stderr
+    assert len(outcome.stderr.splitlines()) == 1
+    if form:
+        assert json.loads(outcome.stdout)["feasible"] is False
+    else:
+        assert "does not fit; the nearest miss is" in outcome.stdout
+
+
+def test_a_strategy_that_does_not_fit_names_one_that_does(hetero: Hetero) -> None:
+    arguments = ("llama-3.1-8b", *DESKTOP, "--gpu-mem-gb", "8", "--strategy", "gpu")
+    outcome = hetero("plan", *arguments)
+    assert outcome.code == ExitCode.DOES_NOT_FIT
+    assert "needs" in outcome.stderr and "7.68 GB may be used" in outcome.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("nowhere/model",), 5, "model 'nowhere/model' was not found"),
+        (("demo", "--accelerator", "cuda"), 6, "the profile of toy machine has no GPU"),
+        (("demo", "--gpu-mem-gb", "1"), 2, "no accelerator is used"),
+        (("demo", "--cpu-mem-gb", "900"), 2, "--cpu-mem-gb is 900.00 GB but toy machine has 8.00"),
+        (("demo", "--profile", "abacus"), 2, "there is no profile 'abacus'"),
+        (("demo", "--prompt-len", "2000"), 2, "demo has a context of 1024"),
+        (("demo", "--strategy", "gpu"), 2, "the machine has no accelerator"),
+        (("demo", "-o", "/nowhere/plan.json"), 2, "the folder /nowhere does not exist"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_bad_input_is_one_clear_line(
+    hetero: Hetero, arguments: tuple[str, ...], code: int, words: str
+) -> None:
+    outcome = hetero("plan", *arguments)
+    assert outcome.code == code
+    assert outcome.stdout == ""
+    assert words in outcome.stderr
+
+
+def test_unknown_architecture_is_a_model_error(hetero: Hetero, demo: Path) -> None:
+    config = json.loads((demo / "config.json").read_text())
+    (demo / "config.json").write_text(json.dumps({**config, "architectures": ["Frobnicator"]}))
+    outcome = hetero("plan", demo)
+    assert outcome.code == ExitCode.MODEL_INVALID
+    assert "Frobnicator" in outcome.stderr
+
+
+def test_without_a_stored_profile_the_machine_is_measured(
+    hetero: Hetero, cache_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says so on stderr, and keeps the profile."""
+    (cache_home / "hetero" / "machine.json").unlink()
+
+    def measure(*, quick: bool, progress: object) -> HardwareProfile:
+        assert quick
+        return toy_machine()
+
+    monkeypatch.setattr(machine, "measure_machine", measure)
+    outcome = hetero("plan", "--json")
+    assert outcome.code == 0
+    assert "measuring this machine quickly (about 10 s): it has no stored profile" in outcome.stderr
+    assert read_stored_profile(cache_home / "hetero") == toy_machine()
+    json.loads(outcome.stdout)
