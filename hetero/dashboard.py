@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich import box
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.console import (
+    Console,
+    ConsoleOptions,
+    Group,
+    OverflowMethod,
+    RenderableType,
+    RenderResult,
+)
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from hetero.report import bytes_text, rate_text, ratio_text, seconds_text, terms_table
+from hetero.report import bytes_text, rate_text, seconds_text, terms_table
 from hetero.run_monitor import DeviceUse, LastStep, PhaseSpeed, Snapshot
 from hetero.terminal_text import one_line, visible
 
@@ -19,7 +26,9 @@ COMPACT_SIZE = (80, 24)
 
 _BLOCKS = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
 _ASCII_BLOCKS = "_.-=+*%#"
-_BAR_CELLS = 20
+# Of a bar; a sparkline has twice as many.
+_FULL_CELLS = 20
+_COMPACT_CELLS = 10
 _MIN_TEXT_LINES = 3
 
 
@@ -32,7 +41,7 @@ def frame(
     if width >= COMPACT_SIZE[0] and height >= COMPACT_SIZE[1]:
         return _compact(snapshot, elapsed_s, width, height, is_ascii)
     line = plain_line(snapshot, elapsed_s)
-    return Text(line, no_wrap=True, overflow="ellipsis", end="")
+    return Text(line, no_wrap=True, overflow="crop" if is_ascii else "ellipsis")
 
 
 def plain_line(snapshot: Snapshot, elapsed_s: float) -> str:
@@ -60,13 +69,13 @@ def _full(
     snapshot: Snapshot, elapsed_s: float, width: int, height: int, is_ascii: bool
 ) -> RenderableType:
     left = Group(
-        _panel("job", _job(snapshot, elapsed_s, is_ascii), is_ascii),
-        _panel("speed", _speed(snapshot, is_ascii), is_ascii),
+        _panel("job", _job(snapshot, elapsed_s, _FULL_CELLS, is_ascii), is_ascii),
+        _panel("speed", _speed(snapshot, _FULL_CELLS, is_ascii), is_ascii),
         _panel("devices", _devices(snapshot.devices, is_ascii), is_ascii),
     )
     right = Group(
         _panel("plan and reality", _terms(snapshot.last_step), is_ascii),
-        _panel("last step", _lanes(snapshot.last_step, is_ascii), is_ascii),
+        _panel("last step", _lanes(snapshot.last_step, _FULL_CELLS, is_ascii), is_ascii),
     )
     # Rows inside the panels and their borders: 3 + 4 + one a device; terms with heading and sum.
     num_left = 5 + 6 + 2 + len(snapshot.devices)
@@ -74,8 +83,8 @@ def _full(
     num_right = 6 if last is None else 4 + len(last.terms) + 3 + len(last.lanes)
     num_free = height - 1 - max(num_left, num_right) - 1
     return Group(
-        _header(snapshot),
-        _side_by_side(left, right),
+        _header(snapshot, is_ascii),
+        _side_by_side(left, right, width),
         *_text_panel(snapshot.text, width, num_free, is_ascii),
     )
 
@@ -84,28 +93,30 @@ def _compact(
     snapshot: Snapshot, elapsed_s: float, width: int, height: int, is_ascii: bool
 ) -> RenderableType:
     left = Group(
-        _panel("job", _job(snapshot, elapsed_s, is_ascii), is_ascii),
-        _panel("speed", _speed(snapshot, is_ascii), is_ascii),
+        _panel("job", _job(snapshot, elapsed_s, _COMPACT_CELLS, is_ascii), is_ascii),
+        _panel("speed", _speed(snapshot, _COMPACT_CELLS, is_ascii), is_ascii),
     )
     right = _panel("plan and reality", _terms(snapshot.last_step), is_ascii)
     num_terms = 0 if snapshot.last_step is None else len(snapshot.last_step.terms)
     num_free = height - 1 - max(11, 4 + num_terms) - (2 + len(snapshot.devices)) - 1
     return Group(
-        _header(snapshot),
-        _side_by_side(left, right),
+        _header(snapshot, is_ascii),
+        _side_by_side(left, right, width),
         _panel("devices", _devices(snapshot.devices, is_ascii), is_ascii),
         *_text_panel(snapshot.text, width, num_free, is_ascii),
     )
 
 
-def _header(snapshot: Snapshot) -> Text:
-    return Text(one_line(snapshot.title), style="bold", no_wrap=True, overflow="ellipsis")
+def _header(snapshot: Snapshot, is_ascii: bool) -> Text:
+    overflow: OverflowMethod = "crop" if is_ascii else "ellipsis"
+    return Text(one_line(snapshot.title), style="bold", no_wrap=True, overflow=overflow)
 
 
-def _side_by_side(left: RenderableType, right: RenderableType) -> Table:
-    grid = Table.grid(expand=True)
-    grid.add_column(ratio=1)
-    grid.add_column(ratio=1)
+def _side_by_side(left: RenderableType, right: RenderableType, width: int) -> Table:
+    # Widths, not ratios: for those rich would lay everything out once more to measure it.
+    grid = Table.grid()
+    grid.add_column(width=width // 2)
+    grid.add_column(width=width - width // 2)
     grid.add_row(left, right)
     return grid
 
@@ -115,73 +126,78 @@ def _panel(title: str, content: RenderableType, is_ascii: bool) -> Panel:
     return Panel(content, title=title, title_align="left", box=border, padding=(0, 1))
 
 
-def _facts(rows: Sequence[tuple[str, str | Text]]) -> Table:
-    table = Table.grid(padding=(0, 2, 0, 0))
-    table.add_column(no_wrap=True, style="dim")
-    table.add_column(no_wrap=True, overflow="ellipsis")
-    for name, value in rows:
-        table.add_row(Text(name), value if isinstance(value, Text) else Text(value))
-    return table
+def _facts(rows: Sequence[tuple[str, str | Text]], is_ascii: bool) -> Text:
+    """A line a fact; a Table would take three times as long to lay out."""
+    pad = max(len(name) for name, _ in rows) + 2
+    lines = [Text(name.ljust(pad), style="dim").append_text(_plain(value)) for name, value in rows]
+    facts = Text("\n").join(lines)
+    facts.no_wrap, facts.overflow = True, "crop" if is_ascii else "ellipsis"
+    return facts
 
 
-def _job(snapshot: Snapshot, elapsed_s: float, is_ascii: bool) -> Table:
+def _plain(value: str | Text) -> Text:
+    return value if isinstance(value, Text) else Text(value, style="none")
+
+
+def _job(snapshot: Snapshot, elapsed_s: float, num_cells: int, is_ascii: bool) -> Text:
     share = snapshot.num_output_tokens / max(1, snapshot.max_output_tokens)
-    eta = "" if snapshot.eta_s is None else f", {seconds_text(snapshot.eta_s)} left"
+    eta = f", {seconds_text(snapshot.eta_s)} left" if snapshot.eta_s else ""
     done = f" {snapshot.num_done}/{snapshot.num_requests} done"
     return _facts(
         (
-            ("requests", _bar(share, is_ascii).append(done)),
+            ("requests", _bar(share, num_cells, is_ascii).append(done)),
             ("tokens", f"{snapshot.num_prompt_tokens} in, {snapshot.num_output_tokens} out"),
             ("time", f"{seconds_text(elapsed_s)}{eta}"),
-        )
+        ),
+        is_ascii,
     )
 
 
-def _speed(snapshot: Snapshot, is_ascii: bool) -> Table:
+def _speed(snapshot: Snapshot, num_cells: int, is_ascii: bool) -> Text:
     ttft = "-" if snapshot.ttft_s is None else seconds_text(snapshot.ttft_s)
     return _facts(
         (
             ("prefill", _now_and_mean(snapshot.speeds["prefill"])),
             ("decode", _now_and_mean(snapshot.speeds["decode"])),
-            ("first token", ttft),
-            ("", sparkline(snapshot.decode_history[-24:], is_ascii)),
-        )
+            ("1st token", ttft),
+            ("", sparkline(snapshot.decode_history[-2 * num_cells :], is_ascii)),
+        ),
+        is_ascii,
     )
 
 
 def _now_and_mean(speed: PhaseSpeed) -> str:
     if speed.mean is None:
         return "-"
-    now = "" if speed.now is None else f"{rate_text(speed.now)}, "
-    return f"{now}mean {rate_text(speed.mean)}"
+    if speed.now is None:
+        return f"mean {rate_text(speed.mean)}"
+    return f"{rate_text(speed.now)} (mean {rate_text(speed.mean).split()[0]})"
 
 
-def _devices(devices: Sequence[DeviceUse], is_ascii: bool) -> Table:
+def _devices(devices: Sequence[DeviceUse], is_ascii: bool) -> Text:
     rows = []
     for device in devices:
         busy = "" if device.busy_share is None else f"{device.busy_share:4.0%} busy, "
         used = "" if device.used_bytes is None else f"{bytes_text(device.used_bytes)} used, "
         memory = f"{bytes_text(device.planned_bytes)} planned of {bytes_text(device.limit_bytes)}"
         rows.append((device.name, f"{busy}{used}{memory}"))
-    return _facts(rows)
+    return _facts(rows, is_ascii)
 
 
 def _terms(last: LastStep | None) -> RenderableType:
     if last is None:
         return Text("no step yet", style="dim")
-    return terms_table(f"{last.phase} step", last.terms)
+    return terms_table(last.phase, last.terms, gap=1)
 
 
-def _lanes(last: LastStep | None, is_ascii: bool) -> RenderableType:
+def _lanes(last: LastStep | None, num_cells: int, is_ascii: bool) -> Text:
     if last is None:
         return Text("no step yet", style="dim")
     rows: list[tuple[str, str | Text]] = [
-        (use.lane, _bar(use.busy_share, is_ascii).append(f" {use.busy_share:4.0%} busy"))
+        (use.lane, _bar(use.busy_share, num_cells, is_ascii).append(f" {use.busy_share:4.0%} busy"))
         for use in last.lanes
     ]
-    ratio = last.measured_s / last.predicted_s if last.predicted_s > 0 else None
-    overlap = Text(f"{last.overlap:.0%} of the work; step ").append_text(ratio_text(ratio))
-    return _facts([*rows, ("overlap", overlap.append(" predicted"))])
+    return _facts([*rows, ("overlap", f"{last.overlap:.0%} of the work")], is_ascii)
 
 
 def _text_panel(text: str, width: int, num_free: int, is_ascii: bool) -> list[RenderableType]:
@@ -206,10 +222,10 @@ class _Tail:
         yield Text("\n").join(lines[-self._num_lines :])
 
 
-def _bar(share: float, is_ascii: bool) -> Text:
-    full = round(min(1.0, max(0.0, share)) * _BAR_CELLS)
+def _bar(share: float, num_cells: int, is_ascii: bool) -> Text:
+    full = round(min(1.0, max(0.0, share)) * num_cells)
     on, off = ("#", ".") if is_ascii else ("\u2588", "\u2591")
-    return Text(on * full, style="green").append(off * (_BAR_CELLS - full), style="dim")
+    return Text(on * full, style="green").append(off * (num_cells - full), style="dim")
 
 
 def sparkline(values: Sequence[float], is_ascii: bool = False) -> str:

@@ -115,7 +115,8 @@ class PagedKV:
             Blocks per layer.
         empty : callable
             `empty(device, num_bytes)` gives a flat uint8 tensor, counted in that device's budget;
-            it is called once per device that holds a layer. Contents are not cleared.
+            it is called once per device that holds a layer. It must be zeroed: pads of a block
+            table are read and then masked, and a NaN survives a mask.
         """
         assert len(layer_device) == spec.num_layers
         found: dict[int, LayerKV] = {}

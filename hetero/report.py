@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 from rich.console import Console
 from rich.table import Table
@@ -191,12 +191,11 @@ def print_plan(console: Console, plan: Plan, hardware: HardwareProfile) -> None:
         console.print(Text(one_line(f"note: {note}")))
 
 
-def _table(*columns: tuple[str, str]) -> Table:
-    """A table without lines; a column is its heading and `left` or `right`."""
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False)
+def _table(*columns: tuple[str, Literal["left", "right"]], gap: int = 2) -> Table:
+    """A table without lines; a column is its heading and the side that its cells keep to."""
+    table = Table(box=None, padding=(0, gap, 0, 0), header_style="bold", pad_edge=False)
     for heading, side in columns:
-        justify = "right" if side == "right" else "left"
-        table.add_column(heading, justify=justify, overflow="fold")  # type: ignore[arg-type]
+        table.add_column(Text(heading), justify=side, overflow="fold")
     return table
 
 
@@ -324,11 +323,10 @@ def print_terms(console: Console, phase: Phase, terms: Sequence[TermComparison])
     console.print(terms_table(f"last {phase} step", terms))
 
 
-def terms_table(title: str, terms: Sequence[TermComparison]) -> Table:
-    """A row a term and their sum, each with its ratio."""
-    table = _table(
-        (title, "left"), ("predicted", "right"), ("measured", "right"), ("ratio", "right")
-    )
+def terms_table(title: str, terms: Sequence[TermComparison], *, gap: int = 2) -> Table:
+    """A row a term and their sum, each with its ratio; `gap` blanks between the columns."""
+    columns = ((title, "left"), ("predicted", "right"), ("measured", "right"), ("ratio", "right"))
+    table = _table(*columns, gap=gap)
     for row in terms:
         cells = (row.term, seconds_text(row.predicted_s), seconds_text(row.measured_s))
         _add_row(table, (*cells, ratio_text(row.ratio)))

@@ -16,20 +16,22 @@ from planner.workload import BatchShape
 
 Bound = Literal["compute", "memory", "launch", "link"]
 
-# Small operations (norms, rotary, reshapes, writes to the cache, residual adds) of an op, each of
-# which costs a launch whatever its size. Counted in hetero/model.
+# Small operations (norms, rotary, writes to the cache, residual adds) of an op, each of which costs
+# a launch whatever its size. Counted in hetero/model: tests/planner/test_launch_counts.py.
 _NUM_LAUNCHES = {
-    "embed": 2,
-    "attention": 24,
-    "router": 10,
+    "embed": 1,
+    "attention": 18,
+    "router": 8,
     "dispatch": 8,
-    "combine": 2,
-    "dense": 10,
-    "head": 6,
+    "experts": 4,
+    "combine": 1,
+    "dense": 7,
+    "head": 5,
     "sample": 8,
 }
-# Per chosen expert: gather, gate-up product, activation, down product, scale, scatter.
-_NUM_LAUNCHES_PER_EXPERT = 7
+# Gate-up and down. One kernel does a product of all experts at once (`has_grouped_products`), or
+# every chosen expert has its own.
+_NUM_EXPERT_PRODUCTS = 2
 _LOGIT_BYTES = 4
 _BATCH_BYTES_PER_TOKEN = 24  # token id, position and slot, int64 each
 _ROUTING_ENTRY_BYTES = 12  # an int64 expert id and a float32 weight
@@ -163,11 +165,24 @@ def _experts(op: Op, spec: ModelSpec, device: DeviceProfile, shape: BatchShape) 
     distinct = spec.distinct_experts(op.layer, tokens)
     tokens_each = tokens * layer.num_experts_per_token / distinct
     rate = device.linear_flop_per_s(spec.dtype, tokens_each)
+    num_calls = 1.0 if has_grouped_products(spec, device) else distinct
+    num_launches = _NUM_LAUNCHES["experts"] + num_calls * _NUM_EXPERT_PRODUCTS
     return OpCost(
         compute_s=spec.flops("experts", tokens, op.layer) / rate,
         memory_s=distinct * spec.expert_bytes(op.layer) / device.read_bytes_per_s,
-        launch_s=distinct * _NUM_LAUNCHES_PER_EXPERT * device.launch_s,
+        launch_s=num_launches * device.launch_s,
     )
+
+
+def has_grouped_products(spec: ModelSpec, device: DeviceProfile) -> bool:
+    """True where a device multiplies all experts in one kernel.
+
+    CUDA has that kernel for bfloat16 rows of a multiple of 16 bytes; elsewhere each expert with
+    tokens is a product of its own.
+    """
+    widths = {spec.hidden_size, *(layer.intermediate_size for layer in spec.layers if layer.is_moe)}
+    is_aligned = all(width % 8 == 0 for width in widths)
+    return device.kind == "cuda" and is_aligned and spec.dtype == "bfloat16"
 
 
 class Pricer:

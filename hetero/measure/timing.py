@@ -35,8 +35,8 @@ def _host_seconds(call: Callable[[], object]) -> float:
 
 
 def _cuda_seconds(call: Callable[[], object]) -> float:
-    start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-    end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    start = torch.cuda.Event(enable_timing=True)
+    end = torch.cuda.Event(enable_timing=True)
     start.record()
     for _ in range(_CUDA_CALLS_PER_EVENT):
         call()

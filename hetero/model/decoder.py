@@ -82,9 +82,11 @@ class Decoder:
 
 def _expert_method(spec: ModelSpec, device: torch.device) -> ExpertMethod:
     """One kernel for all experts where CUDA has it: bfloat16 rows of a multiple of 16 bytes."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+        return "loop"
     widths = {spec.hidden_size, *(layer.intermediate_size for layer in spec.layers if layer.is_moe)}
     is_aligned = all(width % 8 == 0 for width in widths)
-    has_kernel = device.type == "cuda" and hasattr(torch.nn.functional, "grouped_mm")
+    has_kernel = hasattr(torch.nn.functional, "grouped_mm")
     return "grouped" if has_kernel and is_aligned and spec.dtype == "bfloat16" else "loop"
 
 
