@@ -54,7 +54,7 @@ def decode_attention(
 
     out[s, h] = softmax(scale * q[s, h] @ keys.T) @ values, accumulated in float32, over the last
     `window` tokens. The same numbers come out for any `num_threads`. May be called from several
-    threads at once. The first call of a cache format compiles (about 2 s, then kept on disk).
+    threads at once. The first call of a cache format compiles (2 to 3 s, then kept on disk).
 
     Parameters
     ----------

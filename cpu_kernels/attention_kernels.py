@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import threading
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -92,10 +93,14 @@ class AttentionCall(ctypes.Structure):
     )
 
 
-@cache
+# functools.cache lets two threads both compile and then drops one result, whose code is in use
+_COMPILING = threading.Lock()
+
+
 def attend_address(cache_dtype: np.dtype[Any]) -> int:
     """Return the address of `void attend(AttentionCall *)` for a cache format."""
-    return int(_compiled_attend(cache_dtype).address)
+    with _COMPILING:
+        return int(_compiled_attend(cache_dtype).address)
 
 
 @cache

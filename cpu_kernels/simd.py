@@ -474,8 +474,8 @@ def store_lane_sums(array: NDArray[np.float32], index: int, row_stride: int, val
 def _generate_prefetch(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
     address = _element(context, builder, signature.args[0], *arguments)
     bytes_pointer = builder.bitcast(address, ir.IntType(8).as_pointer())
-    # read, keep from the second level down, data
-    flags = [ir.Constant(_I32, flag) for flag in (0, 2, 1)]
+    # read, keep in every cache level, data
+    flags = [ir.Constant(_I32, flag) for flag in (0, 3, 1)]
     _call(builder, "llvm.prefetch.p0", ir.VoidType(), [bytes_pointer, *flags])
     return context.get_dummy_value()
 

@@ -1,10 +1,14 @@
 """How many cores a process may use, pinning, and running one C function on several threads at once.
 
-Kernels run on the OpenMP runtime that is already in the process. torch brings one and keeps its
-threads spinning for a moment after each of its operations; a second set of threads would take turns
-with them on the same cores (two runtimes on two cores: each at half speed), while one set simply
-goes from torch's work to ours. `GOMP_parallel` is what compiled `#pragma omp parallel` calls, in
-libgomp and in LLVM's libomp. It may be called from several threads: each has its own team.
+Kernels run on the OpenMP runtime that is already in the process: torch brings one and keeps its
+threads spinning for a moment after each of its operations, so that ours start on threads that are
+awake, and no second set of threads competes with them. `GOMP_parallel` is what a compiled `#pragma
+omp parallel` calls, in libgomp and in LLVM's libomp; every calling thread has its own team, so it
+may be called from several at once.
+
+Microseconds alone, and added to a torch operation just before, on two busy cores: this 2.7 and 3;
+numba's prange 2 and 2 on its OpenMP layer (a second libgomp beside torch's), 31 and 130 on its
+default layer, which aborts when two threads use it; Python threads 16 and 23.
 """
 
 from __future__ import annotations

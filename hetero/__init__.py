@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hetero.api import (
-        LLM,
-        CompletionOutput,
-        RequestMetrics,
-        RequestOutput,
-    )
+    from hetero.api import LLM
+    from hetero.outputs import CompletionOutput, RequestMetrics, RequestOutput
     from hetero.sampler import SamplingParams
 
 __version__ = "0.1.0"
+
+# Importing torch takes seconds: it waits until a name that needs it is used.
+_MODULES = {
+    "LLM": "hetero.api",
+    "CompletionOutput": "hetero.outputs",
+    "RequestMetrics": "hetero.outputs",
+    "RequestOutput": "hetero.outputs",
+    "SamplingParams": "hetero.sampler",
+}
 
 __all__ = [
     "LLM",
@@ -25,9 +31,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Importing torch takes seconds: it waits until a name that needs it is used.
-    if name in __all__:
-        from hetero import api
-
-        return getattr(api, name)
-    raise AttributeError(f"module 'hetero' has no attribute {name!r}")
+    if name not in _MODULES:
+        raise AttributeError(f"module 'hetero' has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)

@@ -175,13 +175,15 @@ def _now_and_mean(speed: PhaseSpeed) -> str:
 
 
 def _devices(devices: Sequence[DeviceUse], is_ascii: bool) -> Text:
-    rows = []
-    for device in devices:
-        busy = "" if device.busy_share is None else f"{device.busy_share:4.0%} busy, "
-        used = "" if device.used_bytes is None else f"{bytes_text(device.used_bytes)} used, "
-        memory = f"{bytes_text(device.planned_bytes)} planned of {bytes_text(device.limit_bytes)}"
-        rows.append((device.name, f"{busy}{used}{memory}"))
-    return _facts(rows, is_ascii)
+    return _facts([(device.name, _use_text(device)) for device in devices], is_ascii)
+
+
+def _use_text(device: DeviceUse) -> str:
+    limit, planned = bytes_text(device.limit_bytes), bytes_text(device.planned_bytes)
+    if device.used_bytes is None:
+        return f"plan {planned} of {limit}"
+    busy = "" if device.busy_share is None else f"{device.busy_share:.0%} busy, "
+    return f"{busy}{bytes_text(device.used_bytes)}/{limit}, plan {planned}"
 
 
 def _terms(last: LastStep | None) -> RenderableType:

@@ -21,6 +21,8 @@ from planner.workload import PHASES, Phase, Workload
 AMBER_RATIO = 1.25
 RED_RATIO = 1.5
 
+Side = Literal["left", "right"]
+
 _MAX_ALTERNATIVES = 8
 _MS, _US = 1e-3, 1e-6
 
@@ -191,7 +193,7 @@ def print_plan(console: Console, plan: Plan, hardware: HardwareProfile) -> None:
         console.print(Text(one_line(f"note: {note}")))
 
 
-def _table(*columns: tuple[str, Literal["left", "right"]], gap: int = 2) -> Table:
+def _table(*columns: tuple[str, Side], gap: int = 2) -> Table:
     """A table without lines; a column is its heading and the side that its cells keep to."""
     table = Table(box=None, padding=(0, gap, 0, 0), header_style="bold", pad_edge=False)
     for heading, side in columns:
@@ -325,6 +327,7 @@ def print_terms(console: Console, phase: Phase, terms: Sequence[TermComparison])
 
 def terms_table(title: str, terms: Sequence[TermComparison], *, gap: int = 2) -> Table:
     """A row a term and their sum, each with its ratio; `gap` blanks between the columns."""
+    columns: tuple[tuple[str, Side], ...]
     columns = ((title, "left"), ("predicted", "right"), ("measured", "right"), ("ratio", "right"))
     table = _table(*columns, gap=gap)
     for row in terms:

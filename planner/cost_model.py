@@ -145,7 +145,11 @@ def _attention(op: Op, spec: ModelSpec, device: DeviceProfile, shape: BatchShape
     weights_s = spec.weight_bytes("attention", op.layer) / device.read_bytes_per_s
     launch_s = _NUM_LAUNCHES["attention"] * device.launch_s
     if shape.phase == "decode":
-        context = spec.attention_context(op.layer, round(shape.num_past_tokens) + 1)
+        # Not rounded: the cost is affine in the context, so the mean context gives the mean cost.
+        context = shape.num_past_tokens + 1
+        window = spec.layers[op.layer].window
+        if window is not None:
+            context = min(window, context)
         kv_bytes = shape.num_seqs * context * spec.kv_bytes_per_token(op.layer)
         kv_s = kv_bytes / device.attention_bytes_per_s
         return OpCost(compute_s=products_s + kv_s, memory_s=weights_s + kv_s, launch_s=launch_s)

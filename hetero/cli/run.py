@@ -28,7 +28,8 @@ from hetero.errors import ExitCode, HeteroError, ModelFolderError, UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from hetero.api import LLM, GenerationStep, RequestOutput
+    from hetero.api import LLM, GenerationStep
+    from hetero.outputs import RequestOutput
     from hetero.run_monitor import RunMonitor
     from hetero.run_view import Progress
     from hetero.sampler import SamplingParams

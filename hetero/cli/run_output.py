@@ -14,7 +14,8 @@ from hetero.cli.machine import say
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from hetero.api import LLM, RequestOutput
+    from hetero.api import LLM
+    from hetero.outputs import RequestOutput
     from hetero.report import Speed
     from hetero.run_monitor import LastStep
     from hetero.run_view import Progress

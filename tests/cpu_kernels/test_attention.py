@@ -208,6 +208,23 @@ def test_calls_from_two_threads_at_once_do_not_disturb_each_other() -> None:
     assert wrong == []
 
 
+def test_first_calls_from_two_threads_share_one_compilation() -> None:
+    """Both get the same code, so that neither's can be dropped while it runs."""
+    attention_kernels._compiled_attend.cache_clear()
+    dtype = np.dtype(np.float32)
+    addresses: list[int] = []
+    callers = [
+        threading.Thread(target=lambda: addresses.append(attention_kernels.attend_address(dtype)))
+        for _ in range(2)
+    ]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+
+    assert addresses[0] == addresses[1]
+
+
 def test_read_only_queries_are_accepted() -> None:
     """An array that may not be written to is read."""
     case = Case([20])

@@ -1,0 +1,222 @@
+"""Reports: digits and units, what a plan and a run look like, and that names are only text."""
+
+from __future__ import annotations
+
+from dataclasses import replace as replace_fields
+from io import StringIO
+
+import pytest
+from msgspec.structs import replace
+from rich.console import Console
+
+from hetero.model_lookup import find_model, read_model_spec
+from hetero.outputs import Measured
+from hetero.planning import make_plan
+from hetero.report import (
+    bytes_text,
+    plan_lines,
+    print_comparison,
+    print_plan,
+    print_terms,
+    rate_text,
+    ratio_text,
+    seconds_text,
+    where_text,
+)
+from planner.hardware import HardwareProfile
+from planner.model_spec import ModelSpec
+from planner.plan import Plan
+from planner.strategies import STRATEGIES
+from planner.timeline import TermComparison
+from planner.workload import Workload
+from tests.machines import toy_machine
+
+WORKLOAD = Workload(prompt_len=512, output_len=128, num_seqs=2)
+
+
+@pytest.fixture(scope="module")
+def spec() -> ModelSpec:
+    return read_model_spec(find_model())
+
+
+@pytest.fixture(scope="module")
+def hardware() -> HardwareProfile:
+    """30 MB of accelerator memory: too little for all of the demo model and its activations."""
+    return toy_machine().with_emulated_gpu(memory_bytes=30_000_000, link_bytes_per_s=4e9)
+
+
+@pytest.fixture(scope="module")
+def plan(spec: ModelSpec, hardware: HardwareProfile) -> Plan:
+    return make_plan(spec, hardware, WORKLOAD, strategy="split")
+
+
+def console(width: int) -> Console:
+    return Console(width=width, file=StringIO(), color_system=None, highlight=False)
+
+
+def printed(of: Console) -> list[str]:
+    assert isinstance(of.file, StringIO)
+    return of.file.getvalue().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.0, "0 ms"),
+        (0.0000123, "12.3 us"),
+        (0.000999, "999 us"),
+        (0.00099996, "1.00 ms"),
+        (0.02764, "27.6 ms"),
+        (0.9994, "999 ms"),
+        (0.9996, "1.00 s"),
+        (99.96, "100 s"),
+        (600.0, "10.0 min"),
+        (90000.0, "25.0 h"),
+    ],
+)
+def test_seconds_have_three_digits(seconds: float, text: str) -> None:
+    assert seconds_text(seconds) == text
+
+
+def test_bytes_and_rates_have_three_digits() -> None:
+    assert bytes_text(23_427_128) == "23.4 MB"
+    assert bytes_text(141_590_000_000) == "142 GB"
+    assert rate_text(6.6212) == "6.62 tokens/s"
+
+
+@pytest.mark.parametrize(
+    ("ratio", "text", "style"),
+    [
+        (1.25, "1.25x", ""),
+        (1.26, "1.26x", "yellow"),
+        (1.5, "1.50x", "yellow"),
+        (1.51, "1.51x", "red"),
+        (0.4, "0.40x", ""),
+        (None, "-", ""),
+    ],
+)
+def test_ratio_warns_by_its_size(ratio: float | None, text: str, style: str) -> None:
+    found = ratio_text(ratio)
+    assert (found.plain, found.style) == (text, style)
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_plan_is_readable_at_every_width(plan: Plan, hardware: HardwareProfile, width: int) -> None:
+    """No line is wider than the terminal; every section is there."""
+    out = console(width)
+    print_plan(out, plan, hardware)
+    lines = printed(out)
+    text = "\n".join(lines)
+    assert max(map(len, lines)) <= width
+    for words in (
+        "demo on toy machine",
+        "2 sequences of 512 prompt and 128 output tokens, for latency",
+        "fits: split",
+        "EMULATED, its speeds are not a GPU's",
+        "gpu (emulated)",
+        "first token",
+        "time goes to",
+    ):
+        assert words in " ".join(text.split()), words
+
+
+def test_plan_at_80_columns_has_aligned_numbers(plan: Plan, hardware: HardwareProfile) -> None:
+    """The memory table, as a person sees it."""
+    out = console(80)
+    print_plan(out, plan, hardware)
+    lines = printed(out)
+    first = next(index for index, line in enumerate(lines) if line.startswith("memory "))
+    heading, gpu, cpu = lines[first : first + 3]
+    end = heading.index("may be used") + len("may be used")
+    assert gpu.rstrip().endswith("28.8 MB") and len(gpu.rstrip()) == end
+    assert cpu.rstrip().endswith(" GB") and len(cpu.rstrip()) == end
+
+
+@pytest.mark.parametrize(
+    ("strategy", "text"),
+    [
+        ("cpu", "attention cpu 6; experts cpu 6; head cpu"),
+        ("split", "attention gpu 4, cpu 2; experts gpu 4, cpu 2; head gpu"),
+        ("experts-on-cpu", "attention gpu 6; experts gpu 4, cpu 2; head gpu"),
+        (
+            "offload",
+            "attention gpu 4, gpu (streamed) 2; experts gpu 4, gpu (streamed) 2; head gpu",
+        ),
+    ],
+)
+def test_where_counts_layers(spec: ModelSpec, strategy: str, text: str) -> None:
+    """The demo has 6 layers; a cut of 2."""
+    assert where_text(STRATEGIES[strategy](spec, "decode", 2)) == text
+
+
+def test_summary_has_a_line_for_each_question(plan: Plan, hardware: HardwareProfile) -> None:
+    """What, on what, prefill, decode, memory, speed."""
+    words = [line.partition(":")[0] for line in plan_lines(plan, hardware)]
+    assert words == ["plan", "machine", "prefill", "decode", "memory", "predicted"]
+
+
+def test_a_machine_without_gpu_is_said_to_be_one(spec: ModelSpec) -> None:
+    hardware = toy_machine()
+    lines = plan_lines(make_plan(spec, hardware, WORKLOAD), hardware)
+    assert lines[1] == "machine: toy machine: CPU only, no accelerator is used (measured rates)"
+
+
+def test_names_are_neither_markup_nor_commands(
+    spec: ModelSpec, plan: Plan, hardware: HardwareProfile
+) -> None:
+    """A model's name comes from whoever named its folder."""
+    hostile = replace(plan, model="[red]evil[/red] \x1b[2J")
+    out = console(120)
+    print_plan(out, hostile, hardware)
+    assert printed(out)[0].startswith("[red]evil[/red] ?[2J on toy machine")
+    assert plan_lines(hostile, hardware)[0].startswith("plan: [red]evil[/red] ?[2J, 2 sequences")
+
+
+def test_infeasible_plan_shows_what_is_too_much(spec: ModelSpec) -> None:
+    hardware = toy_machine().with_memory(cpu_bytes=10_000_000, gpu_bytes=None)
+    out = console(80)
+    print_plan(out, make_plan(spec, hardware, WORKLOAD), hardware)
+    lines = printed(out)
+    assert "does not fit; the nearest miss is: cpu" in lines
+    assert any(line.split()[-2:] == ["9.00", "MB"] for line in lines if line.startswith("cpu"))
+
+
+def test_comparison_has_measured_over_predicted() -> None:
+    """Twice the time is 2.00x; half the rate is 0.50x."""
+    predicted = Measured(
+        ttft_s=0.1, tpot_s=0.01, e2e_s=1.37, prefill_tokens_per_s=1000, decode_tokens_per_s=100
+    )
+    measured = replace_fields(predicted, tpot_s=0.02, decode_tokens_per_s=50.0)
+    out = console(80)
+    print_comparison(out, predicted, measured)
+    cells = [line.split("  ") for line in printed(out)]
+    rows = {row[0]: [cell.strip() for cell in row[1:] if cell.strip()] for row in cells}
+    assert rows["first token"] == ["100 ms", "100 ms", "1.00x"]
+    assert rows["each token"] == ["10.0 ms", "20.0 ms", "2.00x"]
+    assert rows["decode"] == ["100 tokens/s", "50.0 tokens/s", "0.50x"]
+
+
+def test_an_emulated_run_is_labelled() -> None:
+    speed = Measured(
+        ttft_s=0.1, tpot_s=0.0, e2e_s=0.1, prefill_tokens_per_s=1000, decode_tokens_per_s=0
+    )
+    out = console(80)
+    print_comparison(out, speed, speed, is_emulated=True)
+    lines = printed(out)
+    assert lines[0].startswith("this run (emulated)")
+    assert not any(line.startswith("decode") for line in lines), "nothing was decoded"
+
+
+def test_terms_add_up_to_the_step() -> None:
+    terms = (
+        TermComparison(term="attention", predicted_s=0.001, measured_s=0.002),
+        TermComparison(term="wait", predicted_s=0.0, measured_s=0.001),
+    )
+    out = console(80)
+    print_terms(out, "decode", terms)
+    assert [" ".join(line.split()) for line in printed(out)] == [
+        "last decode step predicted measured ratio",
+        "attention 1.00 ms 2.00 ms 2.00x",
+        "wait 0 ms 1.00 ms -",
+        "step 1.00 ms 3.00 ms 3.00x",
+    ]

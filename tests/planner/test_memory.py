@@ -1,0 +1,236 @@
+"""Memory of a placement: every byte written out."""
+
+from __future__ import annotations
+
+import pytest
+
+from planner import strategies
+from planner.hardware import HardwareProfile
+from planner.memory import (
+    DeviceMemory,
+    available_bytes,
+    kv_block_capacity,
+    kv_bytes_per_block,
+    needs,
+    num_kv_blocks,
+    staging_bytes,
+)
+from planner.placement import Placement
+from planner.workload import Workload
+from tests.planner.tiny import (
+    ATTENTION,
+    DENSE,
+    DENSE_TOKEN,
+    EMBEDDING,
+    EXPERTS,
+    HEAD,
+    KV_PER_TOKEN,
+    LOGITS,
+    MOE_TOKEN,
+    ROUTER,
+    tiny_device,
+    tiny_machine,
+    tiny_spec,
+)
+
+# 2 sequences of 33 tokens: 2 * ceil(33 / 16) = 6 blocks = 96 tokens of cache.
+WORKLOAD = Workload(prompt_len=20, output_len=13, num_seqs=2)
+CACHED = 96
+
+
+def machine(gpu_bytes: int | None = 1_000_000, cpu_bytes: int = 1_000_000) -> HardwareProfile:
+    gpu = None if gpu_bytes is None else tiny_device("gpu", memory_bytes=gpu_bytes)
+    return tiny_machine(cpu=tiny_device("cpu", memory_bytes=cpu_bytes), gpu=gpu)
+
+
+def test_all_on_the_gpu_needs_weights_kv_and_activations_there() -> None:
+    """Two dense layers; on the CPU only the logits of both sequences, which it samples from."""
+    spec = tiny_spec("dd")
+    found = needs(spec, strategies.placement(spec, "gpu", 0), WORKLOAD, machine())
+
+    assert found["gpu"] == DeviceMemory(
+        weights_bytes=160 + 176 + 2 * (400 + 784),  # embedding, head, 2 layers: 2704
+        kv_bytes=CACHED * 16 * 2,  # 2 layers
+        # Prefill: 40 tokens and 2 rows of logits. Decode: 2 * (384 + 40) and one layer's KV
+        # gathered (96 * 16 * 1.5 = 2304), which is less.
+        activation_bytes=40 * 384 + 2 * 40,
+        staging_bytes=0,
+        available_bytes=960_000,  # 96 %
+    )
+    assert found["cpu"] == DeviceMemory(
+        weights_bytes=0,
+        kv_bytes=0,
+        activation_bytes=2 * 40,
+        staging_bytes=0,
+        available_bytes=900_000,  # 90 %
+    )
+    assert found["gpu"].needed_bytes == 2704 + 3072 + 15440
+
+
+def test_all_on_the_cpu_needs_nothing_on_the_gpu() -> None:
+    spec = tiny_spec("md")
+    found = needs(spec, strategies.placement(spec, "cpu", 0), WORKLOAD, machine())
+
+    assert found["gpu"].needed_bytes == 0
+    weights = EMBEDDING + HEAD + (ATTENTION + ROUTER + EXPERTS) + (ATTENTION + DENSE)
+    assert found["cpu"].weights_bytes == weights == 3152
+    assert found["cpu"].kv_bytes == 2 * CACHED * KV_PER_TOKEN
+    assert found["cpu"].activation_bytes == 40 * MOE_TOKEN + 2 * LOGITS
+
+
+def test_a_machine_without_a_gpu_needs_memory_on_the_cpu_only() -> None:
+    spec = tiny_spec("d")
+    found = needs(spec, strategies.placement(spec, "cpu", 0), WORKLOAD, machine(gpu_bytes=None))
+
+    assert list(found) == ["cpu"]
+    assert available_bytes(machine(gpu_bytes=None), "gpu") == 0
+
+
+@pytest.mark.parametrize(
+    ("strategy", "cut", "gpu_bytes", "cpu_bytes"),
+    [
+        # One matrix for embedding and head where both are on the device: 160 + 176 - 160.
+        ("gpu", 0, HEAD + 2 * (ATTENTION + DENSE), 0),
+        ("cpu", 0, 0, HEAD + 2 * (ATTENTION + DENSE)),
+        ("offload", 1, HEAD + ATTENTION + DENSE, ATTENTION + DENSE),
+        # The embedding is on the CPU and the head on the GPU: twice the matrix.
+        ("split", 1, HEAD + ATTENTION + DENSE, EMBEDDING + ATTENTION + DENSE),
+    ],
+)
+def test_a_tied_matrix_is_stored_once_on_each_device_that_uses_it(
+    strategy: str, cut: int, gpu_bytes: int, cpu_bytes: int
+) -> None:
+    spec = tiny_spec("dd", is_tied=True)
+    found = needs(spec, strategies.placement(spec, strategy, cut), WORKLOAD, machine())
+
+    assert found["gpu"].weights_bytes == gpu_bytes
+    assert found["cpu"].weights_bytes == cpu_bytes
+
+
+def test_a_tied_matrix_that_two_tiers_want_is_stored_once_on_each_device() -> None:
+    """Prefill wants all on the GPU, decode all on the CPU: each holds the model once."""
+    spec = tiny_spec("d", is_tied=True)
+    both = Placement(prefill=strategies.gpu(spec, "prefill"), decode=strategies.cpu(spec, "decode"))
+    found = needs(spec, both, WORKLOAD, machine())
+
+    assert found["gpu"].weights_bytes == found["cpu"].weights_bytes == HEAD + ATTENTION + DENSE
+    assert found["gpu"].kv_bytes == found["cpu"].kv_bytes == CACHED * KV_PER_TOKEN
+
+
+def test_weights_that_either_tier_wants_are_resident_for_both() -> None:
+    """Prefill streams layer 0 of 2, decode has the experts of both layers on the CPU."""
+    spec = tiny_spec("mm")
+    both = Placement(
+        prefill=strategies.offload(spec, "prefill", 1),
+        decode=strategies.experts_on_cpu(spec, "decode", 2),
+    )
+    found = needs(spec, both, WORKLOAD, machine())
+
+    layer = ATTENTION + ROUTER + EXPERTS
+    assert found["gpu"].weights_bytes == HEAD + (ATTENTION + ROUTER) + layer
+    assert found["cpu"].weights_bytes == EMBEDDING + layer + EXPERTS
+
+
+def test_kv_that_moves_between_the_phases_is_held_on_both_devices() -> None:
+    """Layer 0 is on the CPU in prefill only, so its blocks are on both devices; layer 1 stays."""
+    spec = tiny_spec("dd")
+    both = Placement(
+        prefill=strategies.split(spec, "prefill", 1), decode=strategies.offload(spec, "decode", 1)
+    )
+    found = needs(spec, both, WORKLOAD, machine())
+
+    assert found["gpu"].kv_bytes == 2 * CACHED * KV_PER_TOKEN
+    assert found["cpu"].kv_bytes == CACHED * KV_PER_TOKEN
+    assert kv_bytes_per_block(spec, both, "gpu") == 2 * 16 * KV_PER_TOKEN
+    assert kv_bytes_per_block(spec, both, "cpu") == 16 * KV_PER_TOKEN
+
+
+def test_streaming_needs_two_buffers_of_the_largest_streamed_layer() -> None:
+    """Layer 1 is the larger: 400 + 80 + 1152 = 1632; with only layer 0 streamed, 1184."""
+    spec = tiny_spec("dm")
+
+    assert staging_bytes(spec, strategies.offload(spec, "decode", 2)) == 2 * 1632
+    assert staging_bytes(spec, strategies.offload(spec, "decode", 1)) == 2 * 1184
+    assert staging_bytes(spec, strategies.split(spec, "decode", 1)) == 0
+    both = Placement(
+        prefill=strategies.offload(spec, "prefill", 2), decode=strategies.split(spec, "decode", 1)
+    )
+    assert needs(spec, both, WORKLOAD, machine())["gpu"].staging_bytes == 2 * 1632
+
+
+def test_a_decode_step_on_the_gpu_gathers_one_layer_of_the_cache() -> None:
+    """64 sequences of 1 + 31 tokens, 2 blocks each: keys once, values twice, 2048 tokens."""
+    spec = tiny_spec("d")
+    workload = Workload(prompt_len=1, output_len=31, num_seqs=64)
+    on_gpu = needs(spec, strategies.placement(spec, "gpu", 0), workload, machine())["gpu"]
+    on_cpu = needs(spec, strategies.placement(spec, "cpu", 0), workload, machine())["cpu"]
+
+    assert on_gpu.activation_bytes == 64 * (DENSE_TOKEN + LOGITS) + 2048 * 24
+    assert on_cpu.activation_bytes == 64 * (DENSE_TOKEN + LOGITS)
+
+
+def test_a_prompt_in_parts_gathers_its_cache_behind_a_mask() -> None:
+    """40 tokens (48 in blocks) in chunks of 8: KV of 48 tokens, and 8 * 48 cells of mask.
+
+    A cell is 2 bytes, and 2 more for the booleans that it is made from.
+    """
+    spec = tiny_spec("d")
+    placement = strategies.placement(spec, "cpu", 0, chunk_tokens=8)
+    workload = Workload(prompt_len=40, output_len=1)
+    found = needs(spec, placement, workload, machine())["cpu"]
+
+    assert found.activation_bytes == 8 * DENSE_TOKEN + LOGITS + 48 * 24 + 8 * 48 * 4
+
+
+def test_fits_up_to_the_last_byte() -> None:
+    memory = DeviceMemory(
+        weights_bytes=1, kv_bytes=2, activation_bytes=3, staging_bytes=4, available_bytes=10
+    )
+
+    assert memory.needed_bytes == 10
+    assert memory.fits
+    assert not DeviceMemory(
+        weights_bytes=1, kv_bytes=2, activation_bytes=3, staging_bytes=4, available_bytes=9
+    ).fits
+
+
+def test_available_memory_leaves_the_runtime_and_a_margin() -> None:
+    """(1000 - 500) * 0.96 on the GPU, * 0.90 on the CPU, and never less than nothing."""
+    hardware = tiny_machine(
+        cpu=tiny_device("cpu", memory_bytes=1000, reserved_bytes=500),
+        gpu=tiny_device("gpu", memory_bytes=1000, reserved_bytes=500),
+    )
+
+    assert available_bytes(hardware, "gpu") == 480
+    assert available_bytes(hardware, "cpu") == 450
+    small = tiny_machine(cpu=tiny_device("cpu", memory_bytes=100, reserved_bytes=500))
+    assert available_bytes(small, "cpu") == 0
+
+
+@pytest.mark.parametrize(
+    ("prompt_len", "output_len", "num_seqs", "num_blocks"),
+    [(1, 1, 1, 1), (15, 1, 1, 1), (16, 1, 1, 2), (20, 13, 2, 6), (16, 16, 5, 10)],
+)
+def test_blocks_hold_every_sequence_at_its_full_length(
+    prompt_len: int, output_len: int, num_seqs: int, num_blocks: int
+) -> None:
+    workload = Workload(prompt_len=prompt_len, output_len=output_len, num_seqs=num_seqs)
+    assert num_kv_blocks(workload) == num_blocks
+
+
+def test_the_cache_takes_what_is_left_on_the_tighter_device() -> None:
+    """Split after layer 0: a block is 256 bytes on either device; the GPU has room for 20 more."""
+    spec = tiny_spec("dd")
+    placement = strategies.placement(spec, "split", 1)
+    need = needs(spec, placement, WORKLOAD, machine())["gpu"]
+    # 96 % of the memory is available.
+    memory_bytes = -(-(need.needed_bytes + 20 * 256) * 100 // 96)
+
+    assert kv_block_capacity(spec, placement, WORKLOAD, machine(gpu_bytes=memory_bytes)) == 26
+
+
+def test_the_cache_is_never_smaller_than_the_workload_needs() -> None:
+    """A plan that does not fit is refused elsewhere; it still counts its own blocks."""
+    spec = tiny_spec("dd")
+    placement = strategies.placement(spec, "gpu", 0)
+    assert kv_block_capacity(spec, placement, WORKLOAD, machine(gpu_bytes=10)) == 6
