@@ -3,38 +3,40 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self, TypedDict, get_args
+from typing import Any, Self, get_args
 
 import torch
 
+from hetero.chat_template import Conversation
 from hetero.checkpoint import Checkpoint
-from hetero.engine import Engine, StepResult
-from hetero.errors import MemoryBudgetError, ModelFolderError, RequestError, UsageError
-from hetero.measure.memory_limit import available_memory_bytes
+from hetero.engine import StepResult
+from hetero.errors import ModelFolderError, RequestError, UsageError
+from hetero.loading import load_engine, make_accelerator
 from hetero.measure.store import default_cache_dir
-from hetero.model.decoder import Decoder
 from hetero.model.families import expected_tensors
-from hetero.model_lookup import default_hub_cache, find_model, read_model_spec
+from hetero.model_lookup import default_hub_cache, find_model
 from hetero.outputs import Measured, RequestOutput, measured, output_of, workload_of
 from hetero.planning import (
+    DtypeName,
     base_profile,
     check_plan,
     default_workload,
     make_plan,
+    resources_asked,
+    spec_as_run,
     usable_hardware,
 )
-from hetero.runtime.devices import Accelerator, CudaAccelerator, EmulatedAccelerator
-from hetero.runtime.weights import load_weights
+from hetero.prompts import Prompt, encode_prompt
 from hetero.sampler import SamplingParams
-from hetero.tokenizer import Tokenizer, read_eos_token_ids
+from hetero.tokenizer import Tokenizer
 from planner.estimate import estimate
-from planner.hardware import AcceleratorName, HardwareProfile, Resources
-from planner.memory import KV_BLOCK_TOKENS, kv_block_capacity, needs, num_kv_blocks
-from planner.model_spec import Dtype, ModelSpec
+from planner.hardware import AcceleratorName, HardwareProfile
+from planner.memory import KV_BLOCK_TOKENS
+from planner.model_spec import ModelSpec
 from planner.placement import Device
 from planner.plan import Estimate, Plan
 from planner.timeline import Timeline
@@ -43,22 +45,17 @@ from planner.workload import Workload
 DEFAULT_MAX_NUM_SEQS = 16
 
 
-class TokensPrompt(TypedDict):
-    """A prompt as token ids."""
-
-    prompt_token_ids: list[int]
-
-
-Prompt = str | TokensPrompt
-ChatMessage = dict[str, str]
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationStep:
-    """A step of a running `generate`, for whoever watches; texts in the order of the prompts."""
+    """A step of a running `generate`, for whoever watches.
+
+    `texts` are in the order of the prompts; `finished` are the prompts (by position) that ended
+    with this step, `num_finished` how many have ended so far.
+    """
 
     result: StepResult
     texts: tuple[str, ...]
+    finished: tuple[int, ...]
     num_finished: int
     num_requests: int
 
@@ -109,7 +106,7 @@ class LLM:
         *,
         plan: Plan | str | Path | None = None,
         accelerator: AcceleratorName = "auto",
-        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        dtype: DtypeName = "auto",
         strategy: str | None = None,
         workload: Workload | None = None,
         gpu_mem_gb: float | None = None,
@@ -123,7 +120,7 @@ class LLM:
     ) -> None:
         say = progress or _ignore
         _check_choice("accelerator", accelerator, get_args(AcceleratorName))
-        _check_choice("dtype", dtype, ("auto", *get_args(Dtype)))
+        _check_choice("dtype", dtype, get_args(DtypeName))
         source = find_model(
             None if model is None else str(model), hub_cache=default_hub_cache(os.environ)
         )
@@ -134,11 +131,11 @@ class LLM:
             )
         if isinstance(plan, str | Path):
             plan = Plan.load(Path(plan))
-        resources = _resources(plan, accelerator, gpu_mem_gb, cpu_mem_gb, link_gb_per_s)
+        resources = resources_asked(plan, accelerator, gpu_mem_gb, cpu_mem_gb, link_gb_per_s)
         if not isinstance(profile, HardwareProfile):
             profile = base_profile(profile, default_cache_dir(os.environ), progress)
         self.hardware = usable_hardware(profile, resources)
-        self.spec = _spec_with_dtype(read_model_spec(source), dtype, self.hardware, say)
+        self.spec = spec_as_run(source, dtype, self.hardware, say)
         self.tokenizer = Tokenizer.load(source.folder)
         self._max_model_len = _context(self.spec, max_model_len)
         with Checkpoint.open(source.folder) as checkpoint:
@@ -155,51 +152,27 @@ class LLM:
                 raise UsageError("give a plan or a strategy, not both: a plan already has one")
             check_plan(plan, self.spec, self.hardware)
             self.plan = plan
-            _check_host_memory(plan, self.spec, self.hardware)
-            self._accelerator = _make_accelerator(plan, self.hardware)
+            self._threads_before = torch.get_num_threads()
+            self._accelerator = make_accelerator(plan, self.hardware)
             try:
-                self._engine = self._load(checkpoint, max_num_seqs, overlap, say)
+                self._engine = load_engine(
+                    plan,
+                    self.spec,
+                    self.hardware,
+                    checkpoint,
+                    self._accelerator,
+                    self.tokenizer,
+                    max_num_seqs=max_num_seqs,
+                    max_model_len=self._max_model_len,
+                    overlap=overlap,
+                    say=say,
+                )
             except BaseException:
-                self._close_accelerator()
+                self.close()
                 raise
         self.measured: Measured | None = None
         self.predicted: Estimate | None = None
         self._num_requests = 0
-
-    def _load(
-        self, checkpoint: Checkpoint, max_num_seqs: int, overlap: bool, say: Callable[[str], None]
-    ) -> Engine:
-        """Read the weights to where the plan wants them and make the engine."""
-        total = needs_text(self.plan)
-        say(f"loading {self.spec.name} as {self.plan.placement.name}: {total}")
-        # The thread count is the measured one of the profile; torch keeps it per thread.
-        self._threads_before = torch.get_num_threads()
-        torch.set_num_threads(self.hardware.cpu.num_threads)
-        weights = load_weights(self.spec, checkpoint, self.plan.placement, self._accelerator)
-        decoder = Decoder.create(
-            self.spec, weights, self._accelerator, num_threads=self.hardware.cpu.num_threads
-        )
-        capacity = kv_block_capacity(
-            self.spec, self.plan.placement, self.plan.workload, self.hardware
-        )
-        wanted = max_num_seqs * -(-self._max_model_len // KV_BLOCK_TOKENS)
-        planned = min(num_kv_blocks(self.plan.workload), capacity)
-        return Engine(
-            decoder=decoder,
-            placement=self.plan.placement,
-            hardware=self.hardware,
-            accelerator=self._accelerator,
-            tokenizer=self.tokenizer,
-            eos_token_ids=(
-                self.tokenizer.eos_token_ids
-                if self.tokenizer is not None
-                else read_eos_token_ids(checkpoint.folder)
-            ),
-            num_kv_blocks=max(planned, min(wanted, capacity)),
-            max_num_seqs=max(max_num_seqs, self.plan.estimate.num_concurrent_seqs),
-            max_model_len=self._max_model_len,
-            overlap=overlap,
-        )
 
     def __enter__(self) -> Self:
         return self
@@ -214,13 +187,10 @@ class LLM:
 
     def close(self) -> None:
         """Stop the lanes and give back the accelerator; the object cannot generate afterwards."""
-        self._close_accelerator()
-        torch.set_num_threads(self._threads_before)
-
-    def _close_accelerator(self) -> None:
         if self._accelerator is not None:
             self._accelerator.close()
             self._accelerator = None
+        torch.set_num_threads(self._threads_before)
 
     @property
     def timeline(self) -> Timeline | None:
@@ -237,18 +207,17 @@ class LLM:
     def max_model_len(self) -> int:
         return self._max_model_len
 
+    @property
+    def kv_capacity_tokens(self) -> int:
+        """Tokens that the KV cache holds; no request may need more."""
+        return self._engine.num_kv_blocks * KV_BLOCK_TOKENS
+
     def device_bytes(self) -> dict[Device, int]:
         """Bytes that weights, KV cache and staging buffers take on the accelerator now."""
         return {} if self._accelerator is None else {"gpu": self._accelerator.used_bytes}
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt.
-
-        Raises
-        ------
-        RequestError
-            Text without a tokenizer, an empty prompt, a prompt of another type.
-        """
+        """Token ids of a prompt, as `generate` feeds them."""
         return encode_prompt(prompt, self.tokenizer)
 
     def generate(
@@ -281,7 +250,7 @@ class LLM:
 
     def chat(
         self,
-        messages: Sequence[ChatMessage] | Sequence[Sequence[ChatMessage]],
+        messages: Conversation | Sequence[Conversation],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         add_generation_prompt: bool = True,
@@ -296,12 +265,10 @@ class LLM:
         """
         if self.tokenizer is None:
             raise RequestError("chat needs a tokenizer and the model folder has no tokenizer.json")
-        several = [messages] if messages and isinstance(messages[0], dict) else list(messages)
         texts: list[str | None] = []
         token_ids = []
         for rendered in self.tokenizer.apply_chat_template_to_all(
-            several,  # type: ignore[arg-type]
-            add_generation_prompt,
+            _conversations(messages), add_generation_prompt
         ):
             if not isinstance(rendered, str):
                 raise rendered
@@ -340,6 +307,7 @@ class LLM:
                         GenerationStep(
                             result=result,
                             texts=tuple(engine.text(sequence) for sequence in running),
+                            finished=tuple(running.index(done) for done in result.finished),
                             num_finished=sum(sequence.is_finished for sequence in running),
                             num_requests=len(running),
                         )
@@ -358,87 +326,23 @@ class LLM:
         return outputs
 
 
-def encode_prompt(prompt: Prompt, tokenizer: Tokenizer | None) -> list[int]:
-    """Token ids of a prompt; see `LLM.encode`."""
-    if isinstance(prompt, str):
-        if tokenizer is None:
-            raise RequestError(
-                "the prompt is text but the model folder has no tokenizer.json; give "
-                '{"prompt_token_ids": [...]}'
-            )
-        token_ids = tokenizer.encode(prompt)
-        if not token_ids:
-            raise RequestError("the prompt is empty; give at least one character of text")
-        return token_ids
-    if not isinstance(prompt, dict) or set(prompt) != {"prompt_token_ids"}:
-        raise RequestError('a prompt is text or {"prompt_token_ids": [...]}')
-    ids = prompt["prompt_token_ids"]
-    if not isinstance(ids, list | tuple) or not all(type(token_id) is int for token_id in ids):
-        raise RequestError("prompt_token_ids must be a list of whole numbers")
-    if not ids:
-        raise RequestError("prompt_token_ids is empty; give at least one token")
-    return list(ids)
-
-
-def needs_text(plan: Plan) -> str:
-    """Planned bytes of each device, as `0.02 GB on the cpu`."""
-    parts = [f"{size / 1e9:.2f} GB on the {d}" for d, size in plan.estimate.bytes_by_device.items()]
-    return ", ".join(parts)
+def _conversations(messages: Conversation | Sequence[Conversation]) -> list[Conversation]:
+    """Several conversations, whichever of the two forms was given."""
+    conversations: list[Conversation] = []
+    turns: list[Mapping[str, Any]] = []
+    for item in messages:
+        if isinstance(item, Mapping):
+            turns.append(item)
+        else:
+            conversations.append(item)
+    if turns and conversations:
+        raise RequestError("messages are one list of turns or a list of such lists, not both")
+    return [turns] if turns else conversations
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise UsageError(f"{name} is {value!r} but must be one of {', '.join(choices)}")
-
-
-def _resources(
-    plan: Plan | None,
-    accelerator: AcceleratorName,
-    gpu_mem_gb: float | None,
-    cpu_mem_gb: float | None,
-    link_gb_per_s: float | None,
-) -> Resources:
-    """What may be used: as asked, or as the plan says where nothing was asked."""
-    asked = Resources(
-        accelerator=accelerator,
-        gpu_bytes=gigabytes("gpu_mem_gb", gpu_mem_gb),
-        cpu_bytes=gigabytes("cpu_mem_gb", cpu_mem_gb),
-        link_bytes_per_s=gigabytes("link_gb_per_s", link_gb_per_s),
-    )
-    if plan is None:
-        return asked
-    if accelerator not in ("auto", plan.resources.accelerator):
-        raise UsageError(
-            f"accelerator is {accelerator!r} but the plan is for {plan.resources.accelerator!r}; "
-            "leave it out or plan again"
-        )
-    if asked != Resources(accelerator=accelerator):
-        raise UsageError("memory budgets and link rate are part of the plan; leave them out")
-    return plan.resources
-
-
-def gigabytes(name: str, value: float | None) -> int | None:
-    """Bytes of a budget in units of 1e9 bytes."""
-    if value is None:
-        return None
-    if not 0 < value < 1e9:
-        raise UsageError(f"{name} is {value} but must be a positive number of gigabytes")
-    return int(value * 1e9)
-
-
-def _spec_with_dtype(
-    spec: ModelSpec, dtype: str, hardware: HardwareProfile, say: Callable[[str], None]
-) -> ModelSpec:
-    if dtype != "auto":
-        chosen: Dtype = next(name for name in get_args(Dtype) if name == dtype)
-        return replace(spec, dtype=chosen)
-    if spec.dtype == "float16" and hardware.gpu is None:
-        say(
-            "warning: float16 weights run as float32 on this CPU, in twice the memory; "
-            "--dtype bfloat16 keeps the size and loses digits"
-        )
-        return replace(spec, dtype="float32")
-    return spec
 
 
 def _context(spec: ModelSpec, max_model_len: int | None) -> int:
@@ -450,37 +354,6 @@ def _context(spec: ModelSpec, max_model_len: int | None) -> int:
             f"{spec.max_position_embeddings}; give 1..{spec.max_position_embeddings}"
         )
     return max_model_len
-
-
-def _check_host_memory(plan: Plan, spec: ModelSpec, hardware: HardwareProfile) -> None:
-    """Refuse before loading what the host has no room for now.
-
-    The plan was checked against the machine's memory; other processes may hold some of it.
-    """
-    memory = needs(spec, plan.placement, plan.workload, hardware)
-    need = sum(
-        each.needed_bytes
-        for device, each in memory.items()
-        if device == "cpu" or plan.resources.accelerator == "emulated"
-    )
-    free = available_memory_bytes()
-    if need > free:
-        raise MemoryBudgetError(
-            f"{spec.name} needs {need / 1e9:.2f} GB of host memory but {free / 1e9:.2f} GB is free "
-            "now; end other processes, or use a smaller model"
-        )
-
-
-def _make_accelerator(plan: Plan, hardware: HardwareProfile) -> Accelerator | None:
-    if hardware.gpu is None or hardware.link is None or not plan.placement.uses("gpu"):
-        return None
-    if hardware.gpu.kind == "emulated":
-        return EmulatedAccelerator(
-            budget_bytes=hardware.gpu.memory_bytes,
-            link_bytes_per_s=hardware.link.h2d_bytes_per_s,
-            latency_s=hardware.link.latency_s,
-        )
-    return CudaAccelerator(budget_bytes=hardware.gpu.memory_bytes - hardware.gpu.reserved_bytes)
 
 
 def _ignore(line: str) -> None:

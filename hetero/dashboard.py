@@ -129,14 +129,17 @@ def _panel(title: str, content: RenderableType, is_ascii: bool) -> Panel:
 def _facts(rows: Sequence[tuple[str, str | Text]], is_ascii: bool) -> Text:
     """A line a fact; a Table would take three times as long to lay out."""
     pad = max(len(name) for name, _ in rows) + 2
-    lines = [Text(name.ljust(pad), style="dim").append_text(_plain(value)) for name, value in rows]
+    lines = [
+        Text().append(name.ljust(pad), style="dim").append_text(_as_text(value))
+        for name, value in rows
+    ]
     facts = Text("\n").join(lines)
     facts.no_wrap, facts.overflow = True, "crop" if is_ascii else "ellipsis"
     return facts
 
 
-def _plain(value: str | Text) -> Text:
-    return value if isinstance(value, Text) else Text(value, style="none")
+def _as_text(value: str | Text) -> Text:
+    return value if isinstance(value, Text) else Text(value)
 
 
 def _job(snapshot: Snapshot, elapsed_s: float, num_cells: int, is_ascii: bool) -> Text:
@@ -227,7 +230,7 @@ class _Tail:
 def _bar(share: float, num_cells: int, is_ascii: bool) -> Text:
     full = round(min(1.0, max(0.0, share)) * num_cells)
     on, off = ("#", ".") if is_ascii else ("\u2588", "\u2591")
-    return Text(on * full, style="green").append(off * (num_cells - full), style="dim")
+    return Text().append(on * full, style="green").append(off * (num_cells - full), style="dim")
 
 
 def sparkline(values: Sequence[float], is_ascii: bool = False) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import time
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
@@ -113,6 +114,7 @@ class Engine:
         max_model_len: int,
         overlap: bool = True,
     ) -> None:
+        self.num_kv_blocks = num_kv_blocks
         self.stats = EngineStats()
         self.last_step: StepResult | None = None
         self._decoder = decoder
@@ -181,6 +183,21 @@ class Engine:
             stops=StopChecker(params.stop_strings, params.include_stop_str_in_output),
         )
         return sequence
+
+    def warm_up(self) -> None:
+        """Run one short request and forget it.
+
+        The first step of a process compiles or loads kernels and makes the library set itself up,
+        which is no part of what a step costs.
+        """
+        if self.scheduler.max_model_len < 3:
+            return
+        params = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
+        sequence = self.add_request("warm-up", [0], params)
+        while self.step() is not None:
+            pass
+        self.release(sequence)
+        self.stats, self.last_step = EngineStats(), None
 
     def text(self, sequence: Sequence) -> str:
         """Text that a request has so far and that no stop string can take back."""
@@ -309,13 +326,12 @@ def _allocate_kv(
     """The cache of each phase; layers that both phases keep on one device share their pages."""
 
     def empty(device: Device, num_bytes: int) -> Tensor:
+        # Zeroed: pads of a block table are read and then masked, and a NaN survives a mask.
         if device == "cpu":
-            flat = torch.empty(num_bytes, dtype=torch.uint8)
-        else:
-            assert accelerator is not None
-            flat = accelerator.allocate(num_bytes, "the KV cache")
-        # Pads of a block table are read and then masked: they must be finite.
-        return flat.zero_()
+            # Pages of a fresh mapping are zero and take no memory until they are written.
+            return torch.frombuffer(mmap.mmap(-1, max(1, num_bytes)), dtype=torch.uint8)[:num_bytes]
+        assert accelerator is not None
+        return accelerator.allocate(num_bytes, "the KV cache").zero_()
 
     def devices(phase: Phase) -> list[Device]:
         return [layer.kv for layer in placement.tier(phase).layers]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace as spec_replace
 from pathlib import Path
+from typing import Literal
 
 from msgspec.structs import replace
 
 from hetero.errors import EnvironmentProblemError, MemoryBudgetError, PlanMismatchError, UsageError
 from hetero.measure.store import find_profile, load_or_measure
+from hetero.model_lookup import ModelSource, read_model_spec
 from planner.errors import PlannerError
-from planner.hardware import HardwareProfile, Resources
+from planner.hardware import AcceleratorName, HardwareProfile, Resources
 from planner.memory import needs
 from planner.model_spec import ModelSpec
 from planner.placement import check_matches
@@ -21,6 +24,72 @@ from planner.workload import Objective, Workload
 # A quarter of the host's memory and a slow PCIe link: enough to rehearse a plan.
 _EMULATED_MEMORY_SHARE = 0.25
 EMULATED_LINK_BYTES_PER_S = 4e9
+
+
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def spec_as_run(
+    source: ModelSource,
+    dtype: DtypeName,
+    hardware: HardwareProfile,
+    say: Callable[[str], None] | None = None,
+) -> ModelSpec:
+    """The shapes of a model in the dtype in which it will run; `auto` is the checkpoint's own.
+
+    float16 becomes float32 where the CPU does all the work: it has no float16 arithmetic of any
+    speed (70 times slower than bfloat16 where it was measured).
+    """
+    spec = read_model_spec(source, None if dtype == "auto" else dtype)
+    if dtype == "auto" and spec.dtype == "float16" and hardware.gpu is None:
+        if say is not None:
+            say(
+                "warning: float16 weights run as float32 on this CPU, in twice the memory; "
+                "bfloat16 (--dtype) keeps the size and loses digits"
+            )
+        return spec_replace(spec, dtype="float32")
+    return spec
+
+
+def resources_asked(
+    plan: Plan | None,
+    accelerator: AcceleratorName,
+    gpu_mem_gb: float | None = None,
+    cpu_mem_gb: float | None = None,
+    link_gb_per_s: float | None = None,
+) -> Resources:
+    """What may be used: as asked, or as a plan says, which decides it alone.
+
+    Raises
+    ------
+    UsageError
+        A budget that is not a positive number, or one that contradicts the plan.
+    """
+    asked = Resources(
+        accelerator=accelerator,
+        gpu_bytes=_bytes_of("gpu_mem_gb", gpu_mem_gb),
+        cpu_bytes=_bytes_of("cpu_mem_gb", cpu_mem_gb),
+        link_bytes_per_s=_bytes_of("link_gb_per_s", link_gb_per_s),
+    )
+    if plan is None:
+        return asked
+    if accelerator not in ("auto", plan.resources.accelerator):
+        raise UsageError(
+            f"accelerator is {accelerator} but the plan is for {plan.resources.accelerator}; "
+            "leave it out or plan again"
+        )
+    if asked != Resources(accelerator=accelerator):
+        raise UsageError("memory budgets and link rate are part of the plan: leave them out")
+    return plan.resources
+
+
+def _bytes_of(name: str, gigabytes: float | None) -> int | None:
+    """Bytes of a budget in units of 1e9 bytes."""
+    if gigabytes is None:
+        return None
+    if not 0 < gigabytes < 1e9:
+        raise UsageError(f"{name} is {gigabytes} but must be a positive number of gigabytes")
+    return int(gigabytes * 1e9)
 
 
 def base_profile(
@@ -180,5 +249,5 @@ def lacking_memory(plan: Plan, spec: ModelSpec, hardware: HardwareProfile) -> st
         fix = f"the nearest that fits is {fitting.name}"
     else:
         flags = " and ".join(f"--{device}-mem-gb" for device in short)
-        fix = f"raise {flags}, or lower --num-seqs, --prompt-len or --output-len"
+        fix = f"raise {flags}, or ask for fewer or shorter sequences"
     return f"{plan.model} as {plan.placement.name} needs {parts}; {fix}"

@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 
 REFRESH_S = 0.25
 HISTORY_LEN = 60
-# A snapshot (the predicted Timeline above all) may take this share of the run at most.
+# Snapshots (the predicted Timeline above all) may take this share of the run at most, beside what
+# the first few may take at once.
 _MAX_COST_SHARE = 0.01
+_FREE_COST_S = 0.05
 # Enough for the panel of a large terminal.
 _MAX_TEXT_CHARS = 8192
 
@@ -151,6 +153,7 @@ class RunMonitor:
         psutil.cpu_percent()
         self._last_s = self.start_s
         self._next_s = self.start_s
+        self._cost_s = 0.0
         self._work = {phase: _PhaseWork() for phase in PHASES}
         self._num_output_tokens = 0
         self._max_output_tokens = max_output_tokens
@@ -188,8 +191,9 @@ class RunMonitor:
         is_last = step.num_finished == step.num_requests
         if now_s >= self._next_s or is_last:
             self.snapshot = self._snapshot(step, now_s)
-            cost_s = self.clock() - now_s
-            self._next_s = now_s + max(REFRESH_S, cost_s / _MAX_COST_SHARE)
+            self._cost_s += self.clock() - now_s
+            affordable_s = self.start_s + (self._cost_s - _FREE_COST_S) / _MAX_COST_SHARE
+            self._next_s = max(now_s + REFRESH_S, affordable_s)
 
     def _snapshot(self, step: GenerationStep, now_s: float) -> Snapshot:
         speeds = {phase: work.take_speed() for phase, work in self._work.items()}

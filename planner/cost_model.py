@@ -20,7 +20,7 @@ Bound = Literal["compute", "memory", "launch", "link"]
 # a launch whatever its size. Counted in hetero/model: tests/planner/test_launch_counts.py.
 _NUM_LAUNCHES = {
     "embed": 1,
-    "attention": 18,
+    "attention": 17,
     "router": 8,
     "dispatch": 8,
     "experts": 4,

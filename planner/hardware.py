@@ -175,7 +175,7 @@ class HardwareProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         cpus, gpu = self.cpu_by_threads, self.gpu
         if cpu_bytes is not None:
             cpus = tuple(replace(cpu, memory_bytes=cpu_bytes, reserved_bytes=0) for cpu in cpus)
-        if gpu_bytes is not None and gpu is not None:
+        if gpu is not None and gpu_bytes not in (None, gpu.memory_bytes):
             gpu = replace(gpu, memory_bytes=gpu_bytes, reserved_bytes=0)
         return replace(self, cpu_by_threads=cpus, gpu=gpu)
 

@@ -191,8 +191,12 @@ def build(spec: ModelSpec, tier: TierPlacement) -> StepGraph:
     where: Device = tier.embedding.device
     hidden = builder.add("embed", where, () if batch is None else (batch,))
     for index, layer in enumerate(tier.layers):
+        if layer.attention.device != where:
+            where = layer.attention.device
+            hidden = builder.move("hidden", where, hidden, index)
         buffer = buffers.get(index)
         if buffer is not None:
+            # After the hidden states, which would else wait behind weights that are not due yet.
             stream(streamed_layers.index(index) + NUM_STREAM_BUFFERS - 1)
 
         def weights(module: Module, index: int = index) -> tuple[int, ...]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 from msgspec.structs import replace
 
 from hetero.cli.main import run_command
-from hetero.measure.fingerprint import machine_fingerprint
+from hetero.measure.fingerprint import cpu_model, machine_fingerprint
 from hetero.measure.store import store_profile
 from planner.hardware import HardwareProfile
 from tests.machines import toy_machine
@@ -21,6 +23,19 @@ def pytest_configure(config: pytest.Config) -> None:
     # `hetero run` points numba at the user's cache unless told otherwise; a test must not, and a
     # fresh folder each time would compile for half a minute.
     os.environ.setdefault("NUMBA_CACHE_DIR", str(config.rootpath / ".pytest_cache" / "numba"))
+
+
+def pytest_report_header() -> str:
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none (gpu tests skip)"
+    return f"torch {torch.__version__}, numba {version('numba')}, CPU {cpu_model()}, GPU {gpu}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu") is not None:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @pytest.fixture

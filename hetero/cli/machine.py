@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 if TYPE_CHECKING:
     from hetero.model_lookup import ModelSource
     from planner.hardware import AcceleratorName, HardwareProfile
-    from planner.model_spec import ModelSpec
+    from planner.plan import Plan
 
-DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 # The choices of click are made when the command is defined, without the planner.
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 ACCELERATORS = ("auto", "none", "cuda", "emulated")
 STRATEGIES = ("gpu", "cpu", "offload", "split", "experts-on-cpu")
 
@@ -39,7 +39,7 @@ def machine_options(command: _Command) -> _Command:
     for option in (
         click.option(
             "--dtype",
-            type=click.Choice(get_args(DtypeName)),
+            type=click.Choice(DTYPES),
             default="auto",
             show_default=True,
             help="Weights and arithmetic; auto is the checkpoint's own.",
@@ -97,22 +97,14 @@ def read_profile(name: str | None, progress: Callable[[str], None] = say) -> Har
     return base_profile(name, default_cache_dir(os.environ), progress)
 
 
-def cut_to_options(profile: HardwareProfile, options: MachineOptions) -> HardwareProfile:
-    """The part of a machine that may be used."""
-    from hetero.planning import usable_hardware
-    from planner.hardware import Resources
+def usable_part(
+    profile: HardwareProfile, options: MachineOptions, plan: Plan | None = None
+) -> HardwareProfile:
+    """The part of a machine that may be used: by a plan's own account, or by the options."""
+    from hetero.planning import resources_asked, usable_hardware
 
-    def in_bytes(gigabytes: float | None) -> int | None:
-        return None if gigabytes is None else int(gigabytes * 1e9)
-
-    return usable_hardware(
-        profile,
-        Resources(
-            accelerator=options.accelerator,
-            gpu_bytes=in_bytes(options.gpu_mem_gb),
-            cpu_bytes=in_bytes(options.cpu_mem_gb),
-        ),
-    )
+    budgets = (options.gpu_mem_gb, options.cpu_mem_gb)
+    return usable_hardware(profile, resources_asked(plan, options.accelerator, *budgets))
 
 
 def lookup_model(model: str | None) -> ModelSource:
@@ -120,19 +112,6 @@ def lookup_model(model: str | None) -> ModelSource:
     from hetero.model_lookup import default_hub_cache, find_model
 
     return find_model(model, hub_cache=default_hub_cache(os.environ))
-
-
-def spec_as_run(source: ModelSource, dtype: DtypeName, hardware: HardwareProfile) -> ModelSpec:
-    """The shapes of a model in the dtype in which `hetero.LLM` would run it here."""
-    from hetero.model_lookup import read_model_spec
-
-    if dtype != "auto":
-        return read_model_spec(source, dtype)
-    spec = read_model_spec(source)
-    # The same rule as hetero.api: a CPU has no float16 arithmetic of any speed.
-    if spec.dtype == "float16" and hardware.gpu is None:
-        return replace(spec, dtype="float32")
-    return spec
 
 
 def output_path(context: click.Context, option: click.Parameter, value: Path | None) -> Path | None:

@@ -9,19 +9,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hetero.cli.machine import (
-    DtypeName,
     MachineOptions,
-    cut_to_options,
     lookup_model,
     machine_options,
     output_path,
     read_profile,
     say,
-    spec_as_run,
+    usable_part,
 )
 from hetero.errors import ExitCode
 
 if TYPE_CHECKING:
+    from hetero.planning import DtypeName
     from planner.hardware import HardwareProfile
     from planner.plan import Plan
     from planner.workload import Objective
@@ -76,12 +75,12 @@ def plan(
     128 tokens, less where the model's context is shorter.
     """
     from hetero.measure.store import write_atomically
-    from hetero.planning import default_workload, lacking_memory, make_plan
+    from hetero.planning import default_workload, lacking_memory, make_plan, spec_as_run
 
     options = MachineOptions(**machine)
     source = lookup_model(model)
-    hardware = cut_to_options(read_profile(options.profile), options)
-    spec = spec_as_run(source, dtype, hardware)
+    hardware = usable_part(read_profile(options.profile), options)
+    spec = spec_as_run(source, dtype, hardware, say)
     workload = default_workload(
         spec.max_position_embeddings,
         prompt_len=prompt_len,

@@ -11,18 +11,17 @@ import click
 
 from hetero.cli.job import Job, tokenize
 from hetero.cli.machine import (
-    DtypeName,
     MachineOptions,
     lookup_model,
     machine_options,
     output_path,
     read_profile,
     say,
-    spec_as_run,
+    usable_part,
 )
 from hetero.cli.rows import Row, RowWriter, read_rows, refuse_existing
 from hetero.cli.run_output import TextStream, run_document, show_plan, show_result, teller
-from hetero.cli.run_plan import hardware_for, plan_job, read_plan
+from hetero.cli.run_plan import plan_job, read_plan
 from hetero.errors import ExitCode, HeteroError, ModelFolderError, UsageError
 
 if TYPE_CHECKING:
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
 
     from hetero.api import LLM, GenerationStep
     from hetero.outputs import RequestOutput
+    from hetero.planning import DtypeName
     from hetero.run_monitor import RunMonitor
     from hetero.run_view import Progress
     from hetero.sampler import SamplingParams
@@ -166,6 +166,8 @@ def run(
         rows = read_rows(input_path)
     else:
         rows = (Row(custom_id="prompt", prompt=prompt or DEMO_PROMPT),)
+    from hetero.planning import spec_as_run
+
     options = MachineOptions(**machine)
     source = lookup_model(model)
     if source.folder is None:
@@ -174,9 +176,9 @@ def run(
             "it give a folder with its weights"
         )
     profile = read_profile(options.profile, teller(progress))
-    given = read_plan(plan_path, strategy, options)
-    hardware = hardware_for(profile, options, given)
-    spec = spec_as_run(source, dtype, hardware)
+    given = read_plan(plan_path, strategy)
+    hardware = usable_part(profile, options, given)
+    spec = spec_as_run(source, dtype, hardware, teller(progress))
     job = tokenize(rows, source.folder, spec, chat=chat)
     if output is None and job.bad:
         raise job.bad[0].error
@@ -256,7 +258,7 @@ def _generate(
     watch: Callable[[GenerationStep], None] | None = None,
 ) -> tuple[list[RequestOutput], RunMonitor]:
     """Run the job under the view that was asked for; `watch` is called first after each step."""
-    from hetero.api import TokensPrompt
+    from hetero.prompts import TokensPrompt
     from hetero.run_monitor import RunMonitor
     from hetero.run_view import make_view
 
@@ -320,9 +322,7 @@ def _run_rows(this: Run, output: Path) -> ExitCode:
         _write_bad(writer, this.job)
 
         def write_finished(step: GenerationStep) -> None:
-            for sequence in step.result.finished:
-                # LLM numbers its requests from 1, in the order of the prompts.
-                index = int(sequence.seq_id) - 1
+            for index, sequence in zip(step.finished, step.result.finished, strict=True):
                 has_failed = sequence.finish_reason == "error"
                 writer.write(
                     this.job.good[index].row,

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hetero.cli.job import Job
-from hetero.cli.machine import MachineOptions, cut_to_options
 from hetero.errors import MemoryBudgetError, UsageError
 
 if TYPE_CHECKING:
@@ -18,8 +17,8 @@ if TYPE_CHECKING:
 MAX_NUM_SEQS = 16
 
 
-def read_plan(path: Path | None, strategy: str | None, options: MachineOptions) -> Plan | None:
-    """The plan of --plan; options that it decides itself are refused."""
+def read_plan(path: Path | None, strategy: str | None) -> Plan | None:
+    """The plan of --plan, which has its strategy."""
     if path is None:
         return None
     from planner.plan import Plan
@@ -27,25 +26,7 @@ def read_plan(path: Path | None, strategy: str | None, options: MachineOptions) 
     plan = Plan.load(path)
     if strategy is not None:
         raise UsageError("give --plan or --strategy, not both: a plan already has one")
-    if options.accelerator not in ("auto", plan.resources.accelerator):
-        raise UsageError(
-            f"--accelerator is {options.accelerator} but the plan is for "
-            f"{plan.resources.accelerator}; leave it out or plan again"
-        )
-    if options.gpu_mem_gb is not None or options.cpu_mem_gb is not None:
-        raise UsageError("memory budgets are part of the plan: leave them out or plan again")
     return plan
-
-
-def hardware_for(
-    profile: HardwareProfile, options: MachineOptions, given: Plan | None
-) -> HardwareProfile:
-    """What of the machine the plan may use, or the options where there is no plan yet."""
-    from hetero.planning import usable_hardware
-
-    if given is not None:
-        return usable_hardware(profile, given.resources)
-    return cut_to_options(profile, options)
 
 
 def plan_job(

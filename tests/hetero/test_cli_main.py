@@ -9,18 +9,24 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import click
 import pytest
 
 import hetero
 from hetero.cli import main
-from hetero.cli.machine import use_numba_cache
+from hetero.cli.machine import ACCELERATORS, DTYPES, STRATEGIES, use_numba_cache
 from hetero.cli.main import SHORT_HELP, cli, run_command
+from hetero.cli.run import PROGRESS_CHOICES
 from hetero.errors import ExitCode, HeteroError, ModelFolderError
+from hetero.planning import DtypeName
+from hetero.run_view import Progress
 from hetero.terminal_text import one_line, visible
+from planner import strategies
 from planner.errors import DoesNotFitError, ModelSpecError, PlanError, PlannerError, ProfileError
-from planner.hardware import HardwareProfile
+from planner.hardware import AcceleratorName, HardwareProfile
+from planner.model_spec import Dtype
 from tests.conftest import Hetero
 
 SHARED = {"accelerator", "cpu_mem_gb", "dtype", "gpu_mem_gb", "profile", "strategy"}
@@ -63,6 +69,14 @@ ERROR: list[BaseException] = []
 def test_options_are_those_of_the_contract(name: str) -> None:
     """Scripts rely on them: a change here is a change of the contract (DESIGN.md, 10)."""
     assert {parameter.name for parameter in command(name).params} == OPTIONS[name]
+
+
+def test_choices_are_those_of_the_planner() -> None:
+    """The command line keeps copies, so that help need not load the planner."""
+    assert tuple(strategies.STRATEGIES) == STRATEGIES
+    assert get_args(AcceleratorName) == ACCELERATORS
+    assert get_args(Progress) == PROGRESS_CHOICES
+    assert get_args(DtypeName) == DTYPES == ("auto", *get_args(Dtype))
 
 
 @pytest.mark.parametrize("name", SHORT_HELP)

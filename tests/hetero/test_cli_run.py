@@ -13,7 +13,6 @@ import pytest
 from msgspec.structs import replace
 
 from hetero import LLM, SamplingParams
-from hetero.cli import machine
 from hetero.cli.rows import OutputExistsError, Row, RowWriter, read_rows
 from hetero.cli.run import DEMO_PROMPT, DEMO_SEED, DEMO_TEMPERATURE
 from hetero.errors import EnvironmentProblemError, ExitCode, UsageError
@@ -105,7 +104,7 @@ def test_plan_comes_before_and_the_comparison_after(hetero: Hetero) -> None:
             "loading demo as cpu",
             "1/1 done",
             "this run",
-            "last decode step",
+            "\nlast decode step  predicted",
         )
     ]
     assert positions == sorted(positions)
@@ -256,7 +255,7 @@ def test_all_bad_lines_are_named(tmp_path: Path) -> None:
 def test_many_bad_lines_are_counted(tmp_path: Path) -> None:
     path = tmp_path / "in.jsonl"
     path.write_text("?\n" * 30)
-    with pytest.raises(UsageError, match="has 30 bad lines: .*; and 10 more$"):
+    with pytest.raises(UsageError, match=r"has 30 bad lines: .*; and 10 more$"):
         read_rows(path)
 
 
@@ -287,7 +286,7 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
                 return getattr(file, name)
 
         writer._file = Full()  # type: ignore[assignment]
-        with pytest.raises(EnvironmentProblemError, match="No space left .* its 1 rows are comp"):
+        with pytest.raises(EnvironmentProblemError, match=r"No space left .* its 1 rows are comp"):
             writer.write(row, text="second")
     (line,) = (tmp_path / "out.jsonl").read_text().splitlines()
     assert json.loads(line)["text"] == "first"
@@ -388,8 +387,8 @@ def test_a_plan_for_something_else_is_refused(
     ("arguments", "words"),
     [
         (("--strategy", "cpu"), "--plan or --strategy, not both"),
-        (("--cpu-mem-gb", "4"), "memory budgets are part of the plan"),
-        (("--accelerator", "emulated"), "--accelerator is emulated but the plan is for none"),
+        (("--cpu-mem-gb", "4"), "are part of the plan"),
+        (("--accelerator", "emulated"), "accelerator is emulated but the plan is for none"),
     ],
     ids=" ".join,
 )
@@ -404,7 +403,7 @@ def test_a_plan_is_not_overridden(
 def test_many_rows_run_in_smaller_numbers_where_memory_is_short(
     hetero: Hetero, tmp_path: Path
 ) -> None:
-    """16 sequences of 900 tokens need 22 MB of KV cache and more; the budget has room for few."""
+    """One percent less than 16 sequences need: 8 are planned for, and all rows are served."""
     given = rows_file(tmp_path, *({"prompt_token_ids": [5] * 20} for _ in range(16)))
     arguments = ("--input", given, "--output", tmp_path / "out.jsonl", "--max-tokens", "2")
     whole = hetero("run", *arguments, "--progress", "json")
@@ -439,10 +438,3 @@ def test_module_runs_as_a_program(stored_profile: HardwareProfile) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.startswith(DEMO_PROMPT)
     assert "this run" in done.stderr
-    assert tuple(_strategies()) == machine.STRATEGIES
-
-
-def _strategies() -> list[str]:
-    from planner.strategies import STRATEGIES
-
-    return list(STRATEGIES)

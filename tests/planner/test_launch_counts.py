@@ -31,7 +31,7 @@ class LaunchCounter(TorchDispatchMode):
     """Counts the torch operations that compute. Mutable."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.num_launches = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -1,0 +1,121 @@
+"""From a plan and a folder of weights to an engine that can step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from hetero.checkpoint import Checkpoint
+from hetero.engine import Engine
+from hetero.errors import MemoryBudgetError
+from hetero.measure.memory_limit import available_memory_bytes
+from hetero.model.decoder import Decoder
+from hetero.runtime.devices import Accelerator, CudaAccelerator, EmulatedAccelerator
+from hetero.runtime.weights import load_weights
+from hetero.tokenizer import Tokenizer, read_eos_token_ids
+from planner.hardware import HardwareProfile
+from planner.memory import KV_BLOCK_TOKENS, kv_block_capacity, needs, num_kv_blocks
+from planner.model_spec import ModelSpec
+from planner.plan import Plan
+
+
+def make_accelerator(plan: Plan, hardware: HardwareProfile) -> Accelerator | None:
+    """The accelerator that a plan uses, empty; None where the CPU does all the work."""
+    if hardware.gpu is None or hardware.link is None or not plan.placement.uses("gpu"):
+        return None
+    if hardware.gpu.kind == "emulated":
+        return EmulatedAccelerator(
+            budget_bytes=hardware.gpu.memory_bytes,
+            link_bytes_per_s=hardware.link.h2d_bytes_per_s,
+            latency_s=hardware.link.latency_s,
+        )
+    return CudaAccelerator(budget_bytes=hardware.gpu.memory_bytes - hardware.gpu.reserved_bytes)
+
+
+def load_engine(
+    plan: Plan,
+    spec: ModelSpec,
+    hardware: HardwareProfile,
+    checkpoint: Checkpoint,
+    accelerator: Accelerator | None,
+    tokenizer: Tokenizer | None,
+    *,
+    max_num_seqs: int,
+    max_model_len: int,
+    overlap: bool,
+    say: Callable[[str], None],
+) -> Engine:
+    """Read the weights to where the plan wants them, size the KV cache, and warm up.
+
+    The calling thread computes the `cpu` lane from now on: its torch thread count becomes the
+    measured one of the profile.
+
+    Raises
+    ------
+    MemoryBudgetError
+        The host has no room for the plan now, or the accelerator's budget is too small.
+    """
+    _check_host_memory(plan, spec, hardware)
+    sizes = plan.estimate.bytes_by_device.items()
+    where = ", ".join(f"{size / 1e9:.2f} GB on the {device}" for device, size in sizes)
+    say(f"loading {spec.name} as {plan.placement.name}: {where}")
+    torch.set_num_threads(hardware.cpu.num_threads)
+    decoder = Decoder.create(
+        spec,
+        load_weights(spec, checkpoint, plan.placement, accelerator),
+        accelerator,
+        num_threads=hardware.cpu.num_threads,
+    )
+    engine = Engine(
+        decoder=decoder,
+        placement=plan.placement,
+        hardware=hardware,
+        accelerator=accelerator,
+        tokenizer=tokenizer,
+        eos_token_ids=(
+            tokenizer.eos_token_ids
+            if tokenizer is not None
+            else read_eos_token_ids(checkpoint.folder)
+        ),
+        num_kv_blocks=_num_kv_blocks(plan, spec, hardware, max_num_seqs, max_model_len),
+        max_num_seqs=max(max_num_seqs, plan.estimate.num_concurrent_seqs),
+        max_model_len=max_model_len,
+        overlap=overlap,
+    )
+    engine.warm_up()
+    return engine
+
+
+def _num_kv_blocks(
+    plan: Plan, spec: ModelSpec, hardware: HardwareProfile, max_num_seqs: int, max_model_len: int
+) -> int:
+    """Room for the plan's workload, and beyond it for longer or more sequences where there is any.
+
+    One sequence of the longest length, or `max_num_seqs` of the planned length: all of the longest
+    would take the whole memory of any machine for a context of 131072.
+    """
+    capacity = kv_block_capacity(spec, plan.placement, plan.workload, hardware)
+    planned = min(num_kv_blocks(plan.workload), capacity)
+    longest = -(-max_model_len // KV_BLOCK_TOKENS)
+    usual = min(longest, -(-plan.workload.context_len // KV_BLOCK_TOKENS))
+    return max(planned, min(max(longest, max_num_seqs * usual), capacity))
+
+
+def _check_host_memory(plan: Plan, spec: ModelSpec, hardware: HardwareProfile) -> None:
+    """Refuse before loading what the host has no room for now.
+
+    The plan was checked against the machine's memory; other processes may hold some of it.
+    """
+    memory = needs(spec, plan.placement, plan.workload, hardware)
+    need = sum(
+        each.needed_bytes
+        for device, each in memory.items()
+        if device == "cpu" or plan.resources.accelerator == "emulated"
+    )
+    free = available_memory_bytes()
+    if need > free:
+        raise MemoryBudgetError(
+            f"{spec.name} needs {need / 1e9:.2f} GB of host memory but {free / 1e9:.2f} GB is free "
+            "now; end other processes, or use a smaller model"
+        )

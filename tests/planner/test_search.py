@@ -1,0 +1,273 @@
+"""Search against brute force over its whole space, and its reasons against the numbers."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+
+import highspy
+import pytest
+from msgspec.structs import replace
+
+from planner import search, strategies
+from planner.errors import PlannerError
+from planner.estimate import estimate
+from planner.hardware import HardwareProfile
+from planner.memory import needs
+from planner.model_spec import ModelSpec
+from planner.placement import Placement
+from planner.plan import Plan
+from planner.search import profile_fingerprint
+from planner.strategies import STRATEGIES
+from planner.workload import Objective, Workload
+from tests.planner.brute_force import Answer, brute_force
+from tests.planner.tiny import EXPERTS, real_machine, tiny_device, tiny_machine, tiny_spec
+
+CHUNK = 8
+
+SPECS = {
+    "dense": tiny_spec("ddd"),
+    "dense-tied": tiny_spec("dd", is_tied=True),
+    "experts": tiny_spec("mmm"),
+    "mixed": tiny_spec("dmmd"),
+    "mixed-tied": tiny_spec("mdmdm", is_tied=True),
+}
+# The largest spec needs about 10 kB of weights.
+MACHINES = {
+    "no-gpu": real_machine(gpu_bytes=None),
+    "big-gpu": real_machine(),
+    "gpu-6k": real_machine(gpu_bytes=6_000),
+    "gpu-10k-slow-link": real_machine(gpu_bytes=10_000, link_bytes_per_s=2e3),
+    "gpu-10k-fast-link": real_machine(gpu_bytes=10_000, link_bytes_per_s=1e6),
+    "little-host": real_machine(cpu_bytes=7_000, gpu_bytes=8_000),
+    "nothing-fits": real_machine(cpu_bytes=2_000, gpu_bytes=2_000),
+}
+WORKLOADS: dict[str, tuple[Workload, Objective]] = {
+    "one": (Workload(prompt_len=6, output_len=5), "latency"),
+    "chunks": (Workload(prompt_len=20, output_len=2, num_seqs=2), "latency"),
+    "waves": (Workload(prompt_len=5, output_len=9, num_seqs=5), "throughput"),
+}
+CASES = [
+    (spec, machine, workload)
+    for number, (spec, machine) in enumerate((s, m) for s in SPECS for m in MACHINES)
+    # Each pair of model and machine with one workload or two, in turns.
+    for workload in [list(WORKLOADS)[number % 3], list(WORKLOADS)[(number // 3) % 3]]
+]
+
+
+@cache
+def answers(spec: str, machine: str, workload: str) -> tuple[Plan, Answer]:
+    what, objective = WORKLOADS[workload]
+    plan = search(SPECS[spec], MACHINES[machine], what, objective, chunk_tokens=CHUNK)
+    return plan, brute_force(SPECS[spec], MACHINES[machine], what, objective, CHUNK)
+
+
+@pytest.mark.parametrize(("spec", "machine", "workload"), sorted(set(CASES)))
+def test_search_finds_what_brute_force_finds(spec: str, machine: str, workload: str) -> None:
+    """The best price, every alternative's price, and what does not fit and by how much."""
+    plan, brute = answers(spec, machine, workload)
+
+    assert plan.feasible == (brute.best is not None)
+    if brute.best is not None:
+        assert plan.estimate.e2e_s == pytest.approx(brute.best.e2e_s, rel=1e-12)
+    found = {plan.placement.name: plan.estimate.e2e_s} if plan.feasible else {}
+    found |= {other.name: other.e2e_s or 0.0 for other in plan.alternatives if other.feasible}
+    expected = {name: priced.e2e_s for name, priced in brute.fitting.items()}
+    assert found == pytest.approx(expected, rel=1e-12)
+    assert set(brute.lacking) == {
+        name
+        for name, feasible in [
+            (plan.placement.name, plan.feasible),
+            *((other.name, other.feasible) for other in plan.alternatives),
+        ]
+        if not feasible
+    }
+
+
+@pytest.mark.parametrize(("spec", "machine", "workload"), sorted(set(CASES)))
+def test_the_estimate_of_a_plan_is_that_of_its_placement(
+    spec: str, machine: str, workload: str
+) -> None:
+    """Priced and measured in bytes again from the plan alone."""
+    plan, _ = answers(spec, machine, workload)
+    wave = replace(plan.workload, num_seqs=plan.estimate.num_concurrent_seqs)
+    memory = needs(SPECS[spec], plan.placement, wave, MACHINES[machine])
+
+    assert plan.feasible == all(need.fits for need in memory.values())
+    assert plan.estimate == estimate(
+        SPECS[spec],
+        plan.placement,
+        MACHINES[machine],
+        plan.workload,
+        memory,
+        num_concurrent=plan.estimate.num_concurrent_seqs,
+    )
+
+
+@pytest.mark.parametrize(("spec", "machine", "workload"), sorted(set(CASES)))
+def test_every_reason_is_true(spec: str, machine: str, workload: str) -> None:
+    """Slower by the ratio of the prices, in the phase that lost; or lacking the bytes it says."""
+    plan, brute = answers(spec, machine, workload)
+    for other in plan.alternatives:
+        if other.feasible:
+            assert other.e2e_s is not None
+            ratio = other.e2e_s / plan.estimate.e2e_s
+            assert ratio >= 1.0
+            slower = "as fast within 0.5%" if ratio < 1.005 else f"{ratio:.2f}x the time"
+            assert re.fullmatch(
+                rf"{re.escape(slower)}; (prefill|decode) bound by \w+ \w+", other.reason
+            )
+        else:
+            sizes = re.findall(
+                r"needs ([\d.]+) GB on the [cg]pu, ([\d.]+) GB available", other.reason
+            )
+            assert sizes
+            assert brute.lacking[other.name] > 0
+
+
+def test_the_reason_names_the_phase_that_lost_more_seconds() -> None:
+    """All on the CPU, a long output loses in decode and a long prompt in prefill."""
+    spec, machine = SPECS["dense"], real_machine(cpu_bytes=1_000_000)
+    for workload, phase in (
+        (Workload(prompt_len=1, output_len=60), "decode"),
+        (Workload(prompt_len=200, output_len=2), "prefill"),
+    ):
+        plan = search(spec, machine, workload)
+        (cpu,) = (other for other in plan.alternatives if other.name == "cpu")
+        assert plan.placement.name == "gpu"
+        assert f"; {phase} bound by cpu " in cpu.reason
+
+
+def test_an_infeasible_plan_is_the_nearest_miss() -> None:
+    """Nothing fits: the placement lacks the fewest bytes, and no alternative fits."""
+    plan, brute = answers("mixed", "nothing-fits", "one")
+    memory = needs(SPECS["mixed"], plan.placement, plan.workload, MACHINES["nothing-fits"])
+    lacking = sum(max(0, need.needed_bytes - need.available_bytes) for need in memory.values())
+
+    assert not plan.feasible
+    assert lacking == min(brute.lacking.values())
+    assert not any(other.feasible for other in plan.alternatives)
+
+
+def test_what_fits_is_listed_before_what_does_not_and_by_price() -> None:
+    plan, _ = answers("mixed", "gpu-6k", "one")
+    feasible = [other for other in plan.alternatives if other.feasible]
+
+    assert plan.feasible
+    assert list(plan.alternatives[: len(feasible)]) == feasible
+    prices = [other.e2e_s or 0.0 for other in feasible]
+    assert prices == sorted(prices)
+
+
+def test_throughput_runs_in_waves_where_that_frees_memory_for_weights() -> None:
+    """16 sequences of 32 tokens take 2 * 16 blocks * 256 bytes for each layer's cache."""
+    spec, workload = SPECS["dense"], Workload(prompt_len=4, output_len=28, num_seqs=16)
+    machine = real_machine(gpu_bytes=16_000, link_bytes_per_s=1e3, cpu_read_bytes_per_s=4e3)
+    at_once = search(spec, machine, workload, "latency")
+    in_waves = search(spec, machine, workload, "throughput")
+
+    assert at_once.estimate.num_concurrent_seqs == 16
+    assert in_waves.estimate.num_concurrent_seqs < 16
+    assert in_waves.estimate.e2e_s < at_once.estimate.e2e_s
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_forced_strategy_is_used_in_both_phases(strategy: str) -> None:
+    plan = search(SPECS["mixed"], real_machine(), Workload(prompt_len=6), strategy=strategy)
+
+    assert plan.placement.name == strategy
+    assert plan.alternatives == ()
+
+
+@pytest.mark.parametrize(
+    ("spec", "machine", "strategy", "complaint"),
+    [
+        ("dense", "big-gpu", "fast", r"'fast' is not one of gpu, cpu, offload, split, experts-on-"),
+        ("dense", "no-gpu", "gpu", "'gpu' does not apply: the machine has no accelerator"),
+        ("dense", "big-gpu", "experts-on-cpu", "does not apply: tiny-ddd has no experts"),
+    ],
+)
+def test_a_strategy_that_does_not_apply_is_refused_with_the_reason(
+    spec: str, machine: str, strategy: str, complaint: str
+) -> None:
+    with pytest.raises(PlannerError, match=complaint):
+        search(SPECS[spec], MACHINES[machine], Workload(), strategy=strategy)
+
+
+def test_a_plan_says_what_it_was_made_for() -> None:
+    spec, machine, workload = SPECS["mixed"], MACHINES["gpu-6k"], Workload(prompt_len=6)
+    plan = search(spec, machine, workload, "throughput", chunk_tokens=CHUNK)
+
+    assert (plan.model, plan.model_fingerprint) == (spec.name, spec.fingerprint)
+    assert (plan.profile, plan.profile_fingerprint) == (machine.name, profile_fingerprint(machine))
+    assert (plan.workload, plan.objective) == (workload, "throughput")
+    assert plan.resources == machine.resources
+    assert plan.optimality_gap == 0.0
+    assert plan.placement.prefill.max_num_tokens == CHUNK
+
+
+def test_two_measurements_of_one_machine_have_one_fingerprint() -> None:
+    machine = MACHINES["big-gpu"]
+    again = real_machine(cpu_read_bytes_per_s=61e3, link_bytes_per_s=24e3)
+    other_gpu = replace(machine, gpu=replace(tiny_device("gpu"), name="another"))
+
+    assert profile_fingerprint(again) == profile_fingerprint(machine)
+    assert profile_fingerprint(other_gpu) != profile_fingerprint(machine)
+    assert profile_fingerprint(machine.without_gpu()) != profile_fingerprint(machine)
+
+
+@pytest.mark.parametrize("num_resident", range(5))
+def test_experts_on_the_cpu_are_the_solution_of_the_knapsack(num_resident: int) -> None:
+    """Which layers' experts fit on the GPU, by an exact solver over all subsets, not only prefixes.
+
+    Layers are alike, so the search need only count them; the solver does not know that.
+    """
+    spec = tiny_spec("mmmm")
+    workload = Workload(prompt_len=4, output_len=8)
+    bare = strategies.placement(spec, "experts-on-cpu", 4)
+    need = needs(spec, bare, workload, real_machine())["gpu"]
+    memory_bytes = -(-(need.needed_bytes + num_resident * EXPERTS + EXPERTS // 2) * 100 // 96)
+    machine = real_machine(gpu_bytes=memory_bytes)
+    budget = needs(spec, bare, workload, machine)["gpu"].available_bytes - need.needed_bytes
+    plan = search(spec, machine, workload, strategy="experts-on-cpu")
+    # Cut 4 less cut 3 is what one layer's experts cost on the CPU and not on the GPU.
+    away, home = (e2e_s(spec, machine, workload, cut) for cut in (4, 3))
+    num_moved = solve_knapsack([away - home] * 4, [EXPERTS] * 4, budget)
+
+    assert plan.placement.decode.cut == max(1, 4 - num_moved)
+    assert plan.estimate.e2e_s == pytest.approx(away - min(3, num_moved) * (away - home), rel=1e-9)
+
+
+def e2e_s(spec: ModelSpec, machine: HardwareProfile, workload: Workload, cut: int) -> float:
+    placement: Placement = strategies.placement(spec, "experts-on-cpu", cut)
+    return estimate(spec, placement, machine, workload).e2e_s
+
+
+def solve_knapsack(gains: list[float], sizes: list[int], budget: int) -> int:
+    """How many items an exact solver takes to gain the most within a budget."""
+    solver = highspy.Highs()
+    solver.setOptionValue("output_flag", False)
+    take = [solver.addBinary() for _ in gains]
+    solver.addConstr(sum(size * x for size, x in zip(sizes, take, strict=True)) <= budget)
+    solver.maximize(sum(gain * x for gain, x in zip(gains, take, strict=True)))
+    return sum(solver.val(x) > 0.5 for x in take)
+
+
+def test_a_gpu_that_lacks_only_the_embedding_keeps_all_layers() -> None:
+    """The embedding goes to the CPU (split at 0) before any layer does."""
+    spec = tiny_spec("dd")
+    workload = Workload(prompt_len=4, output_len=4)
+    need = needs(spec, strategies.placement(spec, "gpu", 0), workload, real_machine())["gpu"]
+    machine = real_machine(gpu_bytes=(need.needed_bytes - 1) * 100 // 96)
+    plan = search(spec, machine, workload)
+
+    assert (plan.placement.name, plan.placement.decode.cut) == ("split", 0)
+
+
+def test_a_machine_without_an_accelerator_is_planned_for_the_cpu() -> None:
+    plan = search(SPECS["mixed"], tiny_machine(), Workload(prompt_len=6))
+
+    assert plan.feasible
+    assert plan.placement.name == "cpu"
+    assert plan.alternatives == ()
+    assert list(plan.estimate.bytes_by_device) == ["cpu"]

@@ -1,0 +1,310 @@
+"""StepGraph: order, copies and staging buffers of every strategy and cut."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from itertools import pairwise
+
+import pytest
+
+from planner import strategies
+from planner.model_spec import ModelSpec
+from planner.placement import (
+    ON_CPU,
+    ON_GPU,
+    STREAMED,
+    LayerPlacement,
+    Placement,
+    TierPlacement,
+)
+from planner.step_graph import (
+    LANES,
+    NUM_STREAM_BUFFERS,
+    Op,
+    StepGraph,
+    build,
+    build_kv_move,
+    moved_kv_layers,
+)
+from planner.strategies import candidates
+from planner.workload import PHASES
+from tests.planner.tiny import tiny_spec
+
+LAYERS = ("d", "m", "dd", "mm", "dmmd", "mdmdm")
+
+
+def tiers() -> Iterator[tuple[ModelSpec, TierPlacement]]:
+    """Every candidate of every phase, and placements that no strategy makes."""
+    for layers in LAYERS:
+        for is_tied in (False, True):
+            spec = tiny_spec(layers, is_tied=is_tied)
+            for phase in PHASES:
+                for tier in candidates(spec, phase, has_gpu=True):
+                    yield spec, tier
+        yield spec, odd_tier(spec)
+
+
+def odd_tier(spec: ModelSpec) -> TierPlacement:
+    """Attention and feed-forward of every layer on different devices, some of it streamed."""
+    layers = tuple(
+        LayerPlacement(
+            attention=(ON_GPU, ON_CPU, STREAMED)[index % 3],
+            ffn=(ON_CPU, STREAMED, ON_CPU)[index % 3],
+            router=(ON_GPU, ON_CPU, ON_CPU)[index % 3] if layer.is_moe else None,
+        )
+        for index, layer in enumerate(spec.layers)
+    )
+    return TierPlacement(
+        phase="decode", strategy="odd", cut=0, embedding=ON_CPU, layers=layers, head=ON_CPU
+    )
+
+
+GRAPHS = [(spec, tier, build(spec, tier)) for spec, tier in tiers()]
+
+
+def names(graph: StepGraph, lane: str) -> list[str]:
+    return [op.name for op in graph.ops if op.lane == lane]
+
+
+def copies(graph: StepGraph, payload: str) -> list[Op]:
+    return [op for op in graph.ops if op.payload == payload]
+
+
+def ancestors(graph: StepGraph) -> list[set[int]]:
+    """Ops that must have ended before each op begins, by dependencies alone."""
+    found: list[set[int]] = []
+    for op in graph.ops:
+        found.append(set(op.deps).union(*(found[dep] for dep in op.deps)))
+    return found
+
+
+def test_dependencies_come_before_the_ops_that_wait_for_them() -> None:
+    for _, tier, graph in GRAPHS:
+        assert graph.phase == tier.phase
+        for position, op in enumerate(graph.ops):
+            assert op.index == position
+            assert all(dep < position for dep in op.deps)
+            assert op.deps == tuple(sorted(set(op.deps)))
+
+
+def test_op_names_are_unique() -> None:
+    for _, _, graph in GRAPHS:
+        assert max(Counter(op.name for op in graph.ops).values()) == 1
+
+
+def test_every_module_is_computed_once_where_it_is_placed() -> None:
+    for spec, tier, graph in GRAPHS:
+        expected: list[tuple[str, int | None, str]] = [("embed", None, tier.embedding.device)]
+        for index, layer in enumerate(tier.layers):
+            expected += [(module, index, where.device) for module, where in layer.modules()]
+        expected += [("head", None, tier.head.device), ("sample", None, "cpu")]
+        actual = [
+            (op.kind, op.layer, op.lane)
+            for op in graph.ops
+            if op.kind not in ("copy", "dispatch", "combine")
+        ]
+
+        assert actual == expected
+        moe = [index for index, layer in enumerate(spec.layers) if layer.is_moe]
+        for kind in ("dispatch", "combine"):
+            assert [op.layer for op in graph.ops if op.kind == kind] == moe
+
+
+def test_ops_form_one_chain_from_the_embedding_to_the_sample() -> None:
+    """Every op that computes waits, by way of others, for the one before it."""
+    for _, _, graph in GRAPHS:
+        before = ancestors(graph)
+        computing = [op.index for op in graph.ops if op.kind != "copy"]
+        for earlier, later in pairwise(computing):
+            assert earlier in before[later]
+
+
+def test_every_gpu_op_waits_for_the_batch() -> None:
+    """Positions, slots and block tables must be there; a tier without a GPU op copies nothing."""
+    for _, tier, graph in GRAPHS:
+        batch = copies(graph, "batch")
+        assert len(batch) == tier.uses("gpu")
+        before = ancestors(graph)
+        for op in graph.ops:
+            if op.lane == "gpu":
+                assert batch[0].index in before[op.index]
+
+
+def test_streamed_weights_are_copied_once_a_step_and_others_never() -> None:
+    for spec, tier, graph in GRAPHS:
+        expected = {
+            (module, index) for index in range(spec.num_layers) for module in tier.streamed(index)
+        }
+        actual = [(op.module, op.layer) for op in copies(graph, "weights")]
+
+        assert len(actual) == len(expected)
+        assert set(actual) == expected
+        assert all(op.lane == "h2d" for op in copies(graph, "weights"))
+
+
+def test_a_streamed_op_waits_for_its_weights_and_reads_their_buffer() -> None:
+    for _, _, graph in GRAPHS:
+        weights = {(op.module, op.layer): op for op in copies(graph, "weights")}
+        for op in graph.ops:
+            copy = weights.get((op.module, op.layer))
+            if op.kind != "copy" and copy is not None:
+                assert copy.index in op.deps
+                assert copy.buffer == op.buffer is not None
+
+
+def test_a_buffer_is_filled_after_all_that_read_it_have_ended() -> None:
+    for _, _, graph in GRAPHS:
+        before = ancestors(graph)
+        for copy in copies(graph, "weights"):
+            assert copy.layer is not None and copy.buffer is not None
+            for op in graph.ops:
+                is_reader = op.kind != "copy" and op.buffer == copy.buffer
+                if is_reader and op.layer is not None and op.layer < copy.layer:
+                    reads_staging = any(
+                        other.layer == op.layer and other.module == op.module
+                        for other in copies(graph, "weights")
+                    )
+                    if reads_staging:
+                        assert op.index in before[copy.index]
+
+
+def test_no_more_layers_are_in_flight_than_there_are_buffers() -> None:
+    """The copies of layer p of the streamed ones wait for layer p - 2 and for nothing later."""
+    for _, tier, graph in GRAPHS:
+        streamed = [index for index in range(len(tier.layers)) if tier.streamed(index)]
+        before = ancestors(graph)
+        for copy in copies(graph, "weights"):
+            assert copy.layer is not None
+            position = streamed.index(copy.layer)
+            assert copy.buffer == position % NUM_STREAM_BUFFERS
+            waited = {graph.ops[index].layer for index in before[copy.index]} - {None}
+            if position < NUM_STREAM_BUFFERS:
+                assert waited == set()
+            else:
+                last_read = streamed[position - NUM_STREAM_BUFFERS]
+                assert max(layer for layer in waited if layer is not None) == last_read
+
+
+def test_hidden_states_move_only_where_the_device_changes() -> None:
+    """Between modules of the residual stream (experts travel by their own payloads)."""
+    for _, tier, graph in GRAPHS:
+        here = tier.embedding.device
+        expected: list[tuple[int | None, str]] = []
+        for index, layer in enumerate(tier.layers):
+            for module, where in layer.modules():
+                if module != "experts" and where.device != here:
+                    here = where.device
+                    expected.append((index, "h2d" if here == "gpu" else "d2h"))
+        if tier.head.device != here:
+            expected.append((None, "h2d" if tier.head.device == "gpu" else "d2h"))
+
+        assert [(op.layer, op.lane) for op in copies(graph, "hidden")] == expected
+
+
+def test_tokens_travel_to_experts_on_the_other_device_and_back() -> None:
+    for spec, tier, graph in GRAPHS:
+        away = [
+            (index, layer.ffn.device)
+            for index, layer in enumerate(tier.layers)
+            if layer.router is not None and layer.router.device != layer.ffn.device
+        ]
+        there = [
+            (op.layer, "gpu" if op.lane == "h2d" else "cpu") for op in copies(graph, "routing")
+        ]
+        back = [
+            (op.layer, "cpu" if op.lane == "h2d" else "gpu")
+            for op in copies(graph, "expert_output")
+        ]
+
+        assert there == back == away
+        for op in graph.ops:
+            if op.kind == "combine" and op.layer is not None:
+                router = tier.layers[op.layer].router
+                assert router is not None
+                assert op.lane == router.device
+        assert spec.num_layers == len(tier.layers)
+
+
+def test_logits_come_down_exactly_where_the_head_is_on_the_gpu() -> None:
+    for _, tier, graph in GRAPHS:
+        assert [op.lane for op in copies(graph, "logits")] == ["d2h"] * (tier.head.device == "gpu")
+        assert graph.ops[-1].kind == "sample"
+
+
+def test_a_graph_names_the_lanes_that_it_uses() -> None:
+    for _, _, graph in GRAPHS:
+        assert set(graph.lanes) == {op.lane for op in graph.ops}
+        assert sorted(op.index for lane in LANES for op in graph.lane(lane)) == list(
+            range(len(graph.ops))
+        )
+
+
+def test_all_on_the_cpu_uses_one_lane() -> None:
+    spec = tiny_spec("dm")
+    graph = build(spec, strategies.cpu(spec, "decode"))
+
+    assert graph.lanes == ("cpu",)
+    assert names(graph, "cpu") == [
+        *("embed", "attention[0]", "dense[0]", "attention[1]", "router[1]", "dispatch[1]"),
+        *("experts[1]", "combine[1]", "head", "sample"),
+    ]
+
+
+def test_the_lanes_of_an_offloaded_step_written_out() -> None:
+    """Three dense layers, all streamed: one copy ahead of the layer that computes."""
+    spec = tiny_spec("ddd")
+    graph = build(spec, strategies.offload(spec, "decode", 3))
+
+    assert names(graph, "h2d") == [
+        "copy batch h2d",
+        *("copy weights attention[0] h2d", "copy weights dense[0] h2d"),
+        "copy hidden[0] h2d",
+        *("copy weights attention[1] h2d", "copy weights dense[1] h2d"),
+        *("copy weights attention[2] h2d", "copy weights dense[2] h2d"),
+    ]
+    assert names(graph, "gpu") == [
+        *("attention[0]", "dense[0]", "attention[1]", "dense[1]", "attention[2]", "dense[2]"),
+        "head",
+    ]
+    assert names(graph, "d2h") == ["copy logits d2h"]
+    assert names(graph, "cpu") == ["embed", "sample"]
+
+
+def test_the_lanes_of_experts_on_the_cpu_written_out() -> None:
+    spec = tiny_spec("mm", is_tied=True)
+    graph = build(spec, strategies.experts_on_cpu(spec, "decode", 1))
+
+    assert names(graph, "gpu") == [
+        *("embed", "attention[0]", "router[0]", "combine[0]"),
+        *("attention[1]", "router[1]", "dispatch[1]", "experts[1]", "combine[1]", "head"),
+    ]
+    assert names(graph, "cpu") == ["dispatch[0]", "experts[0]", "sample"]
+    assert names(graph, "d2h") == ["copy routing[0] d2h", "copy logits d2h"]
+    assert names(graph, "h2d") == ["copy batch h2d", "copy expert_output[0] h2d"]
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_kv_moves_for_the_layers_whose_device_changes(is_tied: bool) -> None:
+    """Split at 3 to split at 1: layers 1 and 2 go up; the other way round, down."""
+    spec = tiny_spec("dmmd", is_tied=is_tied)
+    three, one = (
+        Placement(
+            prefill=strategies.split(spec, "prefill", before),
+            decode=strategies.split(spec, "decode", after),
+        )
+        for before, after in ((3, 1), (1, 3))
+    )
+
+    assert moved_kv_layers(three.prefill, three.decode) == (1, 2)
+    up, down = (build_kv_move(pair.prefill, pair.decode) for pair in (three, one))
+    assert [op.name for op in up.ops] == ["copy kv[1] h2d", "copy kv[2] h2d"]
+    assert [op.name for op in down.ops] == ["copy kv[1] d2h", "copy kv[2] d2h"]
+
+
+def test_kv_stays_where_both_phases_keep_it() -> None:
+    """Streaming layers and computing experts on the CPU both keep the cache on the GPU."""
+    spec = tiny_spec("mm")
+    pair = strategies.offload(spec, "prefill", 2), strategies.experts_on_cpu(spec, "decode", 2)
+
+    assert build_kv_move(*pair).ops == ()
