@@ -76,9 +76,9 @@ class ModelBytes:
 
     def weight_bytes(self, mask: int) -> int:
         """Bytes of a set of modules on one device; a tied matrix is stored once."""
-        total = sum(
-            size * (mask & members).bit_count() for size, members in self._mask_by_bytes.items()
-        )
+        total = 0
+        for size, members in self._mask_by_bytes.items():
+            total += size * (mask & members).bit_count()
         return total - (self._tied_bytes if mask & self._tied_mask == self._tied_mask else 0)
 
     def activation_bytes(self, num_tokens: int, num_logits: int) -> int:
@@ -192,20 +192,37 @@ class WaveMemory:
         """Bytes on each device; weights that either tier wants on a device are there for both."""
         found: dict[Device, DeviceMemory] = {}
         for device, available in self._available.items():
-            staging = max(prefill.staging_bytes, decode.staging_bytes) if device == "gpu" else 0
-            num_kv_layers = (prefill.kv_layers[device] | decode.kv_layers[device]).bit_count()
-            lives = prefill.lives[device] | decode.lives[device]
+            weights, kv, activations, staging = self._parts(prefill, decode, device)
             found[device] = DeviceMemory(
-                weights_bytes=self._sizes.weight_bytes(lives),
-                kv_bytes=self._layer_kv_bytes * num_kv_layers,
-                activation_bytes=max(
-                    self._activation_bytes(prefill, "prefill", device),
-                    self._activation_bytes(decode, "decode", device),
-                ),
+                weights_bytes=weights,
+                kv_bytes=kv,
+                activation_bytes=activations,
                 staging_bytes=staging,
                 available_bytes=available,
             )
         return found
+
+    def lacking_bytes(self, prefill: TierFacts, decode: TierFacts) -> int:
+        """Bytes by which a pair is over budget, on all devices together; 0 where it fits."""
+        return sum(
+            max(0, sum(self._parts(prefill, decode, device)) - available)
+            for device, available in self._available.items()
+        )
+
+    def _parts(
+        self, prefill: TierFacts, decode: TierFacts, device: Device
+    ) -> tuple[int, int, int, int]:
+        """Bytes of weights, KV, activations and staging."""
+        num_kv_layers = (prefill.kv_layers[device] | decode.kv_layers[device]).bit_count()
+        return (
+            self._sizes.weight_bytes(prefill.lives[device] | decode.lives[device]),
+            self._layer_kv_bytes * num_kv_layers,
+            max(
+                self._activation_bytes(prefill, "prefill", device),
+                self._activation_bytes(decode, "decode", device),
+            ),
+            max(prefill.staging_bytes, decode.staging_bytes) if device == "gpu" else 0,
+        )
 
     def _activation_bytes(self, facts: TierFacts, phase: Phase, device: Device) -> int:
         """Live activations of a step of the phase, worked out once for each tier."""

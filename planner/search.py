@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -124,6 +125,10 @@ class _Pair:
         return self.wave.memory.needs(self.prefill.facts, self.decode.facts)
 
     @property
+    def lacking_bytes(self) -> int:
+        return self.wave.memory.lacking_bytes(self.prefill.facts, self.decode.facts)
+
+    @property
     def times(self) -> Latency:
         return self.wave.latency(self.prefill, self.decode)
 
@@ -193,16 +198,16 @@ def search(
         raise PlannerError(
             f"strategy {strategy!r} does not apply: {_no_candidates(spec, hardware)}"
         )
-    pairs = [
+    waves = [
+        _Wave(spec, sizes, hardware, workload, num_concurrent, chunk_tokens)
+        for num_concurrent in _wave_sizes(workload, objective)
+    ]
+    fitting, nearest = _best_by_name(
         _Pair(prefill=prefill, decode=decode, wave=wave)
-        for wave in (
-            _Wave(spec, sizes, hardware, workload, num_concurrent, chunk_tokens)
-            for num_concurrent in _wave_sizes(workload, objective)
-        )
+        for wave in waves
         for prefill in tiers
         for decode in tiers
-    ]
-    fitting, nearest = _best_by_name(pairs)
+    )
     chosen, *others = [*fitting, *nearest]
     placement = chosen.placement
     return Plan(
@@ -228,7 +233,7 @@ def search(
     )
 
 
-def _best_by_name(pairs: list[_Pair]) -> tuple[list[_Pair], list[_Pair]]:
+def _best_by_name(pairs: Iterable[_Pair]) -> tuple[list[_Pair], list[_Pair]]:
     """Of each name the fastest pair that fits, by price; of the others the nearest miss.
 
     The nearest miss lacks the fewest bytes and is the fastest of those. Only pairs that fit or are
@@ -238,7 +243,7 @@ def _best_by_name(pairs: list[_Pair]) -> tuple[list[_Pair], list[_Pair]]:
     lacking: dict[str, int] = {}
     misses: dict[str, list[_Pair]] = {}
     for pair in pairs:
-        name, num_bytes = pair.name, _lacking_bytes(pair.memory)
+        name, num_bytes = pair.name, pair.lacking_bytes
         if num_bytes == 0:
             if name not in fitting or pair.rank < fitting[name].rank:
                 fitting[name] = pair
@@ -282,15 +287,9 @@ def _wave_sizes(workload: Workload, objective: Objective) -> list[int]:
     return sizes
 
 
-def _lacking_bytes(memory: dict[Device, DeviceMemory]) -> int:
-    return sum(max(0, need.needed_bytes - need.available_bytes) for need in memory.values())
-
-
 def _alternative(pair: _Pair, chosen: _Pair) -> Alternative:
     """One row of what was not chosen, with the reason."""
-    memory = pair.memory
-    fits = _lacking_bytes(memory) == 0
-    times = pair.times
+    fits, times = pair.lacking_bytes == 0, pair.times
     return Alternative(
         name=pair.name,
         cut_by_phase={"prefill": pair.prefill.cut, "decode": pair.decode.cut},
@@ -298,7 +297,7 @@ def _alternative(pair: _Pair, chosen: _Pair) -> Alternative:
         ttft_s=times.ttft_s,
         tpot_s=times.tpot_s,
         e2e_s=times.e2e_s,
-        reason=_why_slower(pair, chosen) if fits else _why_not(memory),
+        reason=_why_slower(pair, chosen) if fits else _why_not(pair.memory),
     )
 
 

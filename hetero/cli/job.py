@@ -48,6 +48,22 @@ class Job:
         """Tokens of the longest prompt that can be served."""
         return max(len(good.token_ids) for good in self.good)
 
+    def within(self, num_kv_tokens: int, max_tokens: int) -> Job:
+        """The same job, rows that a KV cache of this size could never hold among the bad ones."""
+        good, bad = [], list(self.bad)
+        for each in self.good:
+            # The last token is generated but never fed.
+            needed = len(each.token_ids) + max_tokens - 1
+            if needed <= num_kv_tokens:
+                good.append(each)
+                continue
+            error = RequestError(
+                f"prompt and output come to {needed} tokens but the KV cache of this plan holds "
+                f"{num_kv_tokens}; plan for longer sequences, or lower --max-tokens"
+            )
+            bad.append(BadRow(row=each.row, error=error))
+        return Job(good=tuple(good), bad=tuple(bad))
+
 
 def tokenize(rows: Sequence[Row], folder: Path, spec: ModelSpec, *, chat: bool) -> Job:
     """The tokens of every row; with `chat` a text is one turn of a user, by the model's template.

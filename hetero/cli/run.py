@@ -212,6 +212,10 @@ def run(
         overlap=not no_overlap,
         progress=teller(progress),
     ) as llm:
+        if output is not None:
+            # No more than the model's context: longer outputs end there.
+            kept = min(max_tokens, llm.max_model_len - job.longest)
+            job = job.within(llm.kv_capacity_tokens, kept)
         this = Run(llm=llm, job=job, params=params, console=console, progress=progress)
         code = ExitCode.OK
         if output is not None:
@@ -320,6 +324,8 @@ def _run_rows(this: Run, output: Path) -> ExitCode:
     """Run every row; each is written in the step that finishes it."""
     with RowWriter(output) as writer:
         _write_bad(writer, this.job)
+        if not this.job.good:
+            return _rows_code(writer, this.job)
 
         def write_finished(step: GenerationStep) -> None:
             for index, sequence in zip(step.finished, step.result.finished, strict=True):

@@ -438,3 +438,30 @@ def test_module_runs_as_a_program(stored_profile: HardwareProfile) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.startswith(DEMO_PROMPT)
     assert "this run" in done.stderr
+
+
+def test_a_row_too_long_for_the_plans_cache_is_an_error_row(hetero: Hetero, tmp_path: Path) -> None:
+    """The plan holds 32 tokens; the row of 200 fails, the other is served."""
+    plan, rows, output = tmp_path / "plan.json", tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    hetero(
+        "plan",
+        "demo",
+        "--prompt-len",
+        "8",
+        "--output-len",
+        "8",
+        "--cpu-mem-gb",
+        "0.0262",
+        "-o",
+        plan,
+    )
+    rows.write_text(json.dumps({"prompt": "word " * 200}) + "\n" + json.dumps({"prompt": "A"}))
+
+    outcome = hetero(
+        "run", "--plan", plan, "--input", rows, "--output", output, "--max-tokens", "4"
+    )
+
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert outcome.code == ExitCode.FAILED_ROWS, outcome.stderr
+    assert sorted(line["error"] is None for line in lines) == [False, True]
+    assert any("KV cache of this plan holds" in (line["error"] or "") for line in lines)
