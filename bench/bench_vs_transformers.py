@@ -3,8 +3,9 @@
 Prefill of 512 tokens and decode of 128, at batch 1 and 8, of one Qwen3-MoE-shaped model of about
 1 B parameters in bfloat16 with random weights, which both load from one folder. Runs alternate
 (ours, theirs, ours, ...), each in a process of its own, and medians are compared. transformers is
-the faster of its eager and grouped_mm experts in each row. What would change our mind: a ratio
-below 1.0 in any row, or tokens that differ under --check.
+the faster of its eager and grouped_mm experts in each row, and has the number of threads that
+hetero measured to be best here. What would change our mind: a ratio below 1.0 in any row, or tokens
+that differ under --check.
 
     python bench/bench_vs_transformers.py [--quick] [--check]
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import shutil
 import statistics
@@ -22,6 +24,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from hetero.measure.store import default_cache_dir, load_or_measure
 
 # 16 layers of 64 experts: 1.03 B parameters, 0.27 B active with 8 experts a token.
 FULL_SHAPE = {
@@ -49,12 +53,17 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="also compare tokens in float32")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--engine", choices=("hetero", "transformers", "check"))
+    parser.add_argument("--threads", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help="keep the model here, or use the one there")
     parser.add_argument("--make-only", action="store_true", help="make the model and stop")
     args = parser.parse_args()
     prompt_len, output_len = (128, 17) if args.quick else (512, 129)
     if args.engine is not None:
         run = {"hetero": run_hetero, "transformers": run_transformers, "check": check}[args.engine]
+        if args.threads:
+            import torch
+
+            torch.set_num_threads(args.threads)
         print(json.dumps(run(args.folder, prompt_len, output_len)))
         return
     folder = args.folder or Path(tempfile.mkdtemp(prefix="hetero-bench-"))
@@ -72,6 +81,10 @@ def main() -> None:
 
 def report(args: argparse.Namespace, folder: Path, prompt_len: int, output_len: int) -> None:
     """Alternate the engines, print the table on stderr and the document on stdout."""
+    # Measured once here, so that no run of hetero measures within its time.
+    profile, _ = load_or_measure(default_cache_dir(os.environ), progress=say)
+    args.threads = profile.cpu.num_threads
+    say(f"{args.threads} threads; {'; '.join(profile.notes)}")
     repetitions = 3 if args.quick else args.repetitions
     runs: dict[str, list[dict[str, Any]]] = {"hetero": [], "transformers": []}
     for repetition in range(repetitions):
@@ -114,6 +127,7 @@ def report(args: argparse.Namespace, folder: Path, prompt_len: int, output_len: 
     document = {
         "question": __doc__.partition("\n")[0],
         "environment": environment(),
+        "threads": args.threads,
         "command": [Path(sys.executable).name, *sys.argv],
         "workload": {"prompt_len": prompt_len, "output_len": output_len, "runs": repetitions},
         "rows": rows,
@@ -127,7 +141,7 @@ def report(args: argparse.Namespace, folder: Path, prompt_len: int, output_len: 
 def spawn(args: argparse.Namespace, folder: Path, engine: str) -> dict[str, Any]:
     """Run one engine in a process of its own."""
     command = [sys.executable, __file__, "--engine", engine, "--folder", str(folder)]
-    command += ["--quick"] if args.quick else []
+    command += ["--threads", str(args.threads), *(["--quick"] if args.quick else [])]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result

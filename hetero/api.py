@@ -321,7 +321,11 @@ class LLM:
         if running:
             self.measured = measured(engine.stats, outputs, before)
             self.predicted = estimate(
-                self.spec, self.plan.placement, self.hardware, workload_of(outputs)
+                self.spec,
+                self.plan.placement,
+                self.hardware,
+                workload_of(outputs),
+                num_concurrent=min(len(outputs), engine.scheduler.max_num_seqs),
             )
         return outputs
 

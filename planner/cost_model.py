@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from planner.hardware import DeviceProfile, HardwareProfile
+from planner.hardware import DeviceKind, DeviceProfile, HardwareProfile
 from planner.memory import KV_BLOCK_TOKENS
 from planner.model_spec import ModelSpec
 from planner.simulate import simulate
@@ -116,8 +116,11 @@ def op_cost(op: Op, spec: ModelSpec, hardware: HardwareProfile, shape: BatchShap
     launch_s = _NUM_LAUNCHES[op.kind] * device.launch_s
     rows = shape.num_logits if op.kind in ("head", "sample") else shape.num_tokens
     if op.kind in ("embed", "dispatch", "combine"):
-        # One read and one write of the hidden states.
+        # One read and one write of the hidden states; dispatch copies them to each chosen expert.
         moved = 2.0 * rows * spec.hidden_size * spec.dtype_bytes
+        if op.kind == "dispatch":
+            assert op.layer is not None
+            moved *= spec.layers[op.layer].num_experts_per_token
         return OpCost(memory_s=moved / device.read_bytes_per_s, launch_s=launch_s)
     if op.kind == "sample":
         return OpCost(
@@ -169,7 +172,7 @@ def _experts(op: Op, spec: ModelSpec, device: DeviceProfile, shape: BatchShape) 
     distinct = spec.distinct_experts(op.layer, tokens)
     tokens_each = tokens * layer.num_experts_per_token / distinct
     rate = device.linear_flop_per_s(spec.dtype, tokens_each)
-    num_calls = 1.0 if has_grouped_products(spec, device) else distinct
+    num_calls = 1.0 if has_grouped_products(spec, device.kind) else distinct
     num_launches = _NUM_LAUNCHES["experts"] + num_calls * _NUM_EXPERT_PRODUCTS
     return OpCost(
         compute_s=spec.flops("experts", tokens, op.layer) / rate,
@@ -178,7 +181,7 @@ def _experts(op: Op, spec: ModelSpec, device: DeviceProfile, shape: BatchShape) 
     )
 
 
-def has_grouped_products(spec: ModelSpec, device: DeviceProfile) -> bool:
+def has_grouped_products(spec: ModelSpec, kind: DeviceKind) -> bool:
     """True where a device multiplies all experts in one kernel.
 
     CUDA has that kernel for bfloat16 rows of a multiple of 16 bytes; elsewhere each expert with
@@ -186,7 +189,7 @@ def has_grouped_products(spec: ModelSpec, device: DeviceProfile) -> bool:
     """
     widths = {spec.hidden_size, *(layer.intermediate_size for layer in spec.layers if layer.is_moe)}
     is_aligned = all(width % 8 == 0 for width in widths)
-    return device.kind == "cuda" and is_aligned and spec.dtype == "bfloat16"
+    return kind == "cuda" and is_aligned and spec.dtype == "bfloat16"
 
 
 class Pricer:

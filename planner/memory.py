@@ -16,7 +16,7 @@ KV_BLOCK_TOKENS = 16
 _LOGIT_BYTES = 4
 
 # Share of a device's memory that no plan touches: allocator fragmentation, 3-5% of a caching
-# allocator (estimator.md 3.6); on the CPU the operating system and its page cache, 10%.
+# allocator; on the CPU the operating system and its page cache, 10%.
 MARGIN_SHARE: dict[Device, float] = {"gpu": 0.04, "cpu": 0.10}
 
 

@@ -205,7 +205,7 @@ class ModelSpec:
     def attention_flops(self, layer: int, num_tokens: int, num_past_tokens: int) -> float:
         """FLOPs of scores and values of `num_tokens` new tokens of one sequence after a past.
 
-        Causal: 4 * heads * head_dim * (c*p + c(c+1)/2) (estimator.md 3.2); a window w cuts each
+        Causal: 4 * heads * head_dim * (c*p + c(c+1)/2); a window w cuts each
         query's keys to w.
         """
         window = self.layers[layer].window
@@ -216,15 +216,10 @@ class ModelSpec:
         pairs += (num_tokens - num_growing) * (window or 0)
         return 4.0 * self.q_size * pairs
 
-    def attention_context(self, layer: int, context_len: int) -> int:
-        """Tokens of a context that one query of this layer reads."""
-        window = self.layers[layer].window
-        return context_len if window is None else min(window, context_len)
-
     def distinct_experts(self, layer: int, num_tokens: float) -> float:
         """Expected number of different experts that `num_tokens` tokens choose.
 
-        Independent uniform choices: E (1 - (1 - k/E)^T) (estimator.md 3.3).
+        Independent uniform choices: E (1 - (1 - k/E)^T).
         """
         this = self.layers[layer]
         if not this.is_moe or num_tokens <= 0:

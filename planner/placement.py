@@ -102,7 +102,7 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """One tier for prefill and one for decode.
 
     Weights that any tier wants on a device are resident there for the whole run: moving them
-    between the phases of each request never pays (estimator.md 5.1). KV moves where the tiers put
+    between the phases of each request does not pay: they are tens of gigabytes. KV moves where the tiers put
     it on different devices, and that copy is charged.
     """
 

@@ -175,7 +175,8 @@ def search(
     Examples
     --------
     >>> from planner import HardwareProfile, ModelSpec, Workload, search  # doctest: +SKIP
-    >>> search(spec, hardware, Workload(prompt_len=512, output_len=128)).placement.name
+    >>> plan = search(spec, hardware, Workload(prompt_len=512, output_len=128))  # doctest: +SKIP
+    >>> plan.placement.name  # doctest: +SKIP
     'experts-on-cpu'
     """
     if strategy is not None and strategy not in STRATEGIES:

@@ -52,8 +52,8 @@ def offload(spec: ModelSpec, phase: Phase, cut: int) -> TierPlacement:
 
     The first ones, as in `split` and `experts_on_cpu`: a prefill tier that streams and a decode
     tier that computes on the CPU then share their resident weights. Streaming the last ones would
-    hide two copies behind the resident layers, but held the shared weights twice: measured over
-    the shipped profiles, pairs were up to 2.3 times slower, and offload alone 10% faster at most.
+    hide two copies behind the resident layers, but pairs would hold more weights: by prediction
+    over the shipped profiles up to 2.3 times slower, for at most 13% gained by offload alone.
     """
     layers = tuple(
         _layer(spec, index, STREAMED if index < cut else ON_GPU) for index in range(spec.num_layers)

@@ -1,4 +1,4 @@
-"""Who may import whom: the floors of the house (DESIGN.md, 4), read from the source."""
+"""Who may import whom: the floors of the house, read from the source."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from planner.model_spec import Dtype, ModelSpec
 Shape = tuple[int, int]  # (out features, in features)
 
 # A projection and the two of a small expert: at few tokens torch reads them at rates that differ
-# by up to 1.5x on one machine (shared/reference/cpu-kernels.md 2), so a sample is their mean.
+# by up to 1.5x on one machine, so a sample is their mean.
 CPU_SHAPES: tuple[Shape, ...] = ((2048, 2048), (768, 2048), (2048, 768))
 # Smaller ones last less than their own launch on a GPU, which the cost model adds apart.
 GPU_SHAPES: tuple[Shape, ...] = ((4096, 4096),)

@@ -27,6 +27,7 @@ from hetero.model.moe import (
 from hetero.model.rotary import rotary_frequencies
 from hetero.runtime.devices import Accelerator
 from hetero.runtime.weights import ModuleWeights, Weights
+from planner.cost_model import has_grouped_products
 from planner.model_spec import ModelSpec
 from planner.placement import Device, TierPlacement
 from planner.step_graph import Op
@@ -73,21 +74,19 @@ class Decoder:
         if accelerator is not None:
             kernels["gpu"] = DeviceKernels(
                 attention="torch",
-                experts=_expert_method(spec, accelerator.device),
+                experts=_expert_method(spec, accelerator),
                 num_threads=1,
                 inv_freq_F=rotary_frequencies(spec.rope, spec.head_dim, accelerator.device),
             )
         return cls(spec=spec, weights=weights, accelerator=accelerator, kernels=kernels)
 
 
-def _expert_method(spec: ModelSpec, device: torch.device) -> ExpertMethod:
-    """One kernel for all experts where CUDA has it: bfloat16 rows of a multiple of 16 bytes."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+def _expert_method(spec: ModelSpec, accelerator: Accelerator) -> ExpertMethod:
+    """One kernel for all experts where the device has it, by the rule that prices it."""
+    if not has_grouped_products(spec, accelerator.kind):
         return "loop"
-    widths = {spec.hidden_size, *(layer.intermediate_size for layer in spec.layers if layer.is_moe)}
-    is_aligned = all(width % 8 == 0 for width in widths)
-    has_kernel = hasattr(torch.nn.functional, "grouped_mm")
-    return "grouped" if has_kernel and is_aligned and spec.dtype == "bfloat16" else "loop"
+    is_ampere = torch.cuda.get_device_capability(accelerator.device) >= (8, 0)
+    return "grouped" if is_ampere and hasattr(torch.nn.functional, "grouped_mm") else "loop"
 
 
 class DecoderStep:

@@ -54,7 +54,8 @@ class Executor:
     def __init__(self, lanes: Mapping[Lane, LaneRunner], *, overlap: bool = True) -> None:
         self._lanes = lanes
         self._overlap = overlap
-        self._orders: dict[StepGraph, tuple[Op, ...]] = {}
+        # By identity: hashing a graph of hundreds of ops would cost more than a small one's step.
+        self._orders: dict[int, tuple[StepGraph, tuple[Op, ...]]] = {}
 
     def run(self, graph: StepGraph, perform: Callable[[Op], None]) -> Timeline:
         """Perform every op on its lane after its dependencies.
@@ -64,9 +65,9 @@ class Executor:
         Exception
             What an op raised; ops that depend on it were not performed.
         """
-        order = self._orders.get(graph)
-        if order is None:
-            order = self._orders[graph] = issue_order(graph)
+        if id(graph) not in self._orders:
+            self._orders[id(graph)] = (graph, issue_order(graph))
+        _, order = self._orders[id(graph)]
         events: dict[int, LaneEvent] = {}
         origin_s = time.perf_counter()
         try:

@@ -67,7 +67,7 @@ ERROR: list[BaseException] = []
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options_are_those_of_the_contract(name: str) -> None:
-    """Scripts rely on them: a change here is a change of the contract (DESIGN.md, 10)."""
+    """Scripts rely on them: a change here is a change of the contract."""
     assert {parameter.name for parameter in command(name).params} == OPTIONS[name]
 
 

@@ -26,7 +26,7 @@ GRID: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("llama-3.1-8b", (*DESKTOPS, *SERVERS)),
     ("mixtral-8x7b", ("desktop-rtx4090", *SERVERS)),
     ("olmoe-1b-7b", (*DESKTOPS, *SERVERS)),
-    ("qwen3-30b-a3b", (*DESKTOPS, *SERVERS)),
+    ("qwen3-30b-a3b", (*DESKTOPS, "workstation-h100-pcie")),
     ("llama-3.1-70b", ("server-a100-80gb",)),
     ("qwen3-235b-a22b", ("server-a100-80gb",)),
 )

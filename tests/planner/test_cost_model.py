@@ -47,7 +47,7 @@ def copy(payload: Payload, *, layer: int | None = None) -> Op:
     ("kind", "layer", "num_bytes"),
     [
         ("embed", None, 2 * 2 * HIDDEN),  # 2 rows, read and written
-        ("dispatch", 1, 2 * 2 * HIDDEN),
+        ("dispatch", 1, 2 * 2 * 2 * HIDDEN),  # to each of 2 chosen experts
         ("combine", 1, 2 * 2 * HIDDEN),
         ("dense", 0, DENSE),
         ("router", 1, ROUTER),
@@ -182,9 +182,9 @@ def test_cuda_multiplies_all_experts_in_one_call_where_rows_are_aligned() -> Non
     gpu, cpu = tiny_device("gpu", launch_s=0.5), tiny_device("cpu")
     aligned = tiny_moe(width=16)
 
-    assert has_grouped_products(aligned, gpu)
-    assert not has_grouped_products(aligned, cpu)
-    assert not has_grouped_products(tiny_spec("m"), gpu)
+    assert has_grouped_products(aligned, gpu.kind)
+    assert not has_grouped_products(aligned, cpu.kind)
+    assert not has_grouped_products(tiny_spec("m"), gpu.kind)
     on_gpu = Op(index=0, kind="experts", lane="gpu", layer=0, module="experts")
     assert op_cost(on_gpu, aligned, tiny_machine(gpu=gpu), DECODE).launch_s == (4 + 2) * 0.5
 

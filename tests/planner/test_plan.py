@@ -25,7 +25,7 @@ def test_a_plan_goes_through_json_unchanged(tmp_path: Path) -> None:
 
 
 def test_a_plan_has_the_keys_of_the_contract() -> None:
-    """Scripts rely on them: DESIGN.md, 10."""
+    """Scripts rely on them: names of the contract."""
     document = json.loads(PLAN.to_json())
 
     assert document.keys() >= {

@@ -73,7 +73,7 @@ def test_a_graph_without_ops_takes_no_time() -> None:
 def test_double_buffered_streaming_takes_what_the_formula_says(
     copy_s: list[int], work_s: list[int]
 ) -> None:
-    """estimator.md 3.5: x_0 + sum of max(g_l, x_{l+1}) + g_last, for any times."""
+    """Double-buffered streaming: x_0 + sum of max(g_l, x_{l+1}) + g_last, for any times."""
     num_layers = len(copy_s)
     expected = copy_s[0] + work_s[num_layers - 1]
     expected += sum(max(work_s[i], copy_s[i + 1]) for i in range(num_layers - 1))
