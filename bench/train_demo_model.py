@@ -458,6 +458,7 @@ def export(work: Path, model_dir: Path, shape: Shape) -> None:
     params, _, progress = load_checkpoint(work / "checkpoint.safetensors")
     path = model_dir / "model.safetensors"
     save_file(export_tensors(params, shape), path, metadata={"format": "pt"})
+    path.chmod(0o644)  # safetensors gives new files to their owner alone
     shutil.copyfile(work / "tokenizer.json", model_dir / "tokenizer.json")
     print(progress, file=sys.stderr)
 

@@ -101,9 +101,9 @@ def pair_name(prefill: str, decode: str) -> str:
 class Placement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One tier for prefill and one for decode.
 
-    Weights that any tier wants on a device are resident there for the whole run: moving them
-    between the phases of each request does not pay: they are tens of gigabytes. KV moves where the tiers put
-    it on different devices, and that copy is charged.
+    Weights that any tier wants on a device are resident there for the whole run; moving tens of
+    gigabytes between the phases of each request does not pay. KV moves where the tiers put it on
+    different devices, and that copy is charged.
     """
 
     prefill: TierPlacement
