@@ -13,7 +13,7 @@ import torch
 
 from hetero.chat_template import Conversation
 from hetero.checkpoint import Checkpoint
-from hetero.engine import StepResult
+from hetero.engine import Engine, StepResult
 from hetero.errors import ModelFolderError, RequestError, UsageError
 from hetero.loading import load_engine, make_accelerator
 from hetero.measure.store import default_cache_dir
@@ -24,15 +24,19 @@ from hetero.planning import (
     DtypeName,
     base_profile,
     check_plan,
+    check_plan_is_for,
     default_workload,
     make_plan,
     resources_asked,
+    runnable_profile,
     spec_as_run,
     usable_hardware,
 )
 from hetero.prompts import Prompt, encode_prompt
 from hetero.sampler import SamplingParams
+from hetero.sequence import Sequence as RunningSequence
 from hetero.tokenizer import Tokenizer
+from planner.cost_model import predict
 from planner.estimate import estimate
 from planner.hardware import AcceleratorName, HardwareProfile
 from planner.memory import KV_BLOCK_TOKENS
@@ -42,19 +46,17 @@ from planner.plan import Estimate, Plan
 from planner.timeline import Timeline
 from planner.workload import Workload
 
-DEFAULT_MAX_NUM_SEQS = 16
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationStep:
     """A step of a running `generate`, for whoever watches.
 
-    `texts` are in the order of the prompts; `finished` are the prompts (by position) that ended
-    with this step, `num_finished` how many have ended so far.
+    `text` gives the text that a prompt (by position) has so far; call it while being told.
+    `finished` are the prompts that ended with this step, `num_finished` how many so far.
     """
 
     result: StepResult
-    texts: tuple[str, ...]
+    text: Callable[[int], str]
     finished: tuple[int, ...]
     num_finished: int
     num_requests: int
@@ -84,7 +86,8 @@ class LLM:
     link_gb_per_s : float, optional
         Rate of the emulated accelerator's link.
     max_model_len, max_num_seqs : int, optional
-        Most tokens of a sequence (default: the model's context); most sequences in a step.
+        Most tokens of a sequence (default: the model's context); most sequences in a step (default:
+        as planned, or up to 16 where memory holds them).
     profile : HardwareProfile or str, optional
         The machine; None takes the stored profile, or measures one (10 s).
     overlap : bool
@@ -113,7 +116,7 @@ class LLM:
         cpu_mem_gb: float | None = None,
         link_gb_per_s: float | None = None,
         max_model_len: int | None = None,
-        max_num_seqs: int = DEFAULT_MAX_NUM_SEQS,
+        max_num_seqs: int | None = None,
         profile: HardwareProfile | str | None = None,
         overlap: bool = True,
         progress: Callable[[str], None] | None = None,
@@ -121,6 +124,8 @@ class LLM:
         say = progress or _ignore
         _check_choice("accelerator", accelerator, get_args(AcceleratorName))
         _check_choice("dtype", dtype, get_args(DtypeName))
+        if max_num_seqs is not None and max_num_seqs < 1:
+            raise UsageError(f"max_num_seqs is {max_num_seqs} but must be at least 1")
         source = find_model(
             None if model is None else str(model), hub_cache=default_hub_cache(os.environ)
         )
@@ -134,13 +139,14 @@ class LLM:
         resources = resources_asked(plan, accelerator, gpu_mem_gb, cpu_mem_gb, link_gb_per_s)
         if not isinstance(profile, HardwareProfile):
             profile = base_profile(profile, default_cache_dir(os.environ), progress)
-        self.hardware = usable_hardware(profile, resources)
+        if plan is not None:
+            check_plan_is_for(plan, source, profile)
+        self.hardware = usable_hardware(runnable_profile(profile), resources)
         self.spec = spec_as_run(source, dtype, self.hardware, say)
         self.tokenizer = Tokenizer.load(source.folder)
         self._max_model_len = _context(self.spec, max_model_len)
         with Checkpoint.open(source.folder) as checkpoint:
-            expected = expected_tensors(self.spec)
-            checkpoint.check_tensors(expected)
+            _check_tensors(checkpoint, self.spec)
             if plan is None:
                 plan = make_plan(
                     self.spec,
@@ -153,6 +159,8 @@ class LLM:
             check_plan(plan, self.spec, self.hardware)
             self.plan = plan
             self._threads_before = torch.get_num_threads()
+            self._engine: Engine | None = None
+            self._last_step: StepResult | None = None
             self._accelerator = make_accelerator(plan, self.hardware)
             try:
                 self._engine = load_engine(
@@ -186,7 +194,8 @@ class LLM:
         self.close()
 
     def close(self) -> None:
-        """Stop the lanes and give back the accelerator; the object cannot generate afterwards."""
+        """Give back weights, cache and accelerator; what was measured stays readable."""
+        self._engine = None
         if self._accelerator is not None:
             self._accelerator.close()
             self._accelerator = None
@@ -195,13 +204,15 @@ class LLM:
     @property
     def timeline(self) -> Timeline | None:
         """The measured Timeline of the last step."""
-        step = self._engine.last_step
-        return None if step is None else step.timeline
+        return None if self._last_step is None else self._last_step.timeline
 
     @property
     def predicted_timeline(self) -> Timeline | None:
         """The last step as the planner prices it."""
-        return self._engine.predicted_timeline()
+        step = self._last_step
+        if step is None:
+            return None
+        return predict(step.graph, self.spec, self.hardware, step.batch.shape)
 
     @property
     def max_model_len(self) -> int:
@@ -210,11 +221,16 @@ class LLM:
     @property
     def kv_capacity_tokens(self) -> int:
         """Tokens that the KV cache holds; no request may need more."""
-        return self._engine.num_kv_blocks * KV_BLOCK_TOKENS
+        return self._open_engine().num_kv_blocks * KV_BLOCK_TOKENS
 
     def device_bytes(self) -> dict[Device, int]:
         """Bytes that weights, KV cache and staging buffers take on the accelerator now."""
         return {} if self._accelerator is None else {"gpu": self._accelerator.used_bytes}
+
+    def _open_engine(self) -> Engine:
+        if self._engine is None:
+            raise UsageError("this LLM was closed; make a new one")
+        return self._engine
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt, as `generate` feeds them."""
@@ -283,8 +299,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         observe: Callable[[GenerationStep], None] | None,
     ) -> list[RequestOutput]:
-        if self._accelerator is None and self.plan.placement.uses("gpu"):
-            raise UsageError("this LLM was closed; make a new one")
+        engine = self._open_engine()
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
             params = [sampling_params or SamplingParams()] * len(token_ids)
         else:
@@ -294,21 +309,25 @@ class LLM:
                     f"there are {len(token_ids)} prompts but {len(params)} sampling parameters; "
                     "give one for all or one for each"
                 )
-        engine = self._engine
         before = {phase: (t.num_tokens, t.seconds) for phase, t in engine.stats.phases.items()}
         try:
-            running = []
+            running: list[RunningSequence] = []
+            positions: dict[str, int] = {}
             for ids, each in zip(token_ids, params, strict=True):
                 self._num_requests += 1
+                positions[str(self._num_requests)] = len(running)
                 running.append(engine.add_request(str(self._num_requests), ids, each))
+            num_finished = 0
             while (result := engine.step()) is not None:
+                self._last_step = result
+                num_finished += len(result.finished)
                 if observe is not None:
                     observe(
                         GenerationStep(
                             result=result,
-                            texts=tuple(engine.text(sequence) for sequence in running),
-                            finished=tuple(running.index(done) for done in result.finished),
-                            num_finished=sum(sequence.is_finished for sequence in running),
+                            text=lambda position: engine.text(running[position]),
+                            finished=tuple(positions[done.seq_id] for done in result.finished),
+                            num_finished=num_finished,
                             num_requests=len(running),
                         )
                     )
@@ -344,6 +363,27 @@ def _conversations(messages: Conversation | Sequence[Conversation]) -> list[Conv
     return [turns] if turns else conversations
 
 
+def _check_tensors(checkpoint: Checkpoint, spec: ModelSpec) -> None:
+    """Compare the checkpoint with the configuration; a tensor that neither explains is refused.
+
+    A model with more tensors than its architecture has computes something else. Rotary buffers of
+    old files and the second copy of a tied head change nothing.
+    """
+    checkpoint.check_tensors(expected_tensors(spec))
+    odd = [
+        name
+        for name in checkpoint.unexpected_tensors
+        if not name.endswith("rotary_emb.inv_freq")
+        and not (spec.is_tied and name == "lm_head.weight")
+    ]
+    if odd:
+        more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
+        raise ModelFolderError(
+            f"{checkpoint.folder} has tensors that {spec.architecture} does not have: "
+            f"{', '.join(odd[:3])}{more}; it is another model than its config.json says"
+        )
+
+
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise UsageError(f"{name} is {value!r} but must be one of {', '.join(choices)}")
@@ -352,10 +392,10 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 def _context(spec: ModelSpec, max_model_len: int | None) -> int:
     if max_model_len is None:
         return spec.max_position_embeddings
-    if not 1 <= max_model_len <= spec.max_position_embeddings:
+    if not 2 <= max_model_len <= spec.max_position_embeddings:
         raise UsageError(
             f"max_model_len is {max_model_len} but {spec.name} has a context of "
-            f"{spec.max_position_embeddings}; give 1..{spec.max_position_embeddings}"
+            f"{spec.max_position_embeddings}; give 2..{spec.max_position_embeddings}"
         )
     return max_model_len
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Self
@@ -19,7 +19,7 @@ _MAX_INDEX_BYTES = 64 << 20
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 # One preadv moves at most 2 GiB; smaller parts let Ctrl-C through on a slow disk.
 _CHUNK_BYTES = 64 << 20
-_MAX_SHOWN = 20
+_MAX_SHOWN = 3
 _READABLE_DTYPES = ("F32", "BF16", "F16")
 
 
@@ -45,7 +45,7 @@ class Checkpoint:
         Raises
         ------
         ModelFolderError
-            Everything that is wrong with the files, in one message.
+            How much is wrong with the files, and the first of it, in one message.
         """
         if not folder.is_dir():
             raise ModelFolderError(f"{folder} is not a folder")
@@ -60,18 +60,18 @@ class Checkpoint:
             for shard in shards:
                 try:
                     descriptors[shard] = open_file(folder, shard)
-                    by_shard[shard] = read_header(descriptors[shard], folder / shard)
+                    by_shard[shard] = read_header(descriptors[shard], Path(shard))
                 except FileNotFoundError:
-                    problems.append(f"{folder / shard} is missing; download it again")
+                    problems.append(f"{shard} is missing; download it again")
                 except ModelFolderError as error:
-                    problems.append(str(error))
+                    problems.append(_inside(folder, error))
                 except OSError as error:
-                    problems.append(f"cannot read {folder / shard}: {error.strerror}")
+                    problems.append(f"cannot read {shard}: {error.strerror}")
             tensors: dict[str, TensorInfo] = {}
             if weight_map is None:
                 tensors = {name: t for found in by_shard.values() for name, t in found.items()}
             else:
-                tensors = _indexed_tensors(folder, weight_map, by_shard, problems)
+                tensors = _indexed_tensors(weight_map, by_shard, problems)
             _raise_problems(folder, problems)
             if not tensors:
                 raise ModelFolderError(f"{folder}: the weight files hold no tensors")
@@ -99,24 +99,20 @@ class Checkpoint:
         """Tensors that `check_tensors` did not expect, such as rotary buffers of old files."""
         return self._unexpected
 
-    def check_tensors(
-        self, expected: Mapping[str, tuple[int, ...]], optional: Collection[str] = ()
-    ) -> None:
+    def check_tensors(self, expected: Mapping[str, tuple[int, ...]]) -> None:
         """Compare names and shapes with what config.json promises.
 
         Parameters
         ----------
         expected : mapping
             Shape by tensor name.
-        optional : collection of str
-            Names in `expected` that the files may leave out (a tied head).
 
         Raises
         ------
         ModelFolderError
-            Missing tensors, other shapes, formats that cannot be read: all in one message.
+            Missing tensors, other shapes, formats that cannot be read: all counted in one message.
         """
-        missing = [name for name in expected if name not in self.tensors and name not in optional]
+        missing = [name for name in expected if name not in self.tensors]
         problems = []
         if missing:
             some = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
@@ -185,25 +181,29 @@ def _raise_problems(folder: Path, problems: list[str]) -> None:
         return
     if len(problems) == 1:
         raise ModelFolderError(f"{folder}: {problems[0]}")
-    lines = problems[:_MAX_SHOWN]
+    shown = problems[:_MAX_SHOWN]
     if len(problems) > _MAX_SHOWN:
-        lines.append(f"and {len(problems) - _MAX_SHOWN} more")
-    raise ModelFolderError(f"{folder} has {len(problems)} problems:\n- " + "\n- ".join(lines))
+        shown.append(f"and {len(problems) - _MAX_SHOWN} more")
+    raise ModelFolderError(f"{folder} has {len(problems)} problems: {'; '.join(shown)}")
+
+
+def _inside(folder: Path, error: ModelFolderError) -> str:
+    """A problem with a file of the folder, which is named once, before all problems."""
+    return str(error).replace(f"{folder}{os.sep}", "", 1)
 
 
 def _read_index(folder: Path, problems: list[str]) -> dict[str, str] | None:
     """Tensor name -> shard of the index; None where the folder has none or it cannot be used."""
-    path = folder / _INDEX_NAME
     try:
         data = read_bytes(folder, _INDEX_NAME, _MAX_INDEX_BYTES)
         if data is None:
             return None
-        weight_map = parse_json(data, path).get("weight_map")
+        weight_map = parse_json(data, Path(_INDEX_NAME)).get("weight_map")
     except ModelFolderError as error:
-        problems.append(str(error))
+        problems.append(_inside(folder, error))
         return None
     if not isinstance(weight_map, dict) or not weight_map:
-        problems.append(f"{path} has no weight_map with entries")
+        problems.append(f"{_INDEX_NAME} has no weight_map with entries")
         return None
     usable = {}
     refused: set[str] = set()
@@ -213,7 +213,7 @@ def _read_index(folder: Path, problems: list[str]) -> dict[str, str] | None:
         else:
             refused.add(printable(shard) if isinstance(shard, str) else type(shard).__name__)
     problems += [
-        f"{path} names the shard {shard}, which is not the name of a .safetensors file inside the "
+        f"{_INDEX_NAME} names the shard {shard}, which is not the name of a .safetensors file inside the "
         "folder"
         for shard in sorted(refused)
     ]
@@ -226,7 +226,6 @@ def _is_plain_shard_name(name: str) -> bool:
 
 
 def _indexed_tensors(
-    folder: Path,
     weight_map: Mapping[str, str],
     by_shard: Mapping[str, Mapping[str, TensorInfo]],
     problems: list[str],
@@ -241,7 +240,7 @@ def _indexed_tensors(
         else:
             absent.setdefault(shard, []).append(name)
     problems += [
-        f"{folder / shard} lacks {len(names)} tensors that {_INDEX_NAME} places there: "
+        f"{shard} lacks {len(names)} tensors that {_INDEX_NAME} places there: "
         f"{', '.join(printable(name) for name in names[:5])}"
         for shard, names in absent.items()
     ]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from hetero.errors import RequestError
+from hetero.errors import MemoryBudgetError, RequestError
 from hetero.kv_cache import BlockAllocator, PagedKV
 from hetero.model.decoder import Decoder, DecoderStep, KVMove
 from hetero.runtime.devices import Accelerator
@@ -26,8 +26,6 @@ from hetero.sampler import (
 from hetero.scheduler import Batch, Scheduler
 from hetero.sequence import Sequence
 from hetero.tokenizer import IncrementalDetokenizer, StopChecker, Tokenizer
-from planner.cost_model import predict
-from planner.hardware import HardwareProfile
 from planner.model_spec import ModelSpec
 from planner.placement import Device, Placement
 from planner.step_graph import StepGraph, build, build_kv_move, moved_kv_layers
@@ -72,7 +70,6 @@ class _Request:
     eos_token_ids: tuple[int, ...]
     detokenizer: IncrementalDetokenizer | None
     stops: StopChecker
-    text: str = ""
 
 
 class Engine:
@@ -84,8 +81,6 @@ class Engine:
         The loaded model.
     placement : Placement
         Where everything lives and runs.
-    hardware : HardwareProfile
-        Prices the predicted Timeline of a step.
     accelerator : Accelerator, optional
         None where the placement uses the CPU only.
     tokenizer : Tokenizer, optional
@@ -105,7 +100,6 @@ class Engine:
         *,
         decoder: Decoder,
         placement: Placement,
-        hardware: HardwareProfile,
         accelerator: Accelerator | None,
         tokenizer: Tokenizer | None,
         eos_token_ids: tuple[int, ...],
@@ -119,7 +113,6 @@ class Engine:
         self.last_step: StepResult | None = None
         self._decoder = decoder
         self._placement = placement
-        self._hardware = hardware
         self._accelerator = accelerator
         self._tokenizer = tokenizer
         self._eos_token_ids = eos_token_ids
@@ -166,22 +159,20 @@ class Engine:
                 "use stop_token_ids"
             )
         sequence = Sequence(seq_id=seq_id, prompt_token_ids=prompt_token_ids, params=params)
-        self.scheduler.add(sequence)
-        self._requests[seq_id] = _Request(
+        detokenizer = None
+        if self._tokenizer is not None:
+            detokenizer = IncrementalDetokenizer(
+                self._tokenizer, prompt_token_ids, skip_special_tokens=params.skip_special_tokens
+            )
+        request = _Request(
             sequence=sequence,
             generator=make_generator(params),
             eos_token_ids=() if params.ignore_eos else self._eos_token_ids,
-            detokenizer=(
-                None
-                if self._tokenizer is None
-                else IncrementalDetokenizer(
-                    self._tokenizer,
-                    prompt_token_ids,
-                    skip_special_tokens=params.skip_special_tokens,
-                )
-            ),
+            detokenizer=detokenizer,
             stops=StopChecker(params.stop_strings, params.include_stop_str_in_output),
         )
+        self.scheduler.add(sequence)
+        self._requests[seq_id] = request
         return sequence
 
     def warm_up(self) -> None:
@@ -236,9 +227,16 @@ class Engine:
             pick,
         )
         with torch.inference_mode():
-            timeline = self._executor.run(graph, step.perform)
+            try:
+                timeline = self._executor.run(graph, step.perform)
+            except torch.OutOfMemoryError as error:
+                raise MemoryBudgetError(
+                    f"a {batch.phase} step of {batch.shape.num_tokens} tokens ran out of memory "
+                    f"({error}); plan with a smaller --gpu-mem-gb, or fewer or shorter sequences"
+                ) from None
+            # First tokens are there now; moving the cache is the beginning of decode.
+            self.scheduler.advance(batch, [token.token_id for token in sampled])
             self._move_kv(batch)
-        self.scheduler.advance(batch, [token.token_id for token in sampled])
         finished = self._settle(batch, sampled)
         totals = self.stats.phases[batch.phase]
         totals.num_steps += 1
@@ -248,13 +246,6 @@ class Engine:
             batch=batch, graph=graph, timeline=timeline, finished=tuple(finished)
         )
         return self.last_step
-
-    def predicted_timeline(self) -> Timeline | None:
-        """The last step as the planner prices it."""
-        if self.last_step is None:
-            return None
-        shape = self.last_step.batch.shape
-        return predict(self.last_step.graph, self.spec, self._hardware, shape)
 
     def _check_tokens(self, token_ids: Collection[int]) -> None:
         for token_id in token_ids:
@@ -295,29 +286,42 @@ class Engine:
     def _is_over(self, sequence: Sequence, token: SampledToken) -> bool:
         request, finish = self._requests[sequence.seq_id], self.scheduler.finish
         if token.error is not None or token.token_id is None:
+            self._clear_pages(sequence)
             finish(sequence, "error", token.error)
             return True
         if token.top_logprobs is not None:
-            sequence.output_logprobs.append(dict(token.top_logprobs))
+            assert token.logprob is not None
+            chosen = {token.token_id: token.logprob}
+            sequence.output_logprobs.append(chosen | dict(token.top_logprobs))
         is_eos = token.token_id in request.eos_token_ids
-        if is_eos or token.token_id in sequence.params.stop_ids:
-            self._flush(request)
+        is_stop = is_eos or token.token_id in sequence.params.stop_ids
+        if not is_stop and request.detokenizer is not None:
+            self._show(request, request.detokenizer.append([token.token_id]))
+        is_last = sequence.num_tokens >= self.scheduler.token_limit(sequence)
+        if (is_stop or is_last) and request.detokenizer is not None:
+            self._show(request, request.detokenizer.flush())
+        if request.stops.stop is not None:
+            finish(sequence, "stop", request.stops.stop)
+        elif is_stop:
             finish(sequence, "stop", None if is_eos else token.token_id)
-            return True
-        if request.detokenizer is not None:
-            request.stops.append(request.detokenizer.append([token.token_id]))
-            if request.stops.stop is not None:
-                finish(sequence, "stop", request.stops.stop)
-                return True
-        if sequence.num_tokens >= self.scheduler.token_limit(sequence):
-            self._flush(request)
+        elif is_last:
             finish(sequence, "length")
-            return True
-        return False
+        return sequence.is_finished
 
-    def _flush(self, request: _Request) -> None:
-        if request.detokenizer is not None:
-            request.stops.append(request.detokenizer.flush())
+    def _show(self, request: _Request, text: str) -> None:
+        """Add text; before `min_tokens` no stop string counts."""
+        is_early = request.sequence.num_output_tokens < request.sequence.params.min_tokens
+        request.stops.append(text, may_stop=not is_early)
+
+    def _clear_pages(self, sequence: Sequence) -> None:
+        """Zero a sequence's cache: a NaN in a reused page would survive the mask of its reader."""
+        with torch.inference_mode():
+            for kv in {id(kv): kv for kv in self._kv.values()}.values():
+                for layer in kv.layers:
+                    layer.key[sequence.block_table] = 0
+                    layer.value[sequence.block_table] = 0
+        if self._accelerator is not None:
+            self._accelerator.synchronize()
 
 
 def _allocate_kv(

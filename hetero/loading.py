@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from msgspec.structs import replace
 
 from hetero.checkpoint import Checkpoint
 from hetero.engine import Engine
@@ -18,6 +19,9 @@ from planner.hardware import HardwareProfile
 from planner.memory import KV_BLOCK_TOKENS, kv_block_capacity, needs, num_kv_blocks
 from planner.model_spec import ModelSpec
 from planner.plan import Plan
+
+# Sequences of a step that share each weight read; beyond this little is gained on a CPU.
+DEFAULT_MAX_NUM_SEQS = 16
 
 
 def make_accelerator(plan: Plan, hardware: HardwareProfile) -> Accelerator | None:
@@ -41,7 +45,7 @@ def load_engine(
     accelerator: Accelerator | None,
     tokenizer: Tokenizer | None,
     *,
-    max_num_seqs: int,
+    max_num_seqs: int | None,
     max_model_len: int,
     overlap: bool,
     say: Callable[[str], None],
@@ -57,6 +61,7 @@ def load_engine(
         The host has no room for the plan now, or the accelerator's budget is too small.
     """
     _check_host_memory(plan, spec, hardware)
+    num_seqs = _concurrency(plan, spec, hardware, max_num_seqs)
     sizes = plan.estimate.bytes_by_device.items()
     where = ", ".join(f"{size / 1e9:.2f} GB on the {device}" for device, size in sizes)
     say(f"loading {spec.name} as {plan.placement.name}: {where}")
@@ -70,7 +75,6 @@ def load_engine(
     engine = Engine(
         decoder=decoder,
         placement=plan.placement,
-        hardware=hardware,
         accelerator=accelerator,
         tokenizer=tokenizer,
         eos_token_ids=(
@@ -78,8 +82,8 @@ def load_engine(
             if tokenizer is not None
             else read_eos_token_ids(checkpoint.folder)
         ),
-        num_kv_blocks=_num_kv_blocks(plan, spec, hardware, max_num_seqs, max_model_len),
-        max_num_seqs=max(max_num_seqs, plan.estimate.num_concurrent_seqs),
+        num_kv_blocks=_num_kv_blocks(plan, spec, hardware, num_seqs, max_model_len),
+        max_num_seqs=num_seqs,
         max_model_len=max_model_len,
         overlap=overlap,
     )
@@ -87,19 +91,33 @@ def load_engine(
     return engine
 
 
-def _num_kv_blocks(
-    plan: Plan, spec: ModelSpec, hardware: HardwareProfile, max_num_seqs: int, max_model_len: int
+def _concurrency(
+    plan: Plan, spec: ModelSpec, hardware: HardwareProfile, max_num_seqs: int | None
 ) -> int:
-    """Room for the plan's workload, and beyond it for longer or more sequences where there is any.
+    """Sequences of a step: as asked, or what was planned and more where memory holds it."""
+    if max_num_seqs is not None:
+        return max_num_seqs
+    more = DEFAULT_MAX_NUM_SEQS
+    while more > plan.wave.num_seqs:
+        trial = replace(plan.wave, num_seqs=more)
+        if all(need.fits for need in needs(spec, plan.placement, trial, hardware).values()):
+            return more
+        more //= 2
+    return plan.wave.num_seqs
 
-    One sequence of the longest length, or `max_num_seqs` of the planned length: all of the longest
-    would take the whole memory of any machine for a context of 131072.
+
+def _num_kv_blocks(
+    plan: Plan, spec: ModelSpec, hardware: HardwareProfile, num_seqs: int, max_model_len: int
+) -> int:
+    """Room for the sequences of a step, and for longer ones where there is any.
+
+    One sequence of the longest length, or all of the planned length: all of the longest would take
+    the whole memory of any machine for a context of 131072.
     """
-    capacity = kv_block_capacity(spec, plan.placement, plan.workload, hardware)
-    planned = min(num_kv_blocks(plan.workload), capacity)
+    usual = replace(plan.wave, num_seqs=num_seqs)
+    capacity = kv_block_capacity(spec, plan.placement, usual, hardware)
     longest = -(-max_model_len // KV_BLOCK_TOKENS)
-    usual = min(longest, -(-plan.workload.context_len // KV_BLOCK_TOKENS))
-    return max(planned, min(max(longest, max_num_seqs * usual), capacity))
+    return min(max(longest, num_kv_blocks(usual)), capacity)
 
 
 def _check_host_memory(plan: Plan, spec: ModelSpec, hardware: HardwareProfile) -> None:
@@ -107,7 +125,7 @@ def _check_host_memory(plan: Plan, spec: ModelSpec, hardware: HardwareProfile) -
 
     The plan was checked against the machine's memory; other processes may hold some of it.
     """
-    memory = needs(spec, plan.placement, plan.workload, hardware)
+    memory = needs(spec, plan.placement, plan.wave, hardware)
     need = sum(
         each.needed_bytes
         for device, each in memory.items()

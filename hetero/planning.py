@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace as spec_replace
 from pathlib import Path
-from typing import Literal
-
-from msgspec.structs import replace
+from typing import Literal, get_args
 
 from hetero.errors import EnvironmentProblemError, MemoryBudgetError, PlanMismatchError, UsageError
 from hetero.measure.store import find_profile, load_or_measure
@@ -15,7 +13,7 @@ from hetero.model_lookup import ModelSource, read_model_spec
 from planner.errors import PlannerError
 from planner.hardware import AcceleratorName, HardwareProfile, Resources
 from planner.memory import needs
-from planner.model_spec import ModelSpec
+from planner.model_spec import Dtype, ModelSpec
 from planner.placement import check_matches
 from planner.plan import Plan
 from planner.search import profile_fingerprint, search
@@ -25,6 +23,8 @@ from planner.workload import Objective, Workload
 _EMULATED_MEMORY_SHARE = 0.25
 EMULATED_LINK_BYTES_PER_S = 4e9
 
+
+_PLAN_AGAIN = "plan again with: hetero plan"
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -102,6 +102,22 @@ def base_profile(
         except PlannerError as error:
             raise UsageError(str(error)) from None
     return load_or_measure(cache_dir, progress=progress)[0]
+
+
+def runnable_profile(profile: HardwareProfile) -> HardwareProfile:
+    """The profile, if something may be run by it and not only planned.
+
+    Raises
+    ------
+    UsageError
+        It is a datasheet's: a reference machine to ask "what if" of.
+    """
+    if profile.provenance == "datasheet":
+        raise UsageError(
+            f"the profile {profile.name} is of a reference machine, which hetero plan can use; "
+            "a run needs this machine's own: leave --profile out"
+        )
+    return profile
 
 
 def usable_hardware(profile: HardwareProfile, resources: Resources) -> HardwareProfile:
@@ -199,6 +215,28 @@ def make_plan(
         raise UsageError(str(error)) from None
 
 
+def check_plan_is_for(plan: Plan, source: ModelSource, profile: HardwareProfile) -> None:
+    """Refuse a plan for another model or machine before anything else is said of either.
+
+    Raises
+    ------
+    PlanMismatchError
+        Names the model or machine of the plan and the one at hand.
+    """
+    spec = read_model_spec(source)
+    dtypes: tuple[Dtype, ...] = get_args(Dtype)
+    if all(spec_replace(spec, dtype=each).fingerprint != plan.model_fingerprint for each in dtypes):
+        raise PlanMismatchError(
+            f"the plan was made for model {plan.model} ({plan.model_fingerprint}) but this is "
+            f"{spec.name} ({spec.fingerprint}); {_PLAN_AGAIN}"
+        )
+    if plan.resources.accelerator == "cuda" and profile.gpu is None:
+        raise PlanMismatchError(
+            f"the plan was made for the machine {plan.profile} and its GPU but this is "
+            f"{profile.name}, which has none; {_PLAN_AGAIN}"
+        )
+
+
 def check_plan(plan: Plan, spec: ModelSpec, hardware: HardwareProfile) -> None:
     """Refuse a plan that was made for something else, or that does not fit.
 
@@ -209,21 +247,20 @@ def check_plan(plan: Plan, spec: ModelSpec, hardware: HardwareProfile) -> None:
     MemoryBudgetError
         The placement needs more memory than there is; names the nearest that fits.
     """
-    again = "plan again with: hetero plan"
     if plan.model_fingerprint != spec.fingerprint:
         raise PlanMismatchError(
             f"the plan was made for model {plan.model} ({plan.model_fingerprint}) but this is "
-            f"{spec.name} ({spec.fingerprint}); {again}"
+            f"{spec.name} ({spec.fingerprint}); {_PLAN_AGAIN}"
         )
     here = profile_fingerprint(hardware)
     if plan.profile_fingerprint != here:
         raise PlanMismatchError(
             f"the plan was made for the machine {plan.profile} ({plan.profile_fingerprint}) but "
-            f"this is {hardware.name} ({here}); {again}"
+            f"this is {hardware.name} ({here}); {_PLAN_AGAIN}"
         )
     reason = check_matches(plan.placement, spec)
     if reason is not None:
-        raise PlanMismatchError(f"{reason}; {again}")
+        raise PlanMismatchError(f"{reason}; {_PLAN_AGAIN}")
     lacking = lacking_memory(plan, spec, hardware)
     if lacking is not None:
         raise MemoryBudgetError(lacking)
@@ -231,10 +268,9 @@ def check_plan(plan: Plan, spec: ModelSpec, hardware: HardwareProfile) -> None:
 
 def lacking_memory(plan: Plan, spec: ModelSpec, hardware: HardwareProfile) -> str | None:
     """Why a plan does not fit, in one sentence with the nearest that would; None where it fits."""
-    wave = replace(plan.workload, num_seqs=plan.estimate.num_concurrent_seqs)
     short = {
         device: need
-        for device, need in needs(spec, plan.placement, wave, hardware).items()
+        for device, need in needs(spec, plan.placement, plan.wave, hardware).items()
         if not need.fits
     }
     if not short:

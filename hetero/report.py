@@ -126,14 +126,27 @@ def _run_name(runs: Runs) -> str:
     return "gpu (streamed)" if runs == "stream" else runs
 
 
-def machine_line(hardware: HardwareProfile) -> str:
-    """What of the machine is used, and that an emulated accelerator is emulated."""
+def is_emulated(plan: Plan) -> bool:
+    """True where the emulated accelerator does a part of the work."""
+    return plan.resources.accelerator == "emulated" and plan.placement.uses("gpu")
+
+
+def machine_line(plan: Plan, hardware: HardwareProfile) -> str:
+    """What of the machine the plan uses, and that an emulated accelerator is emulated."""
     rates = "measured" if hardware.provenance == "measured" else "datasheet"
     if hardware.gpu is None:
         return f"{hardware.name}: CPU only, no accelerator is used ({rates} rates)"
+    if not plan.placement.uses("gpu"):
+        why = ": all on the CPU is predicted to be faster" if _has_slower_gpu_plan(plan) else ""
+        return f"{hardware.name}: the accelerator is not used{why} ({rates} rates)"
     if hardware.gpu.kind == "emulated":
         return f"{hardware.name}: EMULATED, its speeds are not a GPU's ({rates} rates)"
     return f"{hardware.name}: CPU and {hardware.gpu.name} ({rates} rates)"
+
+
+def _has_slower_gpu_plan(plan: Plan) -> bool:
+    # With --strategy cpu there is no other, and nothing that was slower.
+    return any(other.feasible and other.name != "cpu" for other in plan.alternatives)
 
 
 def plan_lines(plan: Plan, hardware: HardwareProfile) -> list[str]:
@@ -141,7 +154,7 @@ def plan_lines(plan: Plan, hardware: HardwareProfile) -> list[str]:
     est = plan.estimate
     lines = [
         f"plan: {plan.model}, {workload_text(plan.workload)}, for {plan.objective}",
-        f"machine: {machine_line(hardware)}",
+        f"machine: {machine_line(plan, hardware)}",
     ]
     for phase in PHASES:
         tier = plan.placement.tier(phase)
@@ -163,8 +176,14 @@ def _memory_text(plan: Plan, hardware: HardwareProfile) -> str:
     return ", ".join(
         f"{bytes_text(size)} of {bytes_text(available_bytes(hardware, device))} on the "
         f"{_device_name(device, hardware)}"
-        for device, size in plan.estimate.bytes_by_device.items()
+        for device, size in _bytes_by_device(plan).items()
     )
+
+
+def _bytes_by_device(plan: Plan) -> dict[Device, int]:
+    """Memory of the devices that the plan uses."""
+    planned = plan.estimate.bytes_by_device
+    return {device: size for device, size in planned.items() if plan.placement.uses(device)}
 
 
 def _device_name(device: Device, hardware: HardwareProfile) -> str:
@@ -174,7 +193,7 @@ def _device_name(device: Device, hardware: HardwareProfile) -> str:
 
 def print_plan(console: Console, plan: Plan, hardware: HardwareProfile) -> None:
     """Print a plan: whether it fits, where everything goes, how fast, and what else there was."""
-    console.print(Text(one_line(f"{plan.model} on {machine_line(hardware)}"), style="bold"))
+    console.print(Text(one_line(f"{plan.model} on {machine_line(plan, hardware)}"), style="bold"))
     console.print(Text(f"{workload_text(plan.workload)}, for {plan.objective}"))
     fits = "fits" if plan.feasible else "does not fit; the nearest miss is"
     style = "green" if plan.feasible else "red"
@@ -219,7 +238,7 @@ def _where_table(plan: Plan) -> Table:
 
 def _memory_table(plan: Plan, hardware: HardwareProfile) -> Table:
     table = _table(("memory", "left"), ("planned", "right"), ("may be used", "right"))
-    for device, size in plan.estimate.bytes_by_device.items():
+    for device, size in _bytes_by_device(plan).items():
         limit = available_bytes(hardware, device)
         planned = Text(bytes_text(size), style="red" if size > limit else "")
         _add_row(table, (_device_name(device, hardware), planned, bytes_text(limit)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -124,8 +124,8 @@ class RunMonitor:
     ----------
     plan, hardware
         What runs where, and the limits.
-    num_requests, max_output_tokens
-        Size of the run: requests, and the most tokens that all of them may generate.
+    max_output_lens
+        The most tokens that each request may generate, in the order of the prompts.
     predict
         Gives the predicted Timeline of the last step, usually `llm.predicted_timeline`.
     clock
@@ -137,8 +137,7 @@ class RunMonitor:
         *,
         plan: Plan,
         hardware: HardwareProfile,
-        num_requests: int,
-        max_output_tokens: int,
+        max_output_lens: Sequence[int],
         predict: Callable[[], Timeline | None],
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -156,15 +155,16 @@ class RunMonitor:
         self._cost_s = 0.0
         self._work = {phase: _PhaseWork() for phase in PHASES}
         self._num_output_tokens = 0
-        self._max_output_tokens = max_output_tokens
+        self._max_output_lens = tuple(max_output_lens)
+        self._max_output_tokens = sum(max_output_lens)
         self._ttfts_s: list[float] = []
         self._first_token_s: float | None = None
         self._history: deque[float] = deque(maxlen=HISTORY_LEN)
         self.snapshot = Snapshot(
             title=f"{plan.model} as {plan.placement.name}",
             num_done=0,
-            num_requests=num_requests,
-            max_output_tokens=max_output_tokens,
+            num_requests=len(self._max_output_lens),
+            max_output_tokens=self._max_output_tokens,
             devices=self._devices(),
         )
 
@@ -184,10 +184,8 @@ class RunMonitor:
             if sequence.num_output_tokens == 1 and sequence.first_token_s is not None:
                 self._ttfts_s.append(sequence.first_token_s - sequence.arrival_s)
                 self._first_token_s = self._first_token_s or now_s
-        for sequence in step.result.finished:
-            limit = sequence.params.max_tokens
-            if limit is not None:
-                self._max_output_tokens -= limit - sequence.num_output_tokens
+        for index, sequence in zip(step.finished, step.result.finished, strict=True):
+            self._max_output_tokens -= self._max_output_lens[index] - sequence.num_output_tokens
         is_last = step.num_finished == step.num_requests
         if now_s >= self._next_s or is_last:
             self.snapshot = self._snapshot(step, now_s)
@@ -201,7 +199,7 @@ class RunMonitor:
         if decode_now is not None:
             self._history.append(decode_now)
         # One text can be followed; of many, the first that still grows would jump about.
-        text = step.texts[0][-_MAX_TEXT_CHARS:] if len(step.texts) == 1 else ""
+        text = step.text(0)[-_MAX_TEXT_CHARS:] if step.num_requests == 1 else ""
         return replace(
             self.snapshot,
             num_done=step.num_finished,
@@ -260,13 +258,13 @@ class RunMonitor:
             )
         ]
         device: Device = "gpu"
-        if gpu is not None and planned.get(device):
+        if gpu is not None and self._plan.placement.uses(device):
             is_emulated = gpu.kind == "emulated"
             uses.append(
                 DeviceUse(
                     name="gpu (emulated)" if is_emulated else "gpu",
                     used_bytes=None if is_emulated else _cuda_used_bytes(),
-                    planned_bytes=planned[device],
+                    planned_bytes=planned.get(device, 0),
                     limit_bytes=available_bytes(self._hardware, device),
                 )
             )

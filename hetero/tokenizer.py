@@ -221,12 +221,14 @@ class StopChecker:
         self._include_stop = include_stop
         self._end: int | None = None
 
-    def append(self, new: str) -> bool:
-        """Add text; True when a stop string has occurred."""
+    def append(self, new: str, *, may_stop: bool = True) -> bool:
+        """Add text; True when a stop string has occurred. One in text that may not stop is text."""
         if self.stop is not None:
             return True
         num_before = len(self.text)
         self.text += new
+        if not may_stop:
+            return False
         found = []
         for stop in self._stops:
             start = self.text.find(stop, max(0, num_before - len(stop) + 1))

@@ -15,7 +15,3 @@ class ProfileError(PlannerError):
 
 class PlanError(PlannerError):
     """A plan that cannot be read, or was made for something else."""
-
-
-class DoesNotFitError(PlannerError):
-    """No placement fits the memory that was given."""

@@ -175,8 +175,10 @@ class HardwareProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         cpus, gpu = self.cpu_by_threads, self.gpu
         if cpu_bytes is not None:
             cpus = tuple(replace(cpu, memory_bytes=cpu_bytes, reserved_bytes=0) for cpu in cpus)
-        if gpu is not None and gpu_bytes not in (None, gpu.memory_bytes):
-            gpu = replace(gpu, memory_bytes=gpu_bytes, reserved_bytes=0)
+        if gpu is not None and gpu_bytes is not None and gpu_bytes != gpu.memory_bytes:
+            # What the runtime takes of the whole card cannot be in a budget that nears it.
+            usable_bytes = min(gpu_bytes, gpu.memory_bytes - gpu.reserved_bytes)
+            gpu = replace(gpu, memory_bytes=usable_bytes, reserved_bytes=0)
         return replace(self, cpu_by_threads=cpus, gpu=gpu)
 
     def with_emulated_gpu(self, *, memory_bytes: int, link_bytes_per_s: float) -> HardwareProfile:

@@ -102,10 +102,6 @@ class ModelSpec:
         return len(self.layers)
 
     @property
-    def has_experts(self) -> bool:
-        return any(layer.is_moe for layer in self.layers)
-
-    @property
     def dtype_bytes(self) -> int:
         return DTYPE_BYTES[self.dtype]
 

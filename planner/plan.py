@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import msgspec
+from msgspec.structs import replace
 
 from planner.errors import PlanError
 from planner.hardware import Resources
@@ -82,6 +83,11 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     estimate: Estimate
     optimality_gap: float
     alternatives: tuple[Alternative, ...]
+
+    @property
+    def wave(self) -> Workload:
+        """The sequences of the workload that run at once."""
+        return replace(self.workload, num_seqs=self.estimate.num_concurrent_seqs)
 
     def __post_init__(self) -> None:
         if self.schema_version != SCHEMA_VERSION:

@@ -274,7 +274,9 @@ def profile_fingerprint(hardware: HardwareProfile) -> str:
     """
     facts: list[object] = [hardware.cpu.name]
     if hardware.fingerprint is not None:
-        facts += [hardware.fingerprint.num_cores, hardware.fingerprint.memory_bytes]
+        # A kernel update moves the memory limit by megabytes.
+        gibibytes = round(hardware.fingerprint.memory_bytes / 2**30)
+        facts += [hardware.fingerprint.num_cores, gibibytes]
     if hardware.gpu is not None:
         facts += [hardware.gpu.name, hardware.gpu.kind]
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]

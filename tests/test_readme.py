@@ -59,3 +59,15 @@ def test_the_house_lists_every_file_of_the_planner_and_names_no_other() -> None:
     actual = {path.name for path in (ROOT / "planner").glob("*.py")} - {"__init__.py", "errors.py"}
 
     assert listed == actual
+
+
+def test_no_placeholder_is_left() -> None:
+    assert re.findall(r"^[A-Z_]{6,}$", README, flags=re.MULTILINE) == []
+
+
+def test_the_small_model_and_its_card_are_part_of_the_repository() -> None:
+    folder = ROOT / "hetero" / "demo_model"
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+
+    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= set(sizes)
+    assert sum(sizes.values()) <= 25_000_000

@@ -48,12 +48,12 @@ class Job:
         """Tokens of the longest prompt that can be served."""
         return max(len(good.token_ids) for good in self.good)
 
-    def within(self, num_kv_tokens: int, max_tokens: int) -> Job:
+    def within(self, num_kv_tokens: int, max_tokens: int, max_model_len: int) -> Job:
         """The same job, rows that a KV cache of this size could never hold among the bad ones."""
         good, bad = [], list(self.bad)
         for each in self.good:
-            # The last token is generated but never fed.
-            needed = len(each.token_ids) + max_tokens - 1
+            # An output ends where the context does; its last token is generated but never fed.
+            needed = min(len(each.token_ids) + max_tokens, max_model_len) - 1
             if needed <= num_kv_tokens:
                 good.append(each)
                 continue

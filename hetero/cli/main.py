@@ -145,17 +145,10 @@ def _unexpected(error: Exception) -> int:
             f"error: the Python package {error.name} is missing; install hetero again, with pip",
             ExitCode.ENVIRONMENT,
         )
-    from planner.errors import (
-        DoesNotFitError,
-        ModelSpecError,
-        PlannerError,
-        ProfileError,
-    )
+    from planner.errors import ModelSpecError, PlannerError, ProfileError
 
     code = ExitCode.USAGE
-    if isinstance(error, DoesNotFitError):
-        code = ExitCode.DOES_NOT_FIT
-    elif isinstance(error, ModelSpecError):
+    if isinstance(error, ModelSpecError):
         code = ExitCode.MODEL_INVALID
     elif isinstance(error, ProfileError):
         code = ExitCode.ENVIRONMENT

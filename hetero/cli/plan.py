@@ -89,7 +89,7 @@ def plan(
     )
     made = make_plan(spec, hardware, workload, objective, strategy=strategy)
     if output is not None:
-        write_atomically(output, made.to_json())
+        write_atomically(output, made.to_json(), is_private=False)
         say(f"wrote {output}")
     if as_json:
         click.echo(made.to_json(), nl=False)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from hetero.cli.machine import output_path
 from planner.hardware import DeviceProfile, HardwareProfile
 
 
@@ -15,6 +16,7 @@ from planner.hardware import DeviceProfile, HardwareProfile
     "-o",
     "--output",
     type=click.Path(path_type=Path, dir_okay=False),
+    callback=output_path,
     help="Also write the profile to this file.",
 )
 @click.option("--quick", is_flag=True, help="10 s instead of a minute: fewer samples.")
@@ -45,7 +47,7 @@ def profile(output: Path | None, quick: bool, model: str | None, as_json: bool) 
     elif output is None:
         _progress("a profile of one model's shapes is not stored; keep it with -o FILE")
     if output is not None:
-        write_atomically(output, measured.to_json())
+        write_atomically(output, measured.to_json(), is_private=False)
         _progress(f"wrote {output}")
     if as_json:
         click.echo(measured.to_json(), nl=False)

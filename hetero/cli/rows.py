@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from hetero.errors import EnvironmentProblemError, ExitCode, HeteroError, UsageError
 
@@ -62,7 +62,8 @@ def read_rows(path: Path) -> tuple[Row, ...]:
         listed = "; ".join(problems[:_MAX_PROBLEMS])
         more = len(problems) - _MAX_PROBLEMS
         rest = f"; and {more} more" if more > 0 else ""
-        raise UsageError(f"{path} has {len(problems)} bad lines: {listed}{rest}")
+        plural = "s" if len(problems) > 1 else ""
+        raise UsageError(f"{path} has {len(problems)} bad line{plural}: {listed}{rest}")
     if not rows:
         raise UsageError(f'{path} has no rows; give lines such as {{"prompt": "Once upon a time"}}')
     return tuple(rows)
@@ -82,23 +83,22 @@ def _parse(line: bytes, number: int) -> Row | str:
     custom_id = value.get("custom_id", f"line-{number}")
     if not isinstance(custom_id, str) or not custom_id:
         return "custom_id must be a string that is not empty"
-    if ("prompt" in value) == ("prompt_token_ids" in value):
-        return "give either prompt or prompt_token_ids"
-    prompt = _prompt(value)
-    if prompt is None:
-        return "prompt must be a string, prompt_token_ids a list of whole numbers"
+    if "prompt" in value and "prompt_token_ids" in value:
+        return "give prompt or prompt_token_ids, not both"
+    if "prompt" in value:
+        prompt = value["prompt"]
+        if not isinstance(prompt, str):
+            return "prompt must be a string"
+    elif "prompt_token_ids" in value:
+        ids = value["prompt_token_ids"]
+        if not isinstance(ids, list) or not all(type(token_id) is int for token_id in ids):
+            return "prompt_token_ids must be a list of whole numbers"
+        prompt = tuple(ids)
+    else:
+        return "there is no prompt; give prompt or prompt_token_ids"
     if not prompt:
         return "the prompt is empty"
     return Row(custom_id=custom_id, prompt=prompt)
-
-
-def _prompt(value: dict[str, Any]) -> str | tuple[int, ...] | None:
-    if "prompt" in value:
-        return value["prompt"] if isinstance(value["prompt"], str) else None
-    ids = value["prompt_token_ids"]
-    if not isinstance(ids, list) or not all(type(token_id) is int for token_id in ids):
-        return None
-    return tuple(ids)
 
 
 class RowWriter:

@@ -179,6 +179,10 @@ def run(
     given = read_plan(plan_path, strategy)
     hardware = usable_part(profile, options, given)
     spec = spec_as_run(source, dtype, hardware, teller(progress))
+    if hardware.notes:
+        teller(progress)(
+            f"warning: predictions rest on {hardware.name}: {'; '.join(hardware.notes)}"
+        )
     job = tokenize(rows, source.folder, spec, chat=chat)
     if output is None and job.bad:
         raise job.bad[0].error
@@ -213,9 +217,7 @@ def run(
         progress=teller(progress),
     ) as llm:
         if output is not None:
-            # No more than the model's context: longer outputs end there.
-            kept = min(max_tokens, llm.max_model_len - job.longest)
-            job = job.within(llm.kv_capacity_tokens, kept)
+            job = job.within(llm.kv_capacity_tokens, max_tokens, llm.max_model_len)
         this = Run(llm=llm, job=job, params=params, console=console, progress=progress)
         code = ExitCode.OK
         if output is not None:
@@ -272,8 +274,7 @@ def _generate(
     monitor = RunMonitor(
         plan=llm.plan,
         hardware=llm.hardware,
-        num_requests=len(prompts),
-        max_output_tokens=sum(min(max_tokens, room) for room in rooms),
+        max_output_lens=[min(max_tokens, room) for room in rooms],
         predict=lambda: llm.predicted_timeline,
     )
     shares_terminal = stream is not None and stream.is_terminal
@@ -285,7 +286,7 @@ def _generate(
         if watch is not None:
             watch(step)
         if early is not None:
-            early.show(step.texts[0])
+            early.show(step.text(0))
         monitor.observe(step)
         view.after_step()
 
@@ -332,7 +333,7 @@ def _run_rows(this: Run, output: Path) -> ExitCode:
                 has_failed = sequence.finish_reason == "error"
                 writer.write(
                     this.job.good[index].row,
-                    text=step.texts[index],
+                    text=step.text(index),
                     token_ids=sequence.output_token_ids,
                     finish_reason=sequence.finish_reason,
                     error=str(sequence.stop_reason) if has_failed else None,
@@ -357,11 +358,12 @@ def _rows_code(writer: RowWriter, job: Job) -> ExitCode:
 
 def _write_trace(llm: LLM, path: Path) -> None:
     from hetero.measure.store import write_atomically
+    from hetero.report import is_emulated
     from planner.timeline import chrome_trace
 
     predicted, measured = llm.predicted_timeline, llm.timeline
     assert predicted is not None and measured is not None
-    emulated = " (emulated)" if llm.plan.resources.accelerator == "emulated" else ""
+    emulated = " (emulated)" if is_emulated(llm.plan) else ""
     timelines = [(f"predicted{emulated}", predicted), (f"measured{emulated}", measured)]
-    write_atomically(path, chrome_trace(timelines).encode())
+    write_atomically(path, chrome_trace(timelines).encode(), is_private=False)
     say(f"wrote {path}")

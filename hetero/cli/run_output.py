@@ -75,14 +75,13 @@ def show_plan(console: Console, progress: Progress, plan: Plan, hardware: Hardwa
 
 def show_result(console: Console, progress: Progress, llm: LLM, last: LastStep | None) -> None:
     """Predicted beside measured, after the run."""
-    from hetero.report import print_comparison, print_terms
+    from hetero.report import is_emulated, print_comparison, print_terms
 
     assert llm.measured is not None and llm.predicted is not None
     if progress == "json":
         _say_json("result", measured=_speed(llm.measured), predicted=_speed(llm.predicted))
     elif progress != "none":
-        is_emulated = llm.plan.resources.accelerator == "emulated"
-        print_comparison(console, llm.predicted, llm.measured, is_emulated=is_emulated)
+        print_comparison(console, llm.predicted, llm.measured, is_emulated=is_emulated(llm.plan))
         if last is not None:
             console.print()
             print_terms(console, last.phase, last.terms)

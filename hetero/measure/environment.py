@@ -219,7 +219,8 @@ def check_gpu() -> Check:
     if not gpus:
         return Check(name="gpu", status="ok", text="no NVIDIA GPU: CPU only")
     gpu = gpus[0]
-    text = f"{gpu.name}, {gpu.memory_bytes / 1e9:.1f} GB, driver {gpu.driver}"
+    memory = "" if gpu.memory_bytes is None else f", {gpu.memory_bytes / 1e9:.1f} GB"
+    text = f"{gpu.name}{memory}, driver {gpu.driver}"
     if len(gpus) > 1:
         text += f" (first of {len(gpus)}, one is used)"
     fix = "pip install torch --index-url https://download.pytorch.org/whl/cu128"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pynvml
 
@@ -37,7 +39,7 @@ class GpuFacts:
     name: str
     uuid: str
     driver: str
-    memory_bytes: int
+    memory_bytes: int | None  # None where the GPU has no memory of its own, or will not say
 
 
 def machine_fingerprint(*, prefer_gpu_uuid: str | None = None) -> Fingerprint:
@@ -99,27 +101,38 @@ def cpu_flags(cpuinfo: Path = _CPUINFO) -> frozenset[str]:
 
 
 def nvidia_gpus() -> tuple[GpuFacts, ...]:
-    """NVIDIA GPUs in the driver's order; none without a driver."""
+    """NVIDIA GPUs in the driver's order; none without a driver, "unknown" for what it keeps back."""
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
         return ()
     try:
-        driver = str(pynvml.nvmlSystemGetDriverVersion())
-        handles = [
-            pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())
-        ]
-        return tuple(
-            GpuFacts(
-                name=str(pynvml.nvmlDeviceGetName(handle)),
-                uuid=str(pynvml.nvmlDeviceGetUUID(handle)),
-                driver=driver,
-                memory_bytes=int(pynvml.nvmlDeviceGetMemoryInfo(handle).total),
+        driver = _told(pynvml.nvmlSystemGetDriverVersion)
+        found = []
+        for index in range(_told(pynvml.nvmlDeviceGetCount) or 0):
+            handle = _told(pynvml.nvmlDeviceGetHandleByIndex, index)
+            if handle is None:
+                continue  # one that this process may not use, or that fell off the bus
+            memory = _told(pynvml.nvmlDeviceGetMemoryInfo, handle)
+            found.append(
+                GpuFacts(
+                    name=str(_told(pynvml.nvmlDeviceGetName, handle) or "unknown"),
+                    uuid=str(_told(pynvml.nvmlDeviceGetUUID, handle) or "unknown"),
+                    driver=str(driver or "unknown"),
+                    memory_bytes=None if memory is None else int(memory.total),
+                )
             )
-            for handle in handles
-        )
+        return tuple(found)
     finally:
         pynvml.nvmlShutdown()
+
+
+def _told(ask: Callable[..., Any], *arguments: object) -> Any:
+    """One fact of the driver; None where it has none, as of the memory of a unified-memory GPU."""
+    try:
+        return ask(*arguments)
+    except pynvml.NVMLError:
+        return None
 
 
 def package_version(name: str) -> str | None:

@@ -90,8 +90,16 @@ def private_folder(path: Path) -> Path:
     return path
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes, *, is_private: bool = True) -> None:
     """Write a file so that a reader sees the old contents or the new, never a part.
+
+    Parameters
+    ----------
+    path, data
+        The file and its new contents.
+    is_private
+        True for a file of the cache, which only its owner may read; False for one that the user
+        asked for, which gets the permissions of any new file.
 
     Raises
     ------
@@ -105,6 +113,8 @@ def write_atomically(path: Path, data: bytes) -> None:
             try:
                 file.write(data)
                 file.flush()
+                if not is_private:
+                    os.fchmod(file.fileno(), 0o666 & ~_umask())
                 os.fsync(file.fileno())
                 os.replace(file.name, path)
             except BaseException:
@@ -112,6 +122,13 @@ def write_atomically(path: Path, data: bytes) -> None:
                 raise
     except OSError as error:
         raise EnvironmentProblemError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _umask() -> int:
+    # The system tells it only by setting another.
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def store_profile(cache_dir: Path, profile: HardwareProfile) -> Path:

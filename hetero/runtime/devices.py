@@ -18,6 +18,9 @@ from planner.step_graph import Lane
 # stream and not a burst followed by a pause.
 _PACED_BYTES = 4 << 20
 
+# cuBLAS keeps 8 to 32 MB per stream, and torch's allocator rounds to 2 MB and takes 20 MB pieces.
+_WORKSPACE_BYTES = 256_000_000
+
 
 class Accelerator(Protocol):
     """Memory with a budget, three lanes, and copies between host and device.
@@ -140,15 +143,18 @@ class CudaAccelerator:
         self.device = torch.device("cuda", index)
         torch.cuda.set_device(self.device)
         total = torch.cuda.get_device_properties(self.device).total_memory
-        # torch refuses beyond this share: the budget holds for activations too.
-        torch.cuda.set_per_process_memory_fraction(min(1.0, budget_bytes / total), self.device)
+        # torch refuses beyond this share: the budget holds for activations too. Libraries'
+        # workspaces and the rounding of torch's allocator come on top of what a plan counts.
+        limit = budget_bytes + _WORKSPACE_BYTES
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), self.device)
+        self._limit_bytes = min(limit, total)
         self.budget_bytes = budget_bytes
         self.used_bytes = 0
-        clock = CudaClock(self.device)
         streams = {name: torch.cuda.Stream(self.device) for name in ("gpu", "h2d", "d2h")}
         self._compute = streams["gpu"]
+        clock = CudaClock(self._compute)
         self.lanes: dict[Lane, LaneRunner] = {
-            "gpu": CudaLane(streams["gpu"], clock),
+            "gpu": CudaLane(streams["gpu"], clock, sets_clock=True),
             "h2d": CudaLane(streams["h2d"], clock),
             "d2h": CudaLane(streams["d2h"], clock),
         }
@@ -160,6 +166,7 @@ class CudaAccelerator:
             tensor = torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
         except torch.cuda.OutOfMemoryError:
             free, _ = torch.cuda.mem_get_info(self.device)
+            free = min(free, self._limit_bytes - torch.cuda.memory_reserved(self.device))
             raise MemoryBudgetError(
                 f"{what} needs {num_bytes / 1e9:.2f} GB on the GPU but {free / 1e9:.2f} GB is "
                 f"free now; plan with --gpu-mem-gb {(self.used_bytes + free) / 1e9:.1f} or less"
@@ -209,6 +216,8 @@ class CudaAccelerator:
         for tensor, _ in self._registered:
             torch.cuda.cudart().cudaHostUnregister(tensor.data_ptr())
         self._registered.clear()
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(1.0, self.device)
 
 
 def cuda_missing() -> str:

@@ -68,6 +68,8 @@ class Executor:
         if id(graph) not in self._orders:
             self._orders[id(graph)] = (graph, issue_order(graph))
         _, order = self._orders[id(graph)]
+        for lane in graph.lanes:
+            self._lanes[lane].begin_step()
         events: dict[int, LaneEvent] = {}
         origin_s = time.perf_counter()
         try:

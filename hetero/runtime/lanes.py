@@ -29,6 +29,9 @@ class LaneEvent(Protocol):
 class LaneRunner(Protocol):
     """Runs submitted work in order, each piece after the events that it names."""
 
+    def begin_step(self) -> None:
+        """Nothing is in flight: a good moment to set clocks."""
+
     def submit(self, work: Work, after: Sequence[LaneEvent]) -> LaneEvent: ...
 
     def close(self) -> None: ...
@@ -67,6 +70,9 @@ class HostEvent:
 class InlineLane:
     """The `cpu` lane: work runs in the submitting thread, which saves a hand-over per op."""
 
+    def begin_step(self) -> None:
+        pass
+
     def submit(self, work: Work, after: Sequence[LaneEvent]) -> LaneEvent:
         event = HostEvent()
         event.run(work, after)
@@ -96,6 +102,9 @@ class ThreadLane:
         self._thread = threading.Thread(target=self._serve, name=f"hetero-{name}", daemon=True)
         self._thread.start()
 
+    def begin_step(self) -> None:
+        pass
+
     def submit(self, work: Work, after: Sequence[LaneEvent]) -> LaneEvent:
         event = HostEvent()
         self._queue.put((event, work, after))
@@ -120,9 +129,8 @@ class ThreadLane:
 class CudaEvent:
     """End of work on a CUDA stream; `origin` ties the device clock to the host clock."""
 
-    def __init__(self, origin: CudaClock, stream: torch.cuda.Stream) -> None:
+    def __init__(self, origin: CudaClock) -> None:
         self._origin = origin
-        self._stream = stream
         self.start = torch.cuda.Event(enable_timing=True)
         self.end = torch.cuda.Event(enable_timing=True)
 
@@ -137,12 +145,20 @@ class CudaEvent:
 
 
 class CudaClock:
-    """One device event at a known host time, from which every other event is dated."""
+    """One device event at a known host time, from which the events of a step are dated.
 
-    def __init__(self, device: torch.device) -> None:
-        torch.cuda.synchronize(device)
+    CUDA gives the time between two events as a float32 of milliseconds, which after an hour has
+    steps of a quarter of one: the clock is set anew for every step.
+    """
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self._stream = stream
         self._event = torch.cuda.Event(enable_timing=True)
-        self._event.record(torch.cuda.current_stream(device))
+        self.set()
+
+    def set(self) -> None:
+        """Date the present moment; nothing is in flight on the stream."""
+        self._event.record(self._stream)
         self._event.synchronize()
         self._host_s = time.perf_counter()
 
@@ -155,12 +171,19 @@ class CudaClock:
 class CudaLane:
     """A CUDA stream: work is enqueued, events of other streams are waited for on the device."""
 
-    def __init__(self, stream: torch.cuda.Stream, clock: CudaClock) -> None:
+    def __init__(
+        self, stream: torch.cuda.Stream, clock: CudaClock, *, sets_clock: bool = False
+    ) -> None:
         self.stream = stream
         self._clock = clock
+        self._sets_clock = sets_clock
+
+    def begin_step(self) -> None:
+        if self._sets_clock:
+            self._clock.set()
 
     def submit(self, work: Work, after: Sequence[LaneEvent]) -> LaneEvent:
-        event = CudaEvent(self._clock, self.stream)
+        event = CudaEvent(self._clock)
         for earlier in after:
             if isinstance(earlier, CudaEvent):
                 self.stream.wait_event(earlier.end)

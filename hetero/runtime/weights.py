@@ -23,7 +23,6 @@ TORCH_DTYPES = {
     "float16": torch.float16,
 }
 _STORED_DTYPES = {
-    "F64": torch.float64,
     "F32": torch.float32,
     "BF16": torch.bfloat16,
     "F16": torch.float16,
@@ -54,6 +53,10 @@ class Weights:
         self._spec = spec
         self._resident = resident
         self._staging = staging
+        # Filled as steps run: a layout of 128 experts takes a millisecond to work out.
+        self._staged: dict[
+            tuple[Module, int, int, tuple[Module, ...]], tuple[Tensor, ModuleWeights]
+        ] = {}
         self._views: dict[tuple[Device, ModuleKey], ModuleWeights] = {
             (device, key): self._viewed(device, key, flat)
             for device, flats in resident.items()
@@ -68,12 +71,15 @@ class Weights:
         self, module: Module, layer: int, buffer: int, streamed: tuple[Module, ...]
     ) -> tuple[Tensor, ModuleWeights]:
         """Staging memory (flat) of one of a layer's streamed modules, and the tensors in it."""
-        offset = 0
-        for name in streamed[: streamed.index(module)]:
-            offset += module_layout(self._spec, name, layer).num_elements
-        layout = module_layout(self._spec, module, layer)
-        flat = self._staging[buffer][offset : offset + layout.num_elements]
-        return flat, views(layout, flat)
+        key = (module, layer, buffer, streamed)
+        if key not in self._staged:
+            offset = 0
+            for name in streamed[: streamed.index(module)]:
+                offset += module_layout(self._spec, name, layer).num_elements
+            layout = module_layout(self._spec, module, layer)
+            flat = self._staging[buffer][offset : offset + layout.num_elements]
+            self._staged[key] = (flat, views(layout, flat))
+        return self._staged[key]
 
     def host_flat(self, module: Module, layer: int) -> Tensor:
         """The host copy of a module as one flat tensor."""

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from msgspec.structs import replace
+from safetensors.torch import load_file, save_file
 
-from hetero import LLM, RequestOutput, SamplingParams
+from hetero import LLM, RequestOutput, SamplingParams, sampler
 from hetero.errors import (
     EnvironmentProblemError,
     MemoryBudgetError,
@@ -21,12 +23,17 @@ from hetero.errors import (
     RequestError,
     UsageError,
 )
-from hetero.model_lookup import find_model
+from hetero.model_lookup import find_model, read_model_spec
+from hetero.planning import usable_hardware
+from planner import search
+from planner.hardware import HardwareProfile, Resources
+from planner.memory import needs
 from planner.plan import Plan
 from planner.workload import Workload
 from tests.machines import toy_cpu, toy_machine
 from tests.tiny_models import save_tiny_model
 
+ROOT = Path(__file__).parents[2]
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0)
 SEEDED = SamplingParams(max_tokens=24, temperature=0.9, top_p=0.9, seed=7)
 PROMPT = "The old man looked at the sea and"
@@ -111,6 +118,54 @@ def test_logprobs_are_those_of_the_raw_distribution(llm: LLM) -> None:
         assert sum(math.exp(value) for value in logprobs.values()) <= 1.0 + 1e-5
 
 
+def test_logprobs_name_the_sampled_token_also_where_it_is_not_the_likeliest(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=24, temperature=1.5, seed=3, logprobs=1)
+    (out,) = llm.generate(PROMPT, params)
+    completion = out.outputs[0]
+
+    assert completion.logprobs is not None
+    assert all(
+        token_id in logprobs
+        for token_id, logprobs in zip(completion.token_ids, completion.logprobs, strict=True)
+    )
+    assert max(len(logprobs) for logprobs in completion.logprobs) == 2
+
+
+def test_a_stop_string_does_not_count_before_min_tokens(llm: LLM) -> None:
+    (whole,) = llm.generate(PROMPT, SamplingParams(max_tokens=32, temperature=0.0))
+    stop = text(whole)[3:5]
+    (out,) = llm.generate(
+        PROMPT, SamplingParams(max_tokens=32, min_tokens=20, temperature=0.0, stop=stop)
+    )
+
+    assert len(out.outputs[0].token_ids) >= 20
+    assert stop in text(out)
+
+
+def test_a_row_whose_numbers_overflow_fails_alone_and_leaves_no_trace(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its pages hold NaN when they are freed; the next request reads them as padding."""
+    (expected,) = llm.generate(PROMPT, GREEDY)
+    engine = llm._open_engine()
+    real = sampler.sample
+
+    def poisoned(logits: torch.Tensor, rows: Any) -> Any:
+        for kv in engine._kv.values():
+            for layer in kv.layers:
+                layer.key.fill_(float("nan"))
+                layer.value.fill_(float("nan"))
+        return real(torch.full_like(logits, float("nan")), rows)
+
+    monkeypatch.setattr("hetero.engine.sample", poisoned)
+    (failed,) = llm.generate(PROMPT, GREEDY)
+    monkeypatch.undo()
+    (out,) = llm.generate(PROMPT, GREEDY)
+
+    assert failed.outputs[0].finish_reason == "error"
+    assert out.outputs == expected.outputs
+
+
 def test_metrics_and_predictions_are_there_after_a_call(llm: LLM) -> None:
     (out,) = llm.generate(PROMPT, GREEDY)
 
@@ -187,9 +242,13 @@ def test_more_prompts_than_blocks_give_what_each_gives_alone() -> None:
     assert several == alone
 
 
-def test_a_closed_llm_refuses_to_run() -> None:
-    llm = LLM(profile=toy_machine(), accelerator="emulated", strategy="gpu")
+@pytest.mark.parametrize("accelerator", ["none", "emulated"])
+def test_a_closed_llm_refuses_to_run_and_keeps_what_it_measured(accelerator: Any) -> None:
+    llm = LLM(profile=toy_machine(), accelerator=accelerator)
+    llm.generate(PROMPT, GREEDY)
     llm.close()
+
+    assert llm.timeline is not None and llm.predicted_timeline is not None
     with pytest.raises(UsageError, match="closed"):
         llm.generate(PROMPT, GREEDY)
 
@@ -239,6 +298,41 @@ def test_a_plan_for_another_model_or_machine_is_refused(tmp_path: Path) -> None:
         assert again.plan == Plan.load(path)
 
 
+def test_a_plan_for_a_machine_with_a_gpu_is_refused_by_its_machine(tmp_path: Path) -> None:
+    spec = read_model_spec(find_model(None))
+    elsewhere = HardwareProfile.load(ROOT / "profiles" / "machines" / "desktop-rtx4090.json")
+    plan = search(spec, elsewhere, Workload(prompt_len=8, output_len=8), strategy="gpu")
+
+    with pytest.raises(PlanMismatchError, match=r"machine desktop-rtx4090 and its GPU .* none"):
+        LLM(profile=toy_machine(), plan=plan)
+    with pytest.raises(UsageError, match="reference machine"):
+        LLM(profile="desktop-rtx4090")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"max_num_seqs": 0}, "at least 1"), ({"max_model_len": 1}, r"give 2\.\.1024")],
+)
+def test_limits_that_allow_nothing_are_refused(arguments: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        LLM(profile=toy_machine(), accelerator="none", **arguments)
+
+
+def test_a_throughput_plan_in_waves_stays_within_its_budget() -> None:
+    """64 sequences in waves: the cache is sized for a wave and what is left, not for all."""
+    spec = read_model_spec(find_model(None))
+    resources = Resources(accelerator="emulated", gpu_bytes=90_000_000)
+    hardware = usable_hardware(toy_machine(), resources)
+    workload = Workload(prompt_len=200, output_len=100, num_seqs=64)
+    plan = search(spec, hardware, workload, "throughput", strategy="gpu")
+    with LLM(profile=toy_machine(), plan=plan) as llm:
+        spare = needs(spec, plan.placement, plan.wave, hardware)["gpu"]
+        activation_bytes = spare.needed_bytes - spare.weights_bytes - spare.kv_bytes
+
+        assert plan.wave.num_seqs < 64
+        assert llm.device_bytes()["gpu"] + activation_bytes <= spare.available_bytes
+
+
 def test_a_plan_carries_its_resources(tmp_path: Path) -> None:
     """A plan made for an emulated accelerator runs from its file alone."""
     with LLM(
@@ -279,6 +373,16 @@ def test_a_folder_whose_config_disagrees_with_its_tensors_is_refused(tmp_path: P
 
     with pytest.raises(ModelFolderError, match=r"config\.json says \[96, 256\]"):
         LLM(folder, profile=toy_machine(), accelerator="none")
+
+
+def test_a_folder_with_tensors_that_its_architecture_lacks_is_refused(tmp_path: Path) -> None:
+    save_tiny_model("qwen3-moe", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(84)
+    save_file(tensors, tmp_path / "model.safetensors")
+
+    with pytest.raises(ModelFolderError, match=r"does not have: .*q_proj\.bias"):
+        LLM(tmp_path, profile=toy_machine(), accelerator="none")
 
 
 def test_a_model_known_by_its_shapes_only_cannot_run() -> None:

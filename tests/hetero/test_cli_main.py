@@ -24,7 +24,7 @@ from hetero.planning import DtypeName
 from hetero.run_view import Progress
 from hetero.terminal_text import one_line, visible
 from planner import strategies
-from planner.errors import DoesNotFitError, ModelSpecError, PlanError, PlannerError, ProfileError
+from planner.errors import ModelSpecError, PlanError, PlannerError, ProfileError
 from planner.hardware import AcceleratorName, HardwareProfile
 from planner.model_spec import Dtype
 from tests.conftest import Hetero
@@ -110,7 +110,6 @@ def test_version_is_that_of_the_package() -> None:
         (HeteroError("two\nlines \x1b[31mred"), 1, "error: two lines ?[31mred"),
         (PlannerError("strategy"), 2, "error: strategy"),
         (PlanError("not a plan"), 2, "error: not a plan"),
-        (DoesNotFitError("too big"), 4, "error: too big"),
         (ModelSpecError("no layers"), 5, "error: no layers"),
         (ProfileError("no rates"), 6, "error: no rates"),
         (OSError(28, "No space left on device"), 6, "error: No space left on device"),

@@ -235,21 +235,32 @@ def test_all_bad_lines_are_named(tmp_path: Path) -> None:
         '{"prompt": ""}\n'
         '{"prompt_token_ids": [1.5]}\n'
         '{"custom_id": 7, "prompt": "x"}\n'
+        '{"prompt": [1, 2]}\n'
+        '{"custom_id": "x"}\n'
     )
     with pytest.raises(UsageError) as caught:
         read_rows(path)
     message = str(caught.value)
-    assert f"{path} has 8 bad lines: line 2: not JSON" in message
+    assert f"{path} has 10 bad lines: line 2: not JSON" in message
     for words in (
         "line 4: not a JSON object",
         "line 5: unknown key 'temperature'; known are custom_id, prompt, prompt_token_ids",
-        "line 6: give either prompt or prompt_token_ids",
+        "line 6: give prompt or prompt_token_ids, not both",
         "line 7: custom_id 'line-1' is that of line 1",
         "line 8: the prompt is empty",
-        "line 9: prompt must be a string, prompt_token_ids a list of whole numbers",
+        "line 9: prompt_token_ids must be a list of whole numbers",
         "line 10: custom_id must be a string that is not empty",
+        "line 11: prompt must be a string",
+        "line 12: there is no prompt; give prompt or prompt_token_ids",
     ):
         assert words in message
+
+
+def test_one_bad_line_is_one(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_text("?\n")
+    with pytest.raises(UsageError, match=r"has 1 bad line: line 1: not JSON"):
+        read_rows(path)
 
 
 def test_many_bad_lines_are_counted(tmp_path: Path) -> None:

@@ -198,7 +198,10 @@ class Clock:
 class Job:
     """A run of one sequence, step by step, without a model."""
 
-    def __init__(self, num_output_tokens: int = 8) -> None:
+    def __init__(
+        self, num_output_tokens: int = 8, max_output_lens: tuple[int, ...] | None = None
+    ) -> None:
+        self.is_cut = False
         hardware: HardwareProfile = toy_machine()
         spec = read_model_spec(find_model())
         plan: Plan = make_plan(spec, hardware, Workload(prompt_len=5, output_len=8))
@@ -211,8 +214,7 @@ class Job:
         self.monitor = RunMonitor(
             plan=plan,
             hardware=hardware,
-            num_requests=1,
-            max_output_tokens=num_output_tokens,
+            max_output_lens=max_output_lens or (num_output_tokens,),
             predict=self.predict,
             clock=self.clock,
         )
@@ -233,7 +235,7 @@ class Job:
         )
         self.clock.now_s += seconds
         sequence.append(7, self.clock.now_s)
-        is_last = sequence.num_output_tokens == sequence.params.max_tokens
+        is_last = self.is_cut or sequence.num_output_tokens == sequence.params.max_tokens
         if is_last:
             sequence.status = "finished"
         self.monitor.observe(
@@ -244,7 +246,7 @@ class Job:
                     timeline=_timeline(seconds),
                     finished=(sequence,) if is_last else (),
                 ),
-                texts=("so far",),
+                text=lambda position: "so far",
                 finished=(0,) if is_last else (),
                 num_finished=int(is_last),
                 num_requests=1,
@@ -303,12 +305,22 @@ def test_snapshots_slow_down_when_they_cost() -> None:
 
 
 def test_an_early_end_shortens_what_is_left() -> None:
-    job = Job(num_output_tokens=8)
+    """Of two requests of 8 tokens one ends after 2: 8 are left, at 0.5 s each."""
+    job = Job(max_output_lens=(8, 8))
     job.step("prefill", 0.5)
     job.sequence.params = SamplingParams(max_tokens=2)
-    job.monitor._max_output_tokens = 8
     job.step("decode", 0.5)
-    assert job.monitor.snapshot.eta_s == 3.0
+    assert job.monitor.snapshot.eta_s == 4.0
+
+
+def test_a_request_that_ends_at_the_context_leaves_nothing() -> None:
+    """Its room was less than max_tokens, and what was never possible is not waited for."""
+    job = Job(num_output_tokens=100, max_output_lens=(2, 3))
+    job.step("prefill", 0.5)
+    job.is_cut = True
+    job.step("decode", 0.5)
+    assert job.monitor.snapshot.max_output_tokens == 5
+    assert job.monitor.snapshot.eta_s == 1.5
 
 
 def terminal(width: int = 120, height: int = 40) -> Console:
