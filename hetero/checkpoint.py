@@ -213,8 +213,8 @@ def _read_index(folder: Path, problems: list[str]) -> dict[str, str] | None:
         else:
             refused.add(printable(shard) if isinstance(shard, str) else type(shard).__name__)
     problems += [
-        f"{_INDEX_NAME} names the shard {shard}, which is not the name of a .safetensors file inside the "
-        "folder"
+        f"{_INDEX_NAME} names the shard {shard}, which is not the name of a .safetensors file "
+        "inside the folder"
         for shard in sorted(refused)
     ]
     return usable

@@ -181,9 +181,10 @@ def _memory_text(plan: Plan, hardware: HardwareProfile) -> str:
 
 
 def _bytes_by_device(plan: Plan) -> dict[Device, int]:
-    """Memory of the devices that the plan uses."""
+    """Memory that the plan takes; host memory holds streamed weights too, a GPU only its own."""
     planned = plan.estimate.bytes_by_device
-    return {device: size for device, size in planned.items() if plan.placement.uses(device)}
+    uses_gpu = plan.placement.uses("gpu")
+    return {device: size for device, size in planned.items() if device != "gpu" or uses_gpu}
 
 
 def _device_name(device: Device, hardware: HardwareProfile) -> str:

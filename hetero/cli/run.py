@@ -180,9 +180,8 @@ def run(
     hardware = usable_part(profile, options, given)
     spec = spec_as_run(source, dtype, hardware, teller(progress))
     if hardware.notes:
-        teller(progress)(
-            f"warning: predictions rest on {hardware.name}: {'; '.join(hardware.notes)}"
-        )
+        notes = "; ".join(hardware.notes)
+        teller(progress)(f"warning: the profile of {hardware.name}: {notes}")
     job = tokenize(rows, source.folder, spec, chat=chat)
     if output is None and job.bad:
         raise job.bad[0].error

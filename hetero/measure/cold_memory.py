@@ -8,12 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hetero.errors import EnvironmentProblemError
 from hetero.runtime.weights import TORCH_DTYPES
 from planner.model_spec import Dtype
 
 _CPU_FOLDER = Path("/sys/devices/system/cpu")
 _MIN_COLD_BYTES = 512 << 20
 _MAX_SHARE_OF_AVAILABLE = 8
+_MAX_GPU_COLD_BYTES = 1 << 30
 # 0.0078 as float32 and as bfloat16, 1.0 as float16: never a subnormal, which some CPUs compute
 # slowly, and never the shared zero page, which would be read from the caches.
 _PATTERN = 0x3C003C00
@@ -57,7 +59,7 @@ class ColdMemory:
 def cold_cpu_memory(num_bytes: int) -> ColdMemory:
     """Allocate and touch host memory."""
     # numpy asks for huge pages where the system leaves it to the program, torch does not: 0.2
-    # against 1.8 s for 512 MB on the development machine.
+    # against 1.8 s for 512 MB on an Emerald Rapids Xeon.
     words = np.empty(max(1, num_bytes >> 8) << 6, dtype=np.int32)
     words.fill(_PATTERN)
     return ColdMemory(torch.from_numpy(words))
@@ -65,8 +67,31 @@ def cold_cpu_memory(num_bytes: int) -> ColdMemory:
 
 def cold_gpu_memory(num_bytes: int, device: torch.device) -> ColdMemory:
     """Allocate device memory with random bits: a GPU's clock depends on what it multiplies."""
-    words = torch.randint(0, 1 << 15, (max(1, num_bytes >> 8) << 7,), device=device)
-    return ColdMemory(words.to(torch.int16).add_(0x3000).view(torch.int32))
+    words = torch.empty(max(1, -(-num_bytes >> 8)) << 6, dtype=torch.int32, device=device)
+    halves = words.view(torch.int16)
+    # Magnitudes of 4.7e-10 to 0.0078 as float32 and bfloat16, 0.125 to 1 as float16: no exponent
+    # of all ones, which is an infinity or a NaN, nor of all zeros.
+    halves.random_(0x3000, 0x3C00)
+    halves[::3].bitwise_or_(-0x8000)
+    return ColdMemory(words)
+
+
+def gpu_cold_bytes(free_bytes: int, largest_bytes: int) -> int:
+    """How much GPU memory to rotate through: a sixteenth of what is free, and the largest sample.
+
+    Raises
+    ------
+    EnvironmentProblemError
+        The largest sample and its activations do not fit what is free.
+    """
+    num_bytes = max(largest_bytes, min(_MAX_GPU_COLD_BYTES, free_bytes // 16))
+    # As much again for activations and what the libraries take.
+    if free_bytes < 2 * num_bytes:
+        raise EnvironmentProblemError(
+            f"measuring the GPU needs {2 * num_bytes / 1e6:.0f} MB of its memory but "
+            f"{free_bytes / 1e6:.0f} MB are free; end what else uses it, or give --accelerator none"
+        )
+    return num_bytes
 
 
 def cold_bytes(available_bytes: int, cache_bytes: int) -> int:

@@ -101,7 +101,7 @@ def cpu_flags(cpuinfo: Path = _CPUINFO) -> frozenset[str]:
 
 
 def nvidia_gpus() -> tuple[GpuFacts, ...]:
-    """NVIDIA GPUs in the driver's order; none without a driver, "unknown" for what it keeps back."""
+    """NVIDIA GPUs in the driver's order; none without a driver, "unknown" for what it hides."""
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
@@ -123,6 +123,20 @@ def nvidia_gpus() -> tuple[GpuFacts, ...]:
                 )
             )
         return tuple(found)
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def gpu_used_bytes(uuid: str) -> int | None:
+    """Memory of a GPU that all processes together use now; None where the driver does not say."""
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    try:
+        handle = _told(pynvml.nvmlDeviceGetHandleByUUID, uuid)
+        memory = None if handle is None else _told(pynvml.nvmlDeviceGetMemoryInfo, handle)
+        return None if memory is None else int(memory.used)
     finally:
         pynvml.nvmlShutdown()
 

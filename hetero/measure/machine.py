@@ -22,9 +22,10 @@ from hetero.measure.cold_memory import (
     cold_bytes,
     cold_cpu_memory,
     cold_gpu_memory,
+    gpu_cold_bytes,
     last_level_cache_bytes,
 )
-from hetero.measure.fingerprint import cpu_model, machine_fingerprint
+from hetero.measure.fingerprint import cpu_model, gpu_used_bytes, machine_fingerprint, nvidia_gpus
 from hetero.measure.gemm import CPU_SHAPES, GPU_SHAPES, Shape, linear_sample, model_shapes
 from hetero.measure.launch import launch_s
 from hetero.measure.link import measure_link
@@ -46,7 +47,8 @@ Progress = Callable[[str], None]
 
 # CUDA context, library workspaces: less than this was never seen.
 _MIN_RESERVED_GPU_BYTES = 500_000_000
-_MAX_GPU_COLD_BYTES = 1 << 30
+# Less is what a driver keeps for a display.
+_MIN_OTHER_GPU_BYTES = 100_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,8 +144,10 @@ def measure_with(
             _measure_cpu(memory, num_threads, effort, subject, progress)
             for num_threads in thread_counts(physical_cores(), effort)
         )
-        gpu, link, uuid = _measure_gpu(effort, subject, progress) if has_gpu else (None, None, None)
-    fingerprint = machine_fingerprint(prefer_gpu_uuid=uuid)
+        found = _measure_gpu(effort, subject, progress) if has_gpu else None
+    gpu = None if found is None else found.profile
+    fingerprint = machine_fingerprint(prefer_gpu_uuid=None if found is None else found.uuid)
+    gpu_notes = () if found is None else found.notes
     model_notes = () if spec is None else (f"measured with the shapes of {spec.name}",)
     return HardwareProfile(
         name=_machine_name(fingerprint, gpu),
@@ -151,9 +155,9 @@ def measure_with(
         measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
         cpu_by_threads=cpus,
         gpu=gpu,
-        link=link,
+        link=None if found is None else found.link,
         fingerprint=fingerprint,
-        notes=(*notes, *model_notes, *size_notes, *others.notes()),
+        notes=(*notes, *model_notes, *size_notes, *gpu_notes, *others.notes()),
     )
 
 
@@ -189,6 +193,12 @@ class _Subject:
             attention=AttentionShape.of(spec),
             attention_dtype=spec.dtype,
         )
+
+    def largest_gpu_bytes(self) -> int:
+        """Bytes of the largest product in float32, or of keys or values where they are more."""
+        heads = self.attention
+        kv_elements = heads.context_len * heads.num_kv_heads * heads.head_dim
+        return 4 * max(kv_elements, *(rows * columns for rows, columns in self.gpu_shapes))
 
 
 def _rotated_bytes(spec: ModelSpec | None, memory_bytes: int | None) -> tuple[int, tuple[str, ...]]:
@@ -254,15 +264,25 @@ def _measure_cpu(
     )
 
 
-def _measure_gpu(
-    effort: Effort, subject: _Subject, progress: Progress
-) -> tuple[DeviceProfile, LinkProfile, str]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _MeasuredGpu:
+    profile: DeviceProfile
+    link: LinkProfile
+    uuid: str
+    notes: tuple[str, ...]
+
+
+def _measure_gpu(effort: Effort, subject: _Subject, progress: Progress) -> _MeasuredGpu:
+    # Before torch is asked for anything, which makes the context.
+    used_by_uuid = {gpu.uuid: gpu_used_bytes(gpu.uuid) for gpu in nvidia_gpus()}
     device = torch.device("cuda", 0)
     facts = torch.cuda.get_device_properties(device)
+    uuid = f"GPU-{facts.uuid}"
+    used_before, torch_before = used_by_uuid.get(uuid), torch.cuda.memory_reserved(device)
     budget_s = effort.budget_s
     progress(f"gpu, {facts.name}: reading memory")
     free, _ = torch.cuda.mem_get_info(device)
-    memory = cold_gpu_memory(min(_MAX_GPU_COLD_BYTES, free // 16), device)
+    memory = cold_gpu_memory(gpu_cold_bytes(free, subject.largest_gpu_bytes()), device)
     read = gpu_read_bytes_per_s(memory, budget_s=budget_s)
     progress(f"gpu, {facts.name}: matrix products")
     dtypes: tuple[Dtype, ...] = ("bfloat16", "float16", "float32")
@@ -286,7 +306,9 @@ def _measure_gpu(
     link = measure_link(device, budget_s=budget_s)
     # All libraries are loaded by now: what is taken and is not torch's own is context and others.
     free, total = torch.cuda.mem_get_info(device)
-    reserved = total - free - torch.cuda.memory_reserved(device)
+    torch_bytes = torch.cuda.memory_reserved(device)
+    taken = total - free - torch_bytes
+    reserved = own_context_bytes(used_before, gpu_used_bytes(uuid), torch_bytes - torch_before)
     del memory
     torch.cuda.empty_cache()
     profile = DeviceProfile(
@@ -298,9 +320,27 @@ def _measure_gpu(
         attention_flop_per_s=prefill,
         launch_s=small_op_s,
         linear=tuple(linear),
-        reserved_bytes=max(_MIN_RESERVED_GPU_BYTES, reserved),
+        reserved_bytes=reserved,
     )
-    return profile, link, f"GPU-{facts.uuid}"
+    notes = other_use_notes(taken - reserved, total)
+    return _MeasuredGpu(profile=profile, link=link, uuid=uuid, notes=notes)
+
+
+def own_context_bytes(used_before: int | None, used_after: int | None, torch_bytes: int) -> int:
+    """GPU memory that this process took beside torch's tensors, by what all processes use."""
+    if used_before is None or used_after is None:
+        return _MIN_RESERVED_GPU_BYTES
+    return max(_MIN_RESERVED_GPU_BYTES, used_after - used_before - torch_bytes)
+
+
+def other_use_notes(other_bytes: int, total_bytes: int) -> tuple[str, ...]:
+    """A note where other processes hold GPU memory; they may have ended when a plan is made."""
+    if other_bytes < _MIN_OTHER_GPU_BYTES:
+        return ()
+    return (
+        f"measured while other processes held {other_bytes / 1e9:.1f} of the GPU's "
+        f"{total_bytes / 1e9:.1f} GB: plans count it as free, unless --gpu-mem-gb says less",
+    )
 
 
 def _machine_name(fingerprint: Fingerprint, gpu: DeviceProfile | None) -> str:

@@ -239,3 +239,13 @@ def test_help_needs_no_cache_folder(
 def test_control_characters_do_not_reach_a_terminal(text: str, shown: str) -> None:
     assert visible(text) == shown
     assert one_line(text) == " ".join(shown.split())
+
+
+def test_profile_refuses_a_missing_folder_before_it_measures(
+    hetero: Hetero, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A minute of measuring is not thrown away."""
+    monkeypatch.setattr("hetero.measure.machine.measure_machine", lambda **options: pytest.fail())
+    outcome = hetero("profile", "-o", tmp_path / "missing" / "machine.json")
+    assert outcome.code == ExitCode.USAGE
+    assert f"the folder {tmp_path / 'missing'} does not exist" in outcome.stderr

@@ -13,6 +13,7 @@ import pytest
 from msgspec.structs import replace
 
 from hetero import LLM, SamplingParams
+from hetero.cli.job import GoodRow, Job
 from hetero.cli.rows import OutputExistsError, Row, RowWriter, read_rows
 from hetero.cli.run import DEMO_PROMPT, DEMO_SEED, DEMO_TEMPERATURE
 from hetero.errors import EnvironmentProblemError, ExitCode, UsageError
@@ -254,6 +255,30 @@ def test_all_bad_lines_are_named(tmp_path: Path) -> None:
         "line 12: there is no prompt; give prompt or prompt_token_ids",
     ):
         assert words in message
+
+
+def test_a_row_is_judged_by_its_own_room() -> None:
+    """20 + 100 tokens end at a context of 40; a row of 5 ends after 10 more, beside it."""
+    good = tuple(
+        GoodRow(row=Row(custom_id=name, prompt="x"), token_ids=(5,) * size)
+        for name, size in (("long", 20), ("short", 5))
+    )
+    job = Job(good=good, bad=())
+    assert job.within(39, 100, 40) == job, "the last token is never fed"
+    assert job.within(38, 100, 40).good == ()
+    found = job.within(25, 10, 40)
+    assert [each.row.custom_id for each in found.good] == ["short"]
+    assert "come to 29 tokens but the KV cache of this plan holds 25" in str(found.bad[0].error)
+
+
+def test_notes_of_the_profile_are_a_warning(
+    hetero: Hetero, stored_profile: HardwareProfile, tmp_path: Path
+) -> None:
+    """Even where progress is not wanted."""
+    file = tmp_path / "busy.json"
+    file.write_bytes(replace(stored_profile, notes=("one", "two")).to_json())
+    outcome = hetero("run", "--max-tokens", "2", "--profile", file, *QUIET)
+    assert outcome.stderr == f"warning: the profile of {stored_profile.name}: one; two\n"
 
 
 def test_one_bad_line_is_one(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from hetero.outputs import Measured
 from hetero.planning import make_plan
 from hetero.report import (
     bytes_text,
+    is_emulated,
     plan_lines,
     print_comparison,
     print_plan,
@@ -25,7 +26,7 @@ from hetero.report import (
 )
 from planner.hardware import HardwareProfile
 from planner.model_spec import ModelSpec
-from planner.plan import Plan
+from planner.plan import Alternative, Plan
 from planner.strategies import STRATEGIES
 from planner.timeline import TermComparison
 from planner.workload import Workload
@@ -159,6 +160,30 @@ def test_a_machine_without_gpu_is_said_to_be_one(spec: ModelSpec) -> None:
     hardware = toy_machine()
     lines = plan_lines(make_plan(spec, hardware, WORKLOAD), hardware)
     assert lines[1] == "machine: toy machine: CPU only, no accelerator is used (measured rates)"
+
+
+def test_an_accelerator_that_is_not_used_is_not_shown(
+    spec: ModelSpec, hardware: HardwareProfile
+) -> None:
+    """Neither as emulated nor with its memory; why, where another plan was slower."""
+    made = make_plan(spec, hardware, WORKLOAD, strategy="cpu")
+    lines = plan_lines(made, hardware)
+    assert lines[1] == (
+        "machine: toy machine + emulated accelerator: the accelerator is not used (measured rates)"
+    )
+    assert "gpu" not in lines[4]
+    assert not is_emulated(made)
+    slower = Alternative(
+        name="gpu",
+        cut_by_phase={},
+        feasible=True,
+        ttft_s=1.0,
+        tpot_s=1.0,
+        e2e_s=1.0,
+        reason="slower",
+    )
+    line = plan_lines(replace(made, alternatives=(slower,)), hardware)[1]
+    assert "the accelerator is not used: all on the CPU is predicted to be faster" in line
 
 
 def test_names_are_neither_markup_nor_commands(

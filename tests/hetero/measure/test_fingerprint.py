@@ -5,15 +5,20 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import pynvml
 import pytest
 from msgspec.structs import replace
 
 from hetero.measure.fingerprint import (
+    GpuFacts,
     cpu_flags,
     cpu_model,
     describe_mismatch,
+    gpu_used_bytes,
     machine_fingerprint,
+    nvidia_gpus,
     package_version,
 )
 from planner.hardware import Fingerprint
@@ -91,3 +96,32 @@ def test_cpu_without_a_name_has_its_architecture(tmp_path: Path) -> None:
     """ARM systems tell no model name."""
     assert cpu_model(tmp_path / "missing") != ""
     assert cpu_flags(tmp_path / "missing") == frozenset()
+
+
+def test_a_gpu_that_hides_a_fact_is_still_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One with unified memory has none of its own; one that cannot be opened is left out."""
+
+    def handle(index: int) -> int:
+        if index == 0:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NO_PERMISSION)
+        return index
+
+    def not_supported(handle: object) -> SimpleNamespace:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+
+    for name, fake in {
+        "nvmlInit": lambda: None,
+        "nvmlShutdown": lambda: None,
+        "nvmlSystemGetDriverVersion": lambda: "580.95",
+        "nvmlDeviceGetCount": lambda: 2,
+        "nvmlDeviceGetHandleByIndex": handle,
+        "nvmlDeviceGetHandleByUUID": lambda uuid: 1,
+        "nvmlDeviceGetName": lambda handle: "NVIDIA GB10",
+        "nvmlDeviceGetUUID": not_supported,
+        "nvmlDeviceGetMemoryInfo": not_supported,
+    }.items():
+        monkeypatch.setattr(pynvml, name, fake)
+    expected = GpuFacts(name="NVIDIA GB10", uuid="unknown", driver="580.95", memory_bytes=None)
+    assert nvidia_gpus() == (expected,)
+    assert gpu_used_bytes("GPU-1") is None
+    assert machine_fingerprint().gpu == "NVIDIA GB10"

@@ -15,12 +15,22 @@ from hetero.measure.cold_memory import (
     ColdMemory,
     cold_bytes,
     cold_cpu_memory,
+    cold_gpu_memory,
+    gpu_cold_bytes,
     last_level_cache_bytes,
 )
 from hetero.measure.gemm import linear_sample, model_shapes
 from hetero.measure.launch import launch_s
 from hetero.measure.link import emulated_bytes_per_s
-from hetero.measure.machine import QUICK, Effort, measure_machine, measure_with, thread_counts
+from hetero.measure.machine import (
+    QUICK,
+    Effort,
+    measure_machine,
+    measure_with,
+    other_use_notes,
+    own_context_bytes,
+    thread_counts,
+)
 from hetero.measure.memory import cpu_read_bytes_per_s
 from hetero.measure.timing import median_seconds, torch_threads
 from planner.hardware import HardwareProfile
@@ -242,3 +252,31 @@ def test_gpu_and_link_are_measured() -> None:
     assert is_rate(profile.link.latency_s)
     assert profile.fingerprint is not None
     assert profile.fingerprint.gpu_uuid is not None
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_gpu_memory_holds_numbers_of_both_signs(dtype: Dtype) -> None:
+    """No infinity, no NaN, nothing subnormal, in whatever format it is read."""
+    values = cold_gpu_memory(1 << 20, CPU).take(dtype, 1 << 17)
+    assert torch.isfinite(values).all()
+    assert values.abs().min() > torch.finfo(values.dtype).smallest_normal
+    assert 0.2 < float((values < 0).float().mean()) < 0.5
+
+
+def test_gpu_memory_holds_the_largest_sample_or_says_why_not() -> None:
+    """A sixteenth of 1.6 GB; more where a sample needs it; never more than half of what is free."""
+    assert gpu_cold_bytes(1_600_000_000, 64_000_000) == 100_000_000
+    assert gpu_cold_bytes(160_000_000, 64_000_000) == 64_000_000
+    assert cold_gpu_memory(1001, CPU).num_bytes == 1024
+    with pytest.raises(EnvironmentProblemError, match=r"needs 128 MB .* but 100 MB are free"):
+        gpu_cold_bytes(100_000_000, 64_000_000)
+
+
+def test_other_use_of_the_gpu_is_noted_and_not_kept() -> None:
+    """The context is what the use grew by beside tensors: 5.0 - 2.0 - 2.2 GB."""
+    assert own_context_bytes(2_000_000_000, 5_000_000_000, 2_200_000_000) == 800_000_000
+    assert own_context_bytes(2_000_000_000, 2_100_000_000, 0) == 500_000_000
+    assert own_context_bytes(None, None, 0) == 500_000_000
+    assert other_use_notes(0, 8_000_000_000) == ()
+    (note,) = other_use_notes(2_000_000_000, 8_000_000_000)
+    assert note.startswith("measured while other processes held 2.0 of the GPU's 8.0 GB")

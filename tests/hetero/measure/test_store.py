@@ -114,6 +114,18 @@ def test_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
     assert os.listdir(tmp_path) == ["file"]
 
 
+def test_only_files_of_the_cache_are_private(tmp_path: Path) -> None:
+    """What the user asked for has the permissions of any new file."""
+    before = os.umask(0o027)
+    try:
+        write_atomically(tmp_path / "plan.json", b"{}", is_private=False)
+        write_atomically(tmp_path / "machine.json", b"{}")
+    finally:
+        assert os.umask(before) == 0o027
+    modes = [(tmp_path / name).stat().st_mode & 0o777 for name in ("plan.json", "machine.json")]
+    assert modes == [0o640, 0o600]
+
+
 def test_profile_is_measured_once(tmp_path: Path, here: HardwareProfile) -> None:
     """The first call measures and stores, the second reads."""
     cache = tmp_path / "hetero"
