@@ -45,8 +45,9 @@ FULL_SHAPE = {
 }
 QUICK_SHAPE = {**FULL_SHAPE, "num_hidden_layers": 4}
 BATCHES = (1, 8)
-# Both sides run this much of each prompt and three more steps before anything is timed.
-WARM_UP_TOKENS = 64
+# Both sides run each prompt and this many more steps before anything is timed: the first large
+# prefill of a process mostly waits for the system to hand out memory.
+NUM_WARM_UP_STEPS = 3
 
 
 def main() -> None:
@@ -163,15 +164,13 @@ def run_hetero(folder: Path, prompt_len: int, output_len: int) -> dict[str, Any]
     from planner.workload import Workload
 
     params = SamplingParams(max_tokens=output_len, temperature=0.0, ignore_eos=True)
-    warm_up = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
+    warm_up = SamplingParams(max_tokens=1 + NUM_WARM_UP_STEPS, temperature=0.0, ignore_eos=True)
     result: dict[str, Any] = {}
     workload = Workload(prompt_len=prompt_len, output_len=output_len, num_seqs=max(BATCHES))
     with LLM(folder, accelerator="none", workload=workload, progress=say) as llm:
         for batch in BATCHES:
-            sequences = prompts(batch, prompt_len)
-            wanted: Any = [{"prompt_token_ids": ids} for ids in sequences]
-            short: Any = [{"prompt_token_ids": ids[:WARM_UP_TOKENS]} for ids in sequences]
-            llm.generate(short, warm_up)
+            wanted: Any = [{"prompt_token_ids": ids} for ids in prompts(batch, prompt_len)]
+            llm.generate(wanted, warm_up)
             llm.generate(wanted, params)
             measured = llm.measured
             assert measured is not None
@@ -215,8 +214,8 @@ def time_transformers(
     with torch.inference_mode():
         for batch in BATCHES:
             ids = torch.tensor(prompts(batch, prompt_len))
-            out = model(ids[:, :WARM_UP_TOKENS], use_cache=True, logits_to_keep=1)
-            for _ in range(3):
+            out = model(ids, use_cache=True, logits_to_keep=1)
+            for _ in range(NUM_WARM_UP_STEPS):
                 token = out.logits[:, -1:].argmax(-1)
                 out = model(token, past_key_values=out.past_key_values, use_cache=True)
             begin = time.perf_counter()

@@ -6,9 +6,9 @@ After `prepare_demo_text.py`, three calls; `train` takes the hours, and resumes 
     train_demo_model.py export --work DIR             # weights and tokenizer into --model-dir
     train_demo_model.py verify --work DIR             # against transformers; loss by domain
 
-`config.json` in --model-dir (default: hetero/demo_model) is where the shapes are from. On Linux,
-MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=30000000000 makes a step a third faster: freed activations
-are used again instead of being faulted in anew.
+`config.json` in --model-dir (default: hetero/demo_model) is where the shapes are from. On Linux set
+MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=30000000000, so that freed activations are not faulted in
+anew at each step, and OMP_WAIT_POLICY=PASSIVE where other work shares the cores.
 """
 
 import argparse
