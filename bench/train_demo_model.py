@@ -91,7 +91,7 @@ class Recipe:
 
 
 class Batches:
-    """Draws training sequences; every domain is read whole, in a new order, before it repeats."""
+    """Draws training sequences; at one length, a domain is read whole before any of it repeats."""
 
     def __init__(self, work: Path, recipe: Recipe, position: dict[str, int]) -> None:
         self.shares = dict(recipe.shares)
@@ -388,13 +388,15 @@ def train(work: Path, shape: Shape, deadline: float, save_every_s: float) -> Non
     batches = Batches(work, recipe, progress.position)
     step, num_tokens, train_s = progress.step, progress.num_tokens, progress.train_s
     saved_at, mean_loss = time.time(), math.nan
-    while (now := time.time()) < deadline:
+    is_over = saved_at >= deadline
+    while not is_over:
+        now = time.time()
         done = (now - progress.started_at) / (deadline - progress.started_at)
         length = next(length for until, length in recipe.lengths if done < until)
         rows = batches.draw(step, recipe.tokens_per_step // length, length)
         total, loss, counts = training_loss(params, rows, shape, recipe)
         torch.autograd.backward(total)
-        decay = min(1.0, (1 - done) / (1 - recipe.decay_from))
+        decay = max(0.0, min(1.0, (1 - done) / (1 - recipe.decay_from)))
         update(params, state, recipe, step, min(1.0, (step + 1) / recipe.warmup_steps) * decay)
         step, num_tokens = step + 1, num_tokens + recipe.tokens_per_step
         # a step is seconds: a longer one was paused from outside, and pauses are not training time
@@ -409,8 +411,8 @@ def train(work: Path, shape: Shape, deadline: float, save_every_s: float) -> Non
                 f" {recipe.tokens_per_step / step_s:.0f} tokens/s",
                 flush=True,
             )
-        is_last = time.time() >= deadline
-        if is_last or time.time() - saved_at > save_every_s:
+        is_over = time.time() >= deadline
+        if is_over or time.time() - saved_at > save_every_s:
             saved_at = time.time()
             progress = Progress(
                 step=step,
