@@ -7,19 +7,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from planner.model_spec import Dtype, ModelSpec
+from hetero.model.families import TORCH_DTYPES
+from planner.memory import KV_BLOCK_TOKENS
+from planner.model_spec import ModelSpec
 from planner.placement import Device
 
-BLOCK_SIZE = 16
-
-_TORCH_DTYPES: dict[Dtype, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+BLOCK_SIZE = KV_BLOCK_TOKENS
 
 
 def num_blocks_for(num_tokens: int) -> int:
@@ -126,7 +121,7 @@ class PagedKV:
             flat = empty(device, num_blocks * block_bytes(spec, indices))
             # Every layer has the same KV shape: one view cut along layer and key or value.
             shape = (len(indices), 2, num_blocks, spec.num_kv_heads, BLOCK_SIZE, spec.head_dim)
-            pairs = flat.view(_TORCH_DTYPES[spec.dtype]).view(shape)
+            pairs = flat.view(TORCH_DTYPES[spec.dtype]).view(shape)
             for index, pair in zip(indices, pairs, strict=True):
                 found[index] = LayerKV(key=pair[0], value=pair[1])
         return cls(layers=tuple(found[i] for i in range(spec.num_layers)), num_blocks=num_blocks)

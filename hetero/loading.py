@@ -12,6 +12,7 @@ from hetero.engine import Engine
 from hetero.errors import MemoryBudgetError
 from hetero.measure.memory_limit import available_memory_bytes
 from hetero.model.decoder import Decoder
+from hetero.planning import MAX_NUM_SEQS
 from hetero.runtime.devices import Accelerator, CudaAccelerator, EmulatedAccelerator
 from hetero.runtime.weights import load_weights
 from hetero.tokenizer import Tokenizer, read_eos_token_ids
@@ -19,9 +20,6 @@ from planner.hardware import HardwareProfile
 from planner.memory import KV_BLOCK_TOKENS, kv_block_capacity, needs, num_kv_blocks
 from planner.model_spec import ModelSpec
 from planner.plan import Plan
-
-# Sequences of a step that share each weight read; beyond this little is gained on a CPU.
-DEFAULT_MAX_NUM_SEQS = 16
 
 
 def make_accelerator(plan: Plan, hardware: HardwareProfile) -> Accelerator | None:
@@ -97,7 +95,7 @@ def _concurrency(
     """Sequences of a step: as asked, or what was planned and more where memory holds it."""
     if max_num_seqs is not None:
         return max_num_seqs
-    more = DEFAULT_MAX_NUM_SEQS
+    more = MAX_NUM_SEQS
     while more > plan.wave.num_seqs:
         trial = replace(plan.wave, num_seqs=more)
         if all(need.fits for need in needs(spec, plan.placement, trial, hardware).values()):

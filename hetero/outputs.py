@@ -111,6 +111,6 @@ def workload_of(outputs: list[RequestOutput]) -> Workload:
     prompt_tokens = sum(len(out.prompt_token_ids) for out in outputs)
     return Workload(
         prompt_len=max(1, round(prompt_tokens / len(outputs))),
-        output_len=max(1, *(len(out.outputs[0].token_ids) for out in outputs), 1),
+        output_len=max(1, *(len(out.outputs[0].token_ids) for out in outputs)),
         num_seqs=len(outputs),
     )

@@ -24,6 +24,9 @@ _EMULATED_MEMORY_SHARE = 0.25
 EMULATED_LINK_BYTES_PER_S = 4e9
 
 
+# Sequences of a step that share each weight read; beyond this little is gained on a CPU.
+MAX_NUM_SEQS = 16
+
 _PLAN_AGAIN = "plan again with: hetero plan"
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]

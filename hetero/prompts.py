@@ -15,7 +15,6 @@ class TokensPrompt(TypedDict):
 
 
 Prompt = str | TokensPrompt
-ChatMessage = dict[str, str]
 
 
 def encode_prompt(prompt: Prompt, tokenizer: Tokenizer | None) -> list[int]:

@@ -13,9 +13,6 @@ if TYPE_CHECKING:
     from planner.model_spec import ModelSpec
     from planner.plan import Plan
 
-# As many as hetero.LLM takes into one step unless told otherwise.
-MAX_NUM_SEQS = 16
-
 
 def read_plan(path: Path | None, strategy: str | None) -> Plan | None:
     """The plan of --plan, which has its strategy."""
@@ -38,7 +35,7 @@ def plan_job(
     strategy: str | None,
 ) -> Plan:
     """The plan that was given, if it applies, or one for this job."""
-    from hetero.planning import check_plan, lacking_memory, make_plan
+    from hetero.planning import MAX_NUM_SEQS, check_plan, lacking_memory, make_plan
     from planner.workload import Workload
 
     if given is not None:

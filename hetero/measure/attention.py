@@ -11,12 +11,11 @@ import torch
 import torch.nn.functional as F
 
 from cpu_kernels.attention import decode_attention
+from hetero.kv_cache import BLOCK_SIZE
 from hetero.measure.cold_memory import ColdMemory
 from hetero.measure.timing import median_seconds
-from hetero.runtime.weights import TORCH_DTYPES
+from hetero.model.families import TORCH_DTYPES
 from planner.model_spec import Dtype, ModelSpec
-
-_BLOCK_SIZE = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,8 +38,8 @@ def cpu_decode_bytes_per_s(
     memory: ColdMemory, shape: AttentionShape, *, dtype: Dtype, num_threads: int, budget_s: float
 ) -> float:
     """Rate at which the decode kernel reads keys and values of one sequence from cold memory."""
-    num_blocks = shape.context_len // _BLOCK_SIZE
-    cache_shape = (num_blocks, shape.num_kv_heads, _BLOCK_SIZE, shape.head_dim)
+    num_blocks = shape.context_len // BLOCK_SIZE
+    cache_shape = (num_blocks, shape.num_kv_heads, BLOCK_SIZE, shape.head_dim)
     rng = np.random.default_rng(0)
     q = rng.standard_normal((1, shape.num_heads, shape.head_dim), dtype=np.float32)
     # A cache that has been in use for a while: a sequence's blocks lie in any order.
@@ -79,8 +78,8 @@ def gpu_decode_bytes_per_s(
 
     The same operations as `hetero.model.attention` with its torch kernel.
     """
-    num_blocks = shape.context_len // _BLOCK_SIZE
-    pages_shape = (num_blocks, shape.num_kv_heads, _BLOCK_SIZE, shape.head_dim)
+    num_blocks = shape.context_len // BLOCK_SIZE
+    pages_shape = (num_blocks, shape.num_kv_heads, BLOCK_SIZE, shape.head_dim)
     blocks = torch.randperm(num_blocks, device=memory.device)
     group = shape.num_heads // shape.num_kv_heads
     q_1GRK = torch.randn(1, shape.num_kv_heads, group, shape.head_dim, device=memory.device).to(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hetero.errors import EnvironmentProblemError
-from hetero.runtime.weights import TORCH_DTYPES
+from hetero.model.families import TORCH_DTYPES
 from planner.model_spec import Dtype
 
 _CPU_FOLDER = Path("/sys/devices/system/cpu")

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from hetero.measure.cold_memory import ColdMemory
 from hetero.measure.timing import median_seconds
-from hetero.runtime.weights import TORCH_DTYPES
+from hetero.model.families import TORCH_DTYPES
 from planner.hardware import LinearSample
 from planner.model_spec import Dtype, ModelSpec
 

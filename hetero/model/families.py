@@ -8,9 +8,16 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from planner.model_spec import ModelSpec, Module
+from planner.model_spec import Dtype, ModelSpec, Module
+
+TORCH_DTYPES: dict[Dtype, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 # Every role but `down` of the experts starts on a multiple of this: 128 bytes of bfloat16, so that
 # vector loads and the GPU's 16-byte accesses are aligned.

@@ -10,18 +10,13 @@ import torch
 from torch import Tensor
 
 from hetero.checkpoint import Checkpoint
-from hetero.model.families import ModuleLayout, module_layout, views
+from hetero.model.families import TORCH_DTYPES, ModuleLayout, module_layout, views
 from hetero.runtime.devices import Accelerator
 from planner.model_spec import ModelSpec, Module
 from planner.placement import Device, Placement
 from planner.step_graph import NUM_STREAM_BUFFERS
 from planner.workload import PHASES
 
-TORCH_DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 _STORED_DTYPES = {
     "F32": torch.float32,
     "BF16": torch.bfloat16,
