@@ -26,7 +26,7 @@ from numba.core.typing.templates import infer_global, make_intrinsic_template
 from numba.extending import models, register_model
 from numpy.typing import NDArray
 
-from cpu_kernels.formats import from_bfloat16_bits
+from cpu_kernels.formats import from_bfloat16_bits, to_bfloat16_bits
 
 # A tile of 16-lane vectors fits the 32 registers of AVX-512; elsewhere it would be twice the file.
 LANES = 16 if llvmlite.binding.get_host_cpu_features().get("avx512f", False) else 8
@@ -150,6 +150,30 @@ def _widened(stored: NDArray[Any]) -> Vector:
     return stored.view(np.float16).astype(np.float32) if stored.dtype == np.int16 else stored
 
 
+def _narrow(builder: Any, array_type: Any, value: Any) -> Any:
+    if array_type.dtype == types.float32:
+        return value
+    short = ir.VectorType(ir.IntType(16), LANES)
+    if array_type.dtype != types.uint16:
+        return builder.bitcast(builder.fptrunc(value, ir.VectorType(ir.HalfType(), LANES)), short)
+    # the integer arithmetic of formats.to_bfloat16_bits: AVX512_BF16's instruction drops denormals
+    bits = builder.bitcast(value, _LLVM_BITS)
+    sixteen, one, half, quiet = (
+        ir.Constant(_LLVM_BITS, [number] * LANES) for number in (16, 1, 0x7FFF, 0x40)
+    )
+    top = builder.lshr(bits, sixteen)
+    carry = builder.add(half, builder.and_(top, one))
+    rounded = builder.lshr(builder.add(bits, carry), sixteen)
+    is_nan = builder.fcmp_unordered("uno", value, value)
+    return builder.trunc(builder.select(is_nan, builder.or_(top, quiet), rounded), short)
+
+
+def _narrowed(array: NDArray[Any], value: Vector) -> NDArray[Any]:
+    if array.dtype == np.uint16:
+        return to_bfloat16_bits(value)
+    return value.astype(np.float16).view(np.int16) if array.dtype == np.int16 else value
+
+
 def _generate_load(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
     array_type = signature.args[0]
     lane = _stored_lane_type(array_type)
@@ -197,23 +221,28 @@ def load_first(array: NDArray[Any], index: int, count: int) -> Vector:
 def _generate_store(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
     array, index, value = arguments
     address = _element(context, builder, signature.args[0], array, index)
-    builder.store(value, builder.bitcast(address, _LLVM_VECTOR.as_pointer()), align=4)
+    stored = _narrow(builder, signature.args[0], value)
+    alignment = 4 if stored.type == _LLVM_VECTOR else 2
+    builder.store(stored, builder.bitcast(address, stored.type.as_pointer()), align=alignment)
     return context.get_dummy_value()
 
 
 @_compiled_by(_generate_store, lambda array, i, v: types.none(array, types.intp, _vector))
-def store(array: NDArray[np.float32], index: int, value: Vector) -> None:
-    """Set array[index : index + LANES]."""
-    array[index : index + LANES] = value
+def store(array: NDArray[Any], index: int, value: Vector) -> None:
+    """Set array[index : index + LANES], rounded to its format: to nearest, ties to even."""
+    array[index : index + LANES] = _narrowed(array, value)
 
 
 def _generate_store_first(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
     array, index, count, value = arguments
     address = _element(context, builder, signature.args[0], array, index)
-    pointer = builder.bitcast(address, _LLVM_VECTOR.as_pointer())
-    alignment = ir.Constant(_I32, 4)
-    operands = [value, pointer, alignment, _first_lanes(builder, count)]
-    _call(builder, f"llvm.masked.store.v{LANES}f32.p0", ir.VoidType(), operands)
+    stored = _narrow(builder, signature.args[0], value)
+    is_float32 = stored.type == _LLVM_VECTOR
+    pointer = builder.bitcast(address, stored.type.as_pointer())
+    alignment = ir.Constant(_I32, 4 if is_float32 else 2)
+    operands = [stored, pointer, alignment, _first_lanes(builder, count)]
+    name = f"llvm.masked.store.v{LANES}{'f32' if is_float32 else 'i16'}.p0"
+    _call(builder, name, ir.VoidType(), operands)
     return context.get_dummy_value()
 
 
@@ -221,10 +250,21 @@ def _generate_store_first(context: Any, builder: Any, signature: Any, arguments:
     _generate_store_first,
     lambda array, i, n, v: types.none(array, types.intp, types.intp, _vector),
 )
-def store_first(array: NDArray[np.float32], index: int, count: int, value: Vector) -> None:
-    """Write the first `count` lanes from array[index] on, and nothing else."""
+def store_first(array: NDArray[Any], index: int, count: int, value: Vector) -> None:
+    """Write the first `count` lanes from array[index] on, rounded to its format; nothing else."""
     count = min(max(count, 0), LANES)
-    array[index : index + count] = value[:count]
+    array[index : index + count] = _narrowed(array, value)[:count]
+
+
+def _generate_round_as(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+    array_type = signature.args[0]
+    return _widen(builder, array_type, _narrow(builder, array_type, arguments[1]))
+
+
+@_compiled_by(_generate_round_as, lambda array, v: _vector(array, _vector))
+def round_as(array: NDArray[Any], value: Vector) -> Vector:
+    """Return what the array would hold if the value were stored in it."""
+    return _widened(_narrowed(array, value))
 
 
 def _generate_line_elements(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -264,6 +304,23 @@ def subtract(x: Vector, y: Vector) -> Vector:
 def multiply(x: Vector, y: Vector) -> Vector:
     """Return x * y."""
     return x * y
+
+
+@_compiled_by(lambda c, builder, s, a: builder.fdiv(*a), lambda x, y: _vector(_vector, _vector))
+def divide(x: Vector, y: Vector) -> Vector:
+    """Return x / y."""
+    return x / y
+
+
+def _generate_where_positive(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+    sign, x, y = arguments
+    return builder.select(builder.fcmp_ordered(">", sign, _constant(0.0)), x, y)
+
+
+@_compiled_by(_generate_where_positive, lambda s, x, y: _vector(_vector, _vector, _vector))
+def where_positive(sign: Vector, x: Vector, y: Vector) -> Vector:
+    """Return x in the lanes where `sign` is above zero, y in the others."""
+    return np.where(sign > 0, x, y)
 
 
 def _generate_maximum(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:

@@ -88,7 +88,7 @@ def attention_step(
     for window in set(windows):
         if batch.phase == "prefill":
             prompts[window] = tuple(
-                _prompt_reads(batch, index, window, block_size, dtype)
+                prompt_reads(batch, index, window, block_size, dtype)
                 for index in range(batch.num_seqs)
             )
         elif kernel == "torch":
@@ -159,21 +159,32 @@ def _attend_prompt(
     q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, kv: LayerKV, reads: PromptReads
 ) -> Tensor:
     """Attention of one sequence's new tokens, its heads joined: (T, H * K)."""
+    if reads.blocks_B is not None:
+        return attend_pages(q_THK, kv, reads)
     rows = slice(reads.start, reads.end)
-    num_tokens, num_kv_heads, head_dim = reads.end - reads.start, *k_TGK.shape[1:]
-    if reads.blocks_B is None:
-        k_GCK, v_GCK = k_TGK[rows].transpose(0, 1), v_TGK[rows].transpose(0, 1)
-    else:
-        k_GCK, v_GCK = _gather(kv.key, reads.blocks_B), _gather(kv.value, reads.blocks_B)
-    q_GRTK = q_THK[rows].view(num_tokens, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
+    k_GCK, v_GCK = k_TGK[rows].transpose(0, 1), v_TGK[rows].transpose(0, 1)
+    return _attend_keys(q_THK[rows], k_GCK, v_GCK, reads.mask_TC)
+
+
+def attend_pages(q_THK: Tensor, kv: LayerKV, reads: PromptReads) -> Tensor:
+    """The same with all keys read from their pages, in the format of the queries."""
+    assert reads.blocks_B is not None
+    k_GCK = _gather(kv.key, reads.blocks_B).to(q_THK.dtype)
+    v_GCK = _gather(kv.value, reads.blocks_B).to(q_THK.dtype)
+    return _attend_keys(q_THK[reads.start : reads.end], k_GCK, v_GCK, reads.mask_TC)
+
+
+def _attend_keys(q_THK: Tensor, k_GCK: Tensor, v_GCK: Tensor, mask_TC: Tensor | None) -> Tensor:
+    num_tokens, num_kv_heads, head_dim = q_THK.shape[0], k_GCK.shape[0], k_GCK.shape[2]
+    q_GRTK = q_THK.view(num_tokens, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
     # KV heads as the batch and a stride of 0 for the query heads that share one: as fast as
     # enable_gqa on the CPU, and on CUDA enable_gqa with a mask falls back to materialised scores.
     out_GRTK = F.scaled_dot_product_attention(
         q_GRTK,
         k_GCK[:, None].expand(-1, q_GRTK.shape[1], -1, -1),
         v_GCK[:, None].expand(-1, q_GRTK.shape[1], -1, -1),
-        attn_mask=reads.mask_TC,
-        is_causal=reads.mask_TC is None,
+        attn_mask=mask_TC,
+        is_causal=mask_TC is None,
     )
     return out_GRTK.permute(2, 0, 1, 3).reshape(num_tokens, -1)
 
@@ -230,22 +241,32 @@ def _array(pages: Tensor) -> NDArray[Any]:
     return array
 
 
-def _prompt_reads(
-    batch: BatchTensors, index: int, window: int | None, block_size: int, dtype: torch.dtype
+def prompt_reads(
+    batch: BatchTensors,
+    index: int,
+    window: int | None,
+    block_size: int,
+    dtype: torch.dtype,
+    *,
+    from_pages: bool = False,
 ) -> PromptReads:
+    """Keys of one sequence; `from_pages` reads them there even where the step's own are all."""
     start, end = batch.query_starts[index], batch.query_starts[index + 1]
     past = batch.past_lens[index]
     num_keys = past + end - start
-    is_cut = window is not None and window < num_keys
-    if past == 0 and not is_cut:
+    is_causal = past == 0 and (window is None or window >= num_keys)
+    if is_causal and not from_pages:
         return PromptReads(start=start, end=end, blocks_B=None, mask_TC=None)
     device = batch.block_tables_SB.device
     blocks_B, first_key = None, 0
-    if past > 0:
+    if past > 0 or from_pages:
         first_block = max(0, past + 1 - window) // block_size if window is not None else 0
         first_key = first_block * block_size
         blocks_B = batch.block_tables_SB[index, first_block : -(-num_keys // block_size)]
         num_keys = first_key + len(blocks_B) * block_size
+    if is_causal:
+        # Pads of the last block come after every query.
+        return PromptReads(start=start, end=end, blocks_B=blocks_B, mask_TC=None)
     seen_TC = _seen(
         torch.arange(past, past + end - start, device=device)[:, None],
         torch.arange(first_key, num_keys, device=device),

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from hetero.kv_cache import BLOCK_SIZE, PagedKV
+from hetero.model import cpu_layers
 from hetero.model.attention import AttentionKernel, AttentionStep, attention_layer, attention_step
 from hetero.model.batch import BatchTensors
+from hetero.model.cpu_layers import CpuAttentionStep, CpuKernels
 from hetero.model.head import embed, head
 from hetero.model.mlp import dense_layer
 from hetero.model.moe import (
@@ -24,11 +26,12 @@ from hetero.model.moe import (
     experts,
     route,
 )
+from hetero.model.packed import PackedModule, embedding_rows
 from hetero.model.rotary import rotary_frequencies
 from hetero.runtime.devices import Accelerator
 from hetero.runtime.weights import ModuleWeights, Weights
 from planner.cost_model import has_grouped_products
-from planner.model_spec import ModelSpec
+from planner.model_spec import ModelSpec, Module
 from planner.placement import Device, TierPlacement
 from planner.step_graph import Op
 
@@ -45,12 +48,13 @@ class DeviceKernels:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decoder:
-    """A loaded model: weights, and how each device computes."""
+    """A loaded model: weights, and how each device computes; `cpu_kernels` on packed weights."""
 
     spec: ModelSpec
     weights: Weights
     accelerator: Accelerator | None
     kernels: dict[Device, DeviceKernels]
+    cpu_kernels: CpuKernels
 
     @classmethod
     def create(
@@ -78,7 +82,15 @@ class Decoder:
                 num_threads=1,
                 inv_freq_F=rotary_frequencies(spec.rope, spec.head_dim, accelerator.device),
             )
-        return cls(spec=spec, weights=weights, accelerator=accelerator, kernels=kernels)
+        return cls(
+            spec=spec,
+            weights=weights,
+            accelerator=accelerator,
+            kernels=kernels,
+            cpu_kernels=CpuKernels(
+                num_threads=num_threads, inv_freq_F=kernels["cpu"].inv_freq_F.numpy()
+            ),
+        )
 
 
 def _expert_method(spec: ModelSpec, accelerator: Accelerator) -> ExpertMethod:
@@ -123,6 +135,7 @@ class DecoderStep:
         self._sample = sample
         self._batches: dict[Device, BatchTensors] = {"cpu": batch}
         self._attention: dict[Device, AttentionStep] = {}
+        self._cpu_attention: CpuAttentionStep | None = None
         self._hidden_TD: Tensor | None = None
         self._routing: Routing | None = None
         self._dispatch: Dispatch | None = None
@@ -134,14 +147,11 @@ class DecoderStep:
         if op.kind == "copy":
             self._copy(op)
         elif op.kind == "embed":
-            batch = self._batches[op.device]
-            weights = self._decoder.weights.resident(op.device, "embedding")
-            self._hidden_TD = embed(batch.token_ids_T, weights)
+            self._embed(op)
         elif op.kind == "attention":
             self._hidden_TD = self._attend(op)
         elif op.kind == "dense":
-            spec = self._decoder.spec
-            self._hidden_TD = dense_layer(self._hidden(), self._weights(op), spec.norm_eps)
+            self._dense(op)
         elif op.kind in ("router", "dispatch", "experts", "combine"):
             self._expert_layer(op)
         elif op.kind == "head":
@@ -163,8 +173,32 @@ class DecoderStep:
             return weights.staged(op.module, op.layer, op.buffer, streamed)[1]
         return weights.resident(op.device, op.module, op.layer)
 
+    def _packed(self, op: Op, module: Module) -> PackedModule | None:
+        """Packed weights of a module of the op's layer, where the CPU has them."""
+        return self._decoder.weights.packed(module, op.layer) if op.device == "cpu" else None
+
+    def _embed(self, op: Op) -> None:
+        token_ids_T = self._batches[op.device].token_ids_T
+        spec, weights = self._decoder.spec, self._decoder.weights
+        packed_head = self._packed(op, "head")
+        if packed_head is not None and spec.is_tied:
+            self._hidden_TD = embedding_rows(packed_head.matrices["weight"], token_ids_T)
+        else:
+            self._hidden_TD = embed(token_ids_T, weights.resident(op.device, "embedding"))
+
+    def _dense(self, op: Op) -> None:
+        spec, packed = self._decoder.spec, self._packed(op, "dense")
+        if packed is not None:
+            kernels = self._decoder.cpu_kernels
+            self._hidden_TD = cpu_layers.dense_layer(self._hidden(), packed, kernels, spec)
+        else:
+            self._hidden_TD = dense_layer(self._hidden(), self._weights(op), spec.norm_eps)
+
     def _attend(self, op: Op) -> Tensor:
         assert op.layer is not None
+        packed = self._packed(op, "attention")
+        if packed is not None:
+            return self._attend_packed(op.layer, packed)
         spec, kernels = self._decoder.spec, self._decoder.kernels[op.device]
         step = self._attention.get(op.device)
         if step is None:
@@ -191,11 +225,39 @@ class DecoderStep:
             num_threads=kernels.num_threads,
         )
 
+    def _attend_packed(self, layer: int, weights: PackedModule) -> Tensor:
+        spec, kernels = self._decoder.spec, self._decoder.cpu_kernels
+        if self._cpu_attention is None:
+            self._cpu_attention = cpu_layers.cpu_attention_step(
+                self._batches["cpu"],
+                kernels,
+                block_size=BLOCK_SIZE,
+                windows={each.window for each in spec.layers},
+            )
+        return cpu_layers.attention_layer(
+            self._hidden(),
+            weights,
+            self._kv.layer(layer),
+            self._cpu_attention,
+            kernels,
+            spec,
+            spec.layers[layer].window,
+        )
+
     def _expert_layer(self, op: Op) -> None:
         assert op.layer is not None
-        spec = self._decoder.spec
+        spec, kernels = self._decoder.spec, self._decoder.cpu_kernels
         layer = spec.layers[op.layer]
-        if op.kind == "router":
+        packed = self._packed(op, "router" if op.kind == "router" else "experts")
+        if op.kind == "router" and packed is not None:
+            top_k = layer.num_experts_per_token
+            self._routing = cpu_layers.route_layer(self._hidden(), packed, kernels, spec, top_k)
+        elif op.kind == "dispatch" and packed is not None:
+            pass  # the kernel sorts the tokens itself
+        elif op.kind == "experts" and packed is not None:
+            assert self._routing is not None
+            self._expert_output_TD = cpu_layers.experts_layer(self._routing, packed, kernels)
+        elif op.kind == "router":
             self._routing = route(
                 self._hidden(),
                 self._weights(op),
@@ -219,8 +281,13 @@ class DecoderStep:
         rows_LD = self._hidden()
         if rows_LD.shape[0] == batch.num_tokens:
             rows_LD = rows_LD.index_select(0, batch.logit_rows_L)
-        weights = self._decoder.weights.resident(op.device, "head")
-        self._logits_LV = head(rows_LD, weights, spec.norm_eps)
+        packed = self._packed(op, "head")
+        if packed is not None:
+            kernels = self._decoder.cpu_kernels
+            self._logits_LV = cpu_layers.head_layer(rows_LD, packed, kernels, spec.norm_eps)
+        else:
+            weights = self._decoder.weights.resident(op.device, "head")
+            self._logits_LV = head(rows_LD, weights, spec.norm_eps)
 
     def _copy(self, op: Op) -> None:
         accelerator = self._decoder.accelerator

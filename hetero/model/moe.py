@@ -89,7 +89,7 @@ def experts(
         sorted_tokens.rows_Tk,
         y_ND,
         mode="sum",
-        per_sample_weights=sorted_tokens.expert_weights_Tk,
+        per_sample_weights=sorted_tokens.expert_weights_Tk.to(y_ND.dtype),
     )
 
 

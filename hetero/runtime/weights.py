@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hetero.checkpoint import Checkpoint
-from hetero.model.families import TORCH_DTYPES, ModuleLayout, module_layout, views
+from hetero.model.families import TORCH_DTYPES, ModuleLayout, TensorSlot, module_layout, views
+from hetero.model.packed import PackedModule, is_packable, pack_module
 from hetero.runtime.devices import Accelerator
 from planner.model_spec import ModelSpec, Module
 from planner.placement import Device, Placement
@@ -43,10 +46,12 @@ class Weights:
         self,
         spec: ModelSpec,
         resident: Mapping[Device, Mapping[ModuleKey, Tensor]],
+        packed: Mapping[ModuleKey, PackedModule],
         staging: list[Tensor],
     ) -> None:
         self._spec = spec
         self._resident = resident
+        self._packed = packed
         self._staging = staging
         # Filled as steps run: a layout of 128 experts takes a millisecond to work out.
         self._staged: dict[
@@ -61,6 +66,10 @@ class Weights:
     def resident(self, device: Device, module: Module, layer: int | None = None) -> ModuleWeights:
         """Tensors of a module that lives on a device."""
         return self._views[device, (module, layer)]
+
+    def packed(self, module: Module, layer: int | None = None) -> PackedModule | None:
+        """A module on the CPU as its kernels read it; None where it is also streamed, as rows."""
+        return self._packed.get((module, layer))
 
     def staged(
         self, module: Module, layer: int, buffer: int, streamed: tuple[Module, ...]
@@ -124,39 +133,69 @@ def load_weights(
         tier = placement.tier(phase)
         for index in range(spec.num_layers):
             streamed.update((module, index) for module in tier.streamed(index))
+    packable = _packable(spec, placement, streamed)
     homes = {"cpu": placement.lives_on("cpu"), "gpu": placement.lives_on("gpu")}
     jobs: list[tuple[Device, ModuleKey]] = [
-        (device, key) for device in DEVICES for key in sorted(homes[device], key=_in_order)
+        (device, key)
+        for device in DEVICES
+        for key in sorted(homes[device], key=_in_order)
+        if not (device == "cpu" and _is_read_from_head(spec, key, packable))
     ]
     total = sum(spec.weight_bytes(*key) for _, key in jobs)
     resident: dict[Device, dict[ModuleKey, Tensor]] = {"cpu": {}, "gpu": {}}
+    packed: dict[ModuleKey, PackedModule] = {}
 
-    def read(device: Device, key: ModuleKey) -> Tensor:
+    def read(device: Device, key: ModuleKey) -> Tensor | PackedModule:
+        if device == "cpu" and key in packable:
+            # One thread: the readers are as many as pack at a time.
+            return pack_module(spec, key[0], module_layout(spec, *key), stored, num_threads=1)
         layout = _layout(spec, key, homes[device])
         pinned_for = accelerator if device == "cpu" and key in streamed else None
         flat = _host_flat(layout, dtype, pinned_for)
         fill(checkpoint, layout, flat)
         return flat
 
+    def stored(slot: TensorSlot) -> NDArray[Any]:
+        return read_stored(checkpoint, slot)
+
     done = 0
     with ThreadPoolExecutor(_NUM_READERS) as readers:
         # A bounded look-ahead: few modules bound for the accelerator are on the host at once.
-        ahead: deque[tuple[Device, ModuleKey, Future[Tensor]]] = deque()
+        ahead: deque[tuple[Device, ModuleKey, Future[Tensor | PackedModule]]] = deque()
         waiting = deque(jobs)
         while waiting or ahead:
             while waiting and len(ahead) <= _NUM_READERS:
                 device, key = waiting.popleft()
                 ahead.append((device, key, readers.submit(read, device, key)))
             device, key, future = ahead.popleft()
-            flat = future.result()
-            if device == "gpu":
+            found = future.result()
+            if isinstance(found, PackedModule):
+                packed[key] = found
+            elif device == "gpu":
                 assert accelerator is not None
-                flat = _onto(accelerator, flat, f"{key[0]} of layer {key[1]}" if key[1] else key[0])
-            resident[device][key] = flat
+                what = f"{key[0]} of layer {key[1]}" if key[1] else key[0]
+                resident[device][key] = _onto(accelerator, found, what)
+            else:
+                resident[device][key] = found
             done += spec.weight_bytes(*key)
             if progress is not None:
                 progress(done, total)
-    return Weights(spec, resident, _staging(spec, placement, dtype, accelerator))
+    return Weights(spec, resident, packed, _staging(spec, placement, dtype, accelerator))
+
+
+def _packable(
+    spec: ModelSpec, placement: Placement, streamed: Collection[ModuleKey]
+) -> frozenset[ModuleKey]:
+    """Modules on the CPU that its kernels read: those that no phase streams, which are rows."""
+    if not is_packable(spec):
+        return frozenset()
+    on_cpu = {key for key in placement.lives_on("cpu") if key not in streamed}
+    return frozenset(key for key in on_cpu if key[0] != "embedding")
+
+
+def _is_read_from_head(spec: ModelSpec, key: ModuleKey, packable: Collection[ModuleKey]) -> bool:
+    """Is this the embedding of a tied and packed head, which holds its rows too?"""
+    return key[0] == "embedding" and spec.is_tied and ("head", None) in packable
 
 
 def _in_order(key: ModuleKey) -> tuple[int, str]:
@@ -187,6 +226,16 @@ def fill(checkpoint: Checkpoint, layout: ModuleLayout, flat: Tensor) -> None:
         raw = torch.empty(count, dtype=stored)
         checkpoint.read_into(slot.name, _bytes_of(raw))
         target.copy_(raw)
+
+
+def read_stored(checkpoint: Checkpoint, slot: TensorSlot) -> NDArray[Any]:
+    """A checkpoint tensor as it is stored; bfloat16 as its bits."""
+    stored = torch.empty(slot.shape, dtype=_STORED_DTYPES[checkpoint.tensors[slot.name].dtype])
+    checkpoint.read_into(slot.name, _bytes_of(stored))
+    if stored.dtype == torch.bfloat16:
+        stored = stored.view(torch.uint16)
+    array: NDArray[Any] = stored.numpy()
+    return array
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

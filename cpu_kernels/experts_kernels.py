@@ -1,0 +1,422 @@
+"""The compiled loops of `experts.py`: they check nothing and allocate nothing.
+
+A *choice* is one (token, chosen expert) pair. Choices are sorted by expert; neighbours of one
+expert form blocks of as many tokens as a microkernel takes. Phases, each a range of work items:
+
+1. `prepare`: a block's tokens as the kernels read them,
+2. `gate_up`: some rows of one expert's gate and up for all its blocks, the activation, and the
+   result as the kernels of `down` read it,
+3. `down`: some rows of one expert's down for all its blocks,
+4. `combine`: a token's choices, weighted and added in the order of choice.
+"""
+
+# T tokens, k choices a token, N = T * k choices, D hidden, I expert width, E experts
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from functools import cache
+from typing import Any
+
+import numba
+import numpy as np
+from numba import types
+
+from cpu_kernels.panel_ops import PANEL_ROWS, call_kernel
+from cpu_kernels.simd import (
+    LANES,
+    add,
+    divide,
+    exp2,
+    load,
+    multiply,
+    pointer_at,
+    splat,
+    store,
+    store_first,
+)
+from cpu_kernels.source_stamp import source_stamp
+from cpu_kernels.token_blocks import write_columns
+from cpu_kernels.work_items import Counters, claim_item, claim_worker, finish_item, wait_for
+
+MAX_BLOCK_TOKENS = 24
+# A block: its first choice, how many, and the address of the kernel for as many.
+BLOCK_FIELDS = 3
+# An expert that was chosen: its number, its first block, how many.
+EXPERT_FIELDS = 3
+_PREPARE, _GATE_UP, _DOWN = 0, 1, 2
+_LOG2_E = np.float32(1.4426950408889634)
+
+
+class ExpertsCall(ctypes.Structure):
+    """One call as its threads see it: addresses, sizes, and where each part of scratch begins."""
+
+    _fields_ = (
+        ("counters", Counters),
+        *(
+            (name, ctypes.c_int64)
+            for name in [
+                # shapes and formats
+                "hidden",
+                "width",
+                "num_experts",
+                "top_k",
+                "compute",
+                "group_size",
+                "panel_bytes",
+                "num_groups",
+                "down_panel_bytes",
+                "num_down_groups",
+                "token_bytes",
+                "down_token_bytes",
+                "expert_bytes",
+                "gate_scales_at",
+                "gate_zeros_at",
+                "up_at",
+                "up_scales_at",
+                "up_zeros_at",
+                "down_at",
+                "down_scales_at",
+                "down_zeros_at",
+                "rows_per_item",
+                "down_panels_per_item",
+                "kernel_sizes",
+                "num_kernel_sizes",
+                # this call
+                "counters_at",
+                "experts",
+                "num_tokens",
+                "x",
+                "x_stride",
+                "ids",
+                "weights",
+                "out",
+                # scratch
+                "order",
+                "places",
+                "starts",
+                "blocks",
+                "chosen",
+                "x_blocks",
+                "x_scales",
+                "h_blocks",
+                "h_scales",
+                "products",
+                "workers",
+                "worker_bytes",
+                # found by `sort`
+                "num_blocks",
+                "num_chosen",
+                "num_prepared",
+            ]
+        ),
+    )
+
+
+# functools.cache lets two threads both compile and then drops one result, whose code is in use
+_COMPILING = threading.Lock()
+
+
+def sort_address() -> int:
+    """Return the address of `void sort(ExpertsCall *)`, to be called once before `experts`."""
+    with _COMPILING:
+        return int(_compiled_sort().address)
+
+
+def experts_address(x_is_bfloat16: bool) -> int:
+    """Return the address of `void experts(ExpertsCall *)` for a format of x and of the output."""
+    with _COMPILING:
+        return int(_compiled_experts(x_is_bfloat16).address)
+
+
+def _call_pointer_type() -> Any:
+    call_type = numba.from_dtype(np.dtype(ExpertsCall))
+    return types.CPointer(call_type)  # type: ignore[no-untyped-call]
+
+
+@cache
+def _compiled_sort() -> Any:
+    stamp = source_stamp()
+
+    @numba.cfunc(types.void(_call_pointer_type()), cache=True, nogil=True, error_model="numpy")
+    def body(call_pointer: Any) -> None:
+        _ = stamp
+        call = numba.carray(call_pointer, 1)[0]  # type: ignore[attr-defined]
+        _sort(
+            call,
+            pointer_at(call.ids, np.int64),
+            pointer_at(call.kernel_sizes, np.int64),
+            pointer_at(call.order, np.int64),
+            pointer_at(call.places, np.int64),
+            pointer_at(call.starts, np.int64),
+            pointer_at(call.blocks, np.int64),
+            pointer_at(call.chosen, np.int64),
+        )
+
+    return body
+
+
+@cache
+def _compiled_experts(x_is_bfloat16: bool) -> Any:
+    x_type = np.uint16 if x_is_bfloat16 else np.float32
+    stamp = source_stamp()
+
+    @numba.cfunc(types.void(_call_pointer_type()), cache=True, nogil=True, error_model="numpy")
+    def body(call_pointer: Any) -> None:
+        _ = stamp
+        call = numba.carray(call_pointer, 1)[0]  # type: ignore[attr-defined]
+        _experts(
+            call,
+            pointer_at(call.x, x_type),
+            pointer_at(call.weights, np.float32),
+            pointer_at(call.out, x_type),
+            pointer_at(call.order, np.int64),
+            pointer_at(call.places, np.int64),
+            pointer_at(call.blocks, np.int64),
+            pointer_at(call.chosen, np.int64),
+            pointer_at(call.products, np.float32),
+        )
+
+    return body
+
+
+@numba.njit(nogil=True, error_model="numpy", inline="always")
+def _sort(
+    call: Any,
+    ids: Any,
+    kernel_sizes: Any,
+    order: Any,
+    places: Any,
+    starts: Any,
+    blocks: Any,
+    chosen: Any,
+) -> None:
+    """Sort choices by expert, in token order within one, and cut each expert's into blocks."""
+    num_choices = call.num_tokens * call.top_k
+    for expert in range(call.num_experts + 1):
+        starts[expert] = 0
+    for choice in range(num_choices):
+        starts[ids[choice] + 1] += 1
+    for expert in range(call.num_experts):
+        starts[expert + 1] += starts[expert]
+    for choice in range(num_choices):
+        expert = ids[choice]
+        place = starts[expert]
+        starts[expert] = place + 1
+        order[place] = choice
+        places[choice] = place
+    # every start has moved on to the end of its expert
+    num_blocks, num_chosen, first = 0, 0, 0
+    for expert in range(call.num_experts):
+        end = starts[expert]
+        if end > first:
+            chosen[EXPERT_FIELDS * num_chosen] = expert
+            chosen[EXPERT_FIELDS * num_chosen + 1] = num_blocks
+            for size in range(call.num_kernel_sizes):
+                tokens = kernel_sizes[2 * size]
+                while end - first >= tokens:
+                    blocks[BLOCK_FIELDS * num_blocks] = first
+                    blocks[BLOCK_FIELDS * num_blocks + 1] = tokens
+                    blocks[BLOCK_FIELDS * num_blocks + 2] = kernel_sizes[2 * size + 1]
+                    num_blocks += 1
+                    first += tokens
+            before = chosen[EXPERT_FIELDS * num_chosen + 1]
+            chosen[EXPERT_FIELDS * num_chosen + 2] = num_blocks - before
+            num_chosen += 1
+    call.num_blocks = num_blocks
+    call.num_chosen = num_chosen
+    # one token is read by every expert as it is
+    call.num_prepared = 1 if call.num_tokens == 1 else num_blocks
+
+
+@numba.njit(nogil=True, error_model="numpy", inline="always")
+def _experts(
+    call: Any,
+    x: Any,
+    weights: Any,
+    out: Any,
+    order: Any,
+    places: Any,
+    blocks: Any,
+    chosen: Any,
+    products: Any,
+) -> None:
+    """Take items of the four phases until none is left."""
+    row_parts = -(-call.width // call.rows_per_item)
+    num_down_panels = -(-call.hidden // PANEL_ROWS)
+    down_parts = -(-num_down_panels // call.down_panels_per_item)
+    num_gate_up = call.num_chosen * row_parts
+    num_down = call.num_chosen * down_parts
+    first_gate_up = call.num_prepared
+    first_down = first_gate_up + num_gate_up
+    first_combine = first_down + num_down
+    num_items = first_combine + call.num_tokens
+    counters = call.counters_at
+    worker = call.workers + claim_worker(counters) * call.worker_bytes
+    item = claim_item(counters)
+    while item < num_items:
+        if item < first_gate_up:
+            _prepare(call, x, order, blocks, item)
+            finish_item(counters, _PREPARE)
+        elif item < first_down:
+            wait_for(counters, _PREPARE, call.num_prepared)
+            index = item - first_gate_up
+            first_row = index % row_parts * call.rows_per_item
+            num_rows = min(call.rows_per_item, call.width - first_row)
+            _gate_up(call, blocks, chosen, index // row_parts, first_row, num_rows, worker)
+            finish_item(counters, _GATE_UP)
+        elif item < first_combine:
+            wait_for(counters, _GATE_UP, num_gate_up)
+            index = item - first_down
+            first_panel = index % down_parts * call.down_panels_per_item
+            num_panels = min(call.down_panels_per_item, num_down_panels - first_panel)
+            _down(call, blocks, chosen, index // down_parts, first_panel, num_panels)
+            finish_item(counters, _DOWN)
+        else:
+            wait_for(counters, _DOWN, num_down)
+            _combine(call, weights, out, places, products, item - first_combine)
+        item = claim_item(counters)
+
+
+@numba.njit(nogil=True, error_model="numpy", inline="always")
+def _prepare(call: Any, x: Any, order: Any, blocks: Any, block: int) -> None:
+    first = blocks[BLOCK_FIELDS * block]
+    tokens = 1 if call.num_tokens == 1 else blocks[BLOCK_FIELDS * block + 1]
+    scales = call.x_scales + 8 * call.num_groups * first
+    for token in range(tokens):
+        row = order[first + token] // call.top_k
+        write_columns(
+            x,
+            row * call.x_stride,
+            call.hidden,
+            0,
+            token,
+            tokens,
+            call.compute,
+            call.group_size,
+            call.x_blocks + first * call.token_bytes,
+            scales,
+            scales + 4 * call.num_groups * tokens,
+        )
+
+
+@numba.njit(nogil=True, error_model="numpy", inline="always")
+def _gate_up(
+    call: Any,
+    blocks: Any,
+    chosen: Any,
+    index: int,
+    first_row: int,
+    num_rows: int,
+    worker: int,
+) -> None:
+    """Set h = silu(gate) * up for some rows of one expert."""
+    expert = call.experts + chosen[EXPERT_FIELDS * index] * call.expert_bytes
+    first_block = chosen[EXPERT_FIELDS * index + 1]
+    first_panel = first_row // PANEL_ROWS
+    num_panels = -(-num_rows // PANEL_ROWS)
+    panels = expert + first_panel * call.panel_bytes
+    scales = expert + first_panel * call.num_groups * 2 * PANEL_ROWS
+    zeros = expert + first_panel * call.num_groups * PANEL_ROWS
+    stride = call.rows_per_item
+    up_at = worker + 4 * MAX_BLOCK_TOKENS * stride
+    gate, up = pointer_at(worker, np.float32), pointer_at(up_at, np.float32)
+    for block in range(first_block, first_block + chosen[EXPERT_FIELDS * index + 2]):
+        first, tokens = blocks[BLOCK_FIELDS * block], blocks[BLOCK_FIELDS * block + 1]
+        kernel = blocks[BLOCK_FIELDS * block + 2]
+        prepared = 0 if call.num_tokens == 1 else first
+        x = call.x_blocks + prepared * call.token_bytes
+        x_scales = call.x_scales + 8 * call.num_groups * prepared
+        call_kernel(
+            kernel,
+            panels,
+            scales + call.gate_scales_at,
+            zeros + call.gate_zeros_at,
+            x,
+            x_scales,
+            worker,
+            stride,
+            call.hidden,
+            call.group_size,
+            num_panels,
+        )
+        call_kernel(
+            kernel,
+            panels + call.up_at,
+            scales + call.up_scales_at,
+            zeros + call.up_zeros_at,
+            x,
+            x_scales,
+            up_at,
+            stride,
+            call.hidden,
+            call.group_size,
+            num_panels,
+        )
+        h_scales = call.h_scales + 8 * call.num_down_groups * first
+        for token in range(tokens):
+            at = token * stride
+            # whole vectors: rows are padded to whole panels, whose padding gives zeros
+            for row in range(at, at + num_panels * PANEL_ROWS, LANES):
+                store(gate, row, _silu_product(load(gate, row), load(up, row)))
+            write_columns(
+                gate,
+                at,
+                num_rows,
+                first_row,
+                token,
+                tokens,
+                call.compute,
+                call.group_size,
+                call.h_blocks + first * call.down_token_bytes,
+                h_scales,
+                h_scales + 4 * call.num_down_groups * tokens,
+            )
+
+
+@numba.njit(nogil=True, error_model="numpy", inline="always")
+def _silu_product(gate: Any, up: Any) -> Any:
+    exponential = exp2(multiply(gate, splat(np.float32(-_LOG2_E))))
+    return multiply(divide(gate, add(splat(np.float32(1)), exponential)), up)
+
+
+@numba.njit(nogil=True, error_model="numpy", inline="always")
+def _down(
+    call: Any, blocks: Any, chosen: Any, index: int, first_panel: int, num_panels: int
+) -> None:
+    """Multiply some rows of one expert's down with its h."""
+    expert = call.experts + chosen[EXPERT_FIELDS * index] * call.expert_bytes
+    first_block = chosen[EXPERT_FIELDS * index + 1]
+    stride = -(-call.hidden // PANEL_ROWS) * PANEL_ROWS
+    for block in range(first_block, first_block + chosen[EXPERT_FIELDS * index + 2]):
+        first = blocks[BLOCK_FIELDS * block]
+        call_kernel(
+            blocks[BLOCK_FIELDS * block + 2],
+            expert + call.down_at + first_panel * call.down_panel_bytes,
+            expert + call.down_scales_at + first_panel * call.num_down_groups * 2 * PANEL_ROWS,
+            expert + call.down_zeros_at + first_panel * call.num_down_groups * PANEL_ROWS,
+            call.h_blocks + first * call.down_token_bytes,
+            call.h_scales + 8 * call.num_down_groups * first,
+            call.products + 4 * (first * stride + first_panel * PANEL_ROWS),
+            stride,
+            call.width,
+            call.group_size,
+            num_panels,
+        )
+
+
+@numba.njit(nogil=True, error_model="numpy", inline="always")
+def _combine(call: Any, weights: Any, out: Any, places: Any, products: Any, token: int) -> None:
+    """Weigh and add the products of one token's choices."""
+    stride = -(-call.hidden // PANEL_ROWS) * PANEL_ROWS
+    first = token * call.top_k
+    for d in range(0, call.hidden, LANES):
+        total = splat(np.float32(0))
+        for choice in range(first, first + call.top_k):
+            product = load(products, places[choice] * stride + d)
+            total = add(total, multiply(splat(weights[choice]), product))
+        if call.hidden - d >= LANES:
+            store(out, token * call.hidden + d, total)
+        else:
+            store_first(out, token * call.hidden + d, call.hidden - d, total)

@@ -1,0 +1,173 @@
+"""The compiled loops of `linear.py`: they check nothing and allocate nothing."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from functools import cache
+from typing import Any
+
+import numba
+import numpy as np
+from numba import types
+
+from cpu_kernels.panel_ops import PANEL_ROWS, call_kernel
+from cpu_kernels.simd import pointer_at
+from cpu_kernels.source_stamp import source_stamp
+from cpu_kernels.token_blocks import write_columns
+from cpu_kernels.work_items import Counters, claim_item, finish_item, wait_for
+
+# A block of tokens: its first token, how many, and the address of the kernel for as many.
+BLOCK_FIELDS = 3
+_PREPARE = 0
+
+
+class LinearCall(ctypes.Structure):
+    """One call as its threads see it: addresses, sizes, and where each part of scratch begins."""
+
+    _fields_ = (
+        ("counters", Counters),
+        *(
+            (name, ctypes.c_int64)
+            for name in [
+                "panels",
+                "scales",
+                "zeros",
+                "panel_bytes",
+                "group_size",
+                "num_groups",
+                "num_rows",
+                "num_columns",
+                "counters_at",
+                "compute",
+                "token_bytes",
+                "panels_per_item",
+                "x",
+                "x_stride",
+                "out",
+                "out_stride",
+                "blocks",
+                "num_blocks",
+                "num_tokens",
+                "x_blocks",
+                "x_scales",
+                "tail",
+            ]
+        ),
+    )
+
+
+# functools.cache lets two threads both compile and then drops one result, whose code is in use
+_COMPILING = threading.Lock()
+
+
+def linear_address(x_is_bfloat16: bool) -> int:
+    """Return the address of `void linear(LinearCall *)` for a format of x."""
+    with _COMPILING:
+        return int(_compiled_linear(x_is_bfloat16).address)
+
+
+@cache
+def _compiled_linear(x_is_bfloat16: bool) -> Any:
+    x_type = np.uint16 if x_is_bfloat16 else np.float32
+    stamp = source_stamp()
+    call_type = numba.from_dtype(np.dtype(LinearCall))
+    pointer = types.CPointer(call_type)  # type: ignore[no-untyped-call]
+
+    @numba.cfunc(types.void(pointer), cache=True, nogil=True, error_model="numpy")
+    def body(call_pointer: Any) -> None:
+        _ = stamp
+        call = numba.carray(call_pointer, 1)[0]  # type: ignore[attr-defined]
+        _linear(call, pointer_at(call.x, x_type), pointer_at(call.blocks, np.int64))
+
+    return body
+
+
+@numba.njit(nogil=True, error_model="numpy", inline="always")
+def _linear(call: Any, x: Any, blocks: Any) -> None:
+    """Prepare blocks of tokens, then multiply panels with all of them, until no item is left."""
+    num_panels = (call.num_rows + PANEL_ROWS - 1) // PANEL_ROWS
+    num_items = call.num_blocks + -(-num_panels // call.panels_per_item)
+    item = claim_item(call.counters_at)
+    while item < num_items:
+        if item < call.num_blocks:
+            _prepare(call, x, blocks, item)
+            finish_item(call.counters_at, _PREPARE)
+        else:
+            wait_for(call.counters_at, _PREPARE, call.num_blocks)
+            first = (item - call.num_blocks) * call.panels_per_item
+            _multiply(call, blocks, first, min(first + call.panels_per_item, num_panels))
+        item = claim_item(call.counters_at)
+
+
+@numba.njit(nogil=True, error_model="numpy", inline="always")
+def _prepare(call: Any, x: Any, blocks: Any, block: int) -> None:
+    """Write one block of tokens as the kernels read it."""
+    first, tokens = blocks[BLOCK_FIELDS * block], blocks[BLOCK_FIELDS * block + 1]
+    scales = call.x_scales + 8 * call.num_groups * first
+    for token in range(tokens):
+        write_columns(
+            x,
+            (first + token) * call.x_stride,
+            call.num_columns,
+            0,
+            token,
+            tokens,
+            call.compute,
+            call.group_size,
+            call.x_blocks + first * call.token_bytes,
+            scales,
+            scales + 4 * call.num_groups * tokens,
+        )
+
+
+@numba.njit(nogil=True, error_model="numpy", inline="always")
+def _multiply(call: Any, blocks: Any, first: int, last: int) -> None:
+    """Multiply panels first..last-1 with every block of tokens."""
+    num_tail_rows = call.num_rows % PANEL_ROWS
+    whole = min(last, call.num_rows // PANEL_ROWS)
+    panels = call.panels + first * call.panel_bytes
+    scales = call.scales + first * call.num_groups * 2 * PANEL_ROWS
+    zeros = call.zeros + first * call.num_groups * PANEL_ROWS
+    tail_panels = call.panels + whole * call.panel_bytes
+    tail_scales = call.scales + whole * call.num_groups * 2 * PANEL_ROWS
+    tail_zeros = call.zeros + whole * call.num_groups * PANEL_ROWS
+    out, tail = pointer_at(call.out, np.float32), pointer_at(call.tail, np.float32)
+    for block in range(call.num_blocks):
+        start, tokens = blocks[BLOCK_FIELDS * block], blocks[BLOCK_FIELDS * block + 1]
+        kernel = blocks[BLOCK_FIELDS * block + 2]
+        x = call.x_blocks + start * call.token_bytes
+        x_scales = call.x_scales + 8 * call.num_groups * start
+        at = start * call.out_stride + first * PANEL_ROWS
+        if whole > first:
+            call_kernel(
+                kernel,
+                panels,
+                scales,
+                zeros,
+                x,
+                x_scales,
+                call.out + 4 * at,
+                call.out_stride,
+                call.num_columns,
+                call.group_size,
+                whole - first,
+            )
+        if last > whole:  # the last panel, some of whose rows are padding
+            call_kernel(
+                kernel,
+                tail_panels,
+                tail_scales,
+                tail_zeros,
+                x,
+                x_scales,
+                call.tail,
+                PANEL_ROWS,
+                call.num_columns,
+                call.group_size,
+                1,
+            )
+            row = start * call.out_stride + whole * PANEL_ROWS
+            for token in range(tokens):
+                for lane in range(num_tail_rows):
+                    out[row + token * call.out_stride + lane] = tail[token * PANEL_ROWS + lane]

@@ -1,0 +1,152 @@
+"""Packed modules: weights of the layers that only the CPU computes, as its kernels read them."""
+
+# D hidden, I feed-forward width, E experts, V vocabulary
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cpu_kernels.experts import PackedExperts, expert_bytes
+from cpu_kernels.formats import WeightFormat
+from cpu_kernels.linear import PackedMatrix
+from cpu_kernels.packing import pack_into
+from hetero.model.families import ModuleLayout, TensorSlot, ViewSpec
+from planner.model_spec import ModelSpec, Module
+
+# Reads a tensor of the checkpoint, in the format it is stored in: float32, float16, or the bits of
+# bfloat16 as uint16.
+ReadTensor = Callable[[TensorSlot], NDArray[Any]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedModule:
+    """One module: matrices by role, the experts of an expert layer, and vectors by role.
+
+    Vectors are in the model's format (bfloat16 as uint16), biases in float32, which the kernels
+    add them in.
+    """
+
+    matrices: dict[str, PackedMatrix]
+    experts: PackedExperts | None
+    vectors: dict[str, NDArray[Any]]
+
+
+def is_packable(spec: ModelSpec) -> bool:
+    """Do the CPU kernels have the model's format? Not float16, which few CPUs multiply."""
+    return spec.dtype in ("float32", "bfloat16")
+
+
+def weight_format(spec: ModelSpec, module: Module) -> WeightFormat:
+    """How the kernels read a module's matrices."""
+    kind: Literal["float32", "bfloat16"] = "float32" if spec.dtype == "float32" else "bfloat16"
+    return WeightFormat(kind=kind)
+
+
+def pack_module(
+    spec: ModelSpec, module: Module, layout: ModuleLayout, read: ReadTensor, num_threads: int
+) -> PackedModule:
+    """Read a module's tensors and pack them; of the rest of the model nothing is held twice.
+
+    Raises
+    ------
+    ModelFolderError
+        As `read` does.
+    """
+    format_ = weight_format(spec, module)
+    matrices: dict[str, PackedMatrix] = {}
+    vectors: dict[str, NDArray[Any]] = {}
+    if module in ("experts", "dense") and not spec.has_mlp_bias:
+        return PackedModule(
+            matrices={},
+            experts=_pack_experts(spec, module, layout, format_, read, vectors, num_threads),
+            vectors=vectors,
+        )
+    for view in layout.views:
+        slots = _slots_of(layout, view)
+        if len(view.shape) == 1:
+            vectors[view.role] = _read_vector(spec, view, slots, read)
+            continue
+        parts = [read(slot) for slot in slots]
+        rows = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        blob = _empty(format_.packed_bytes(*view.shape))
+        pack_into(rows, format_, blob, num_threads=num_threads)
+        matrices[view.role] = PackedMatrix(
+            blob=blob, weight_format=format_, num_rows=view.shape[0], num_columns=view.shape[1]
+        )
+    return PackedModule(matrices=matrices, experts=None, vectors=vectors)
+
+
+def _pack_experts(
+    spec: ModelSpec,
+    module: Module,
+    layout: ModuleLayout,
+    format_: WeightFormat,
+    read: ReadTensor,
+    vectors: dict[str, NDArray[Any]],
+    num_threads: int,
+) -> PackedExperts:
+    """Experts one after the other; a dense feed-forward is an expert that every token chooses."""
+    slots = [slot for slot in layout.slots if len(slot.shape) == 2]
+    num_experts, width = len(slots) // 3, slots[0].shape[0]
+    size = expert_bytes(format_, spec.hidden_size, width)
+    blob = _empty(num_experts * size)
+    at = 0
+    for slot in slots:  # gate, up and down of expert 0, of expert 1, ...
+        end = at + format_.packed_bytes(*slot.shape)
+        pack_into(read(slot), format_, blob[at:end], num_threads=num_threads)
+        at = end
+    assert at == len(blob), (module, at, len(blob))
+    for view in layout.views:
+        if len(view.shape) == 1:
+            vectors[view.role] = _read_vector(spec, view, _slots_of(layout, view), read)
+    return PackedExperts(
+        blob=blob,
+        weight_format=format_,
+        num_experts=num_experts,
+        hidden=spec.hidden_size,
+        width=width,
+    )
+
+
+def _slots_of(layout: ModuleLayout, view: ViewSpec) -> list[TensorSlot]:
+    """The tensors that are joined in a view of contiguous rows."""
+    count = view.shape[0] * (view.shape[1] if len(view.shape) == 2 else 1)
+    return [slot for slot in layout.slots if view.offset <= slot.offset < view.offset + count]
+
+
+def _read_vector(
+    spec: ModelSpec, view: ViewSpec, slots: list[TensorSlot], read: ReadTensor
+) -> NDArray[Any]:
+    joined = np.concatenate([_as_float32(read(slot)) for slot in slots])
+    if spec.dtype == "float32" or view.role.endswith("bias"):
+        return joined
+    return torch.from_numpy(joined).to(torch.bfloat16).view(torch.uint16).numpy()
+
+
+def _as_float32(stored: NDArray[Any]) -> NDArray[np.float32]:
+    if stored.dtype == np.uint16:
+        return torch.from_numpy(stored).view(torch.bfloat16).float().numpy()
+    return stored.astype(np.float32)
+
+
+def _empty(num_bytes: int) -> NDArray[np.uint8]:
+    """Memory aligned to cache lines, as torch allocates it."""
+    return torch.empty(num_bytes, dtype=torch.uint8).numpy()
+
+
+def embedding_rows(matrix: PackedMatrix, token_ids_T: Tensor) -> Tensor:
+    """Rows of a packed embedding matrix, x_TD: where a tied head is packed, there is no other."""
+    is_float32 = matrix.weight_format.kind == "float32"
+    per_step = matrix.weight_format.columns_per_step
+    num_panels = -(-matrix.num_rows // 16)
+    dtype = torch.float32 if is_float32 else torch.bfloat16
+    panels_NSRC = torch.from_numpy(matrix.blob).view(dtype).view(num_panels, -1, 16, per_step)
+    rows = panels_NSRC[token_ids_T // 16, :, token_ids_T % 16]
+    return rows.flatten(1)[:, : matrix.num_columns].contiguous()
