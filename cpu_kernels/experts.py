@@ -4,32 +4,33 @@
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cpu_kernels.experts_kernels import (
-    BLOCK_FIELDS,
-    EXPERT_FIELDS,
-    MAX_BLOCK_TOKENS,
-    ExpertsCall,
+    CALL_DTYPE,
+    enter_experts,
     experts_address,
-    sort_address,
+    scratch_bytes,
 )
-from cpu_kernels.formats import PANEL_ROWS, WeightFormat, num_panels
+from cpu_kernels.formats import WeightFormat
 from cpu_kernels.microkernels import Compute, block_tokens, computes, kernel_address
 from cpu_kernels.scratch import Scratch
-from cpu_kernels.threads import fork_join
+from cpu_kernels.threads import fork_join, openmp_address
 from cpu_kernels.token_blocks import COMPUTE_NUMBERS, token_bytes
 
 # Rows of gate and up in one item. A multiple of every group size, so that an item rounds whole
 # groups of h; 128 rows of 2048 bfloat16 are half a megabyte, twice: 40 us of reading.
 _ROWS_PER_ITEM = 128
 _DOWN_ITEM_BYTES = 1 << 18
+_PANELS_AT_ONCE = 4
+# More choices are done in parts: scratch then stays at some 100 MB, and an expert of 128 still has
+# 32 tokens in each, enough to be bound by arithmetic.
+_MAX_CHOICES = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,55 +135,58 @@ def run_experts(
     >>> round(float(out[0, 0]), 4)  # silu(2) * 2
     3.5232
     """
-    _check(x, experts, ids, weights, compute, num_threads, out)
-    num_tokens, top_k = ids.shape
-    if num_tokens == 0:
-        return
+    is_plain = x.dtype in _X_DTYPES and x.ndim == 2 and out.dtype == x.dtype and out.ndim == 2
+    is_plain = is_plain and out.flags.c_contiguous and compute in computes(experts.weight_format)
+    for array, dtype in ((ids, _INT64), (weights, _FLOAT32)):
+        is_plain = is_plain and array.dtype == dtype and array.ndim == 2
+        is_plain = is_plain and array.flags.c_contiguous
+    if not is_plain or num_threads < 1 or len(ids) != len(x):
+        _refuse(x, experts, ids, weights, compute, num_threads, out)
+    for first in range(0, len(x), _MAX_CHOICES // ids.shape[1] or 1):
+        part = slice(first, first + (_MAX_CHOICES // ids.shape[1] or 1))
+        if not _run(
+            x[part], experts, ids[part], weights[part], compute, num_threads, scratch, out[part]
+        ):
+            _refuse(x, experts, ids, weights, compute, num_threads, out)
+
+
+def _run(
+    x: NDArray[Any],
+    experts: PackedExperts,
+    ids: NDArray[np.int64],
+    weights: NDArray[np.float32],
+    compute: Compute,
+    num_threads: int,
+    scratch: Scratch,
+    out: NDArray[Any],
+) -> bool:
     shape = _shape(
-        experts.weight_format, experts.num_experts, experts.hidden, experts.width, top_k, compute
+        experts.weight_format,
+        experts.num_experts,
+        experts.hidden,
+        experts.width,
+        ids.shape[1],
+        compute,
     )
-    call = ExpertsCall.from_buffer_copy(shape.template)
-    num_choices = num_tokens * top_k
-    # every expert with tokens has at most one block of each small size beside its large ones
-    max_blocks = min(num_choices, num_choices // MAX_BLOCK_TOKENS + 6 * experts.num_experts)
-    worker_bytes = 2 * 4 * MAX_BLOCK_TOKENS * _ROWS_PER_ITEM
-    padded_hidden = num_panels(experts.hidden) * PANEL_ROWS
-    call.counters_at = ctypes.addressof(call)
-    call.experts = _address(experts.blob)
-    call.num_tokens = num_tokens
-    call.x = _address(x)
-    call.x_stride = x.strides[0] // x.itemsize
-    call.ids = _address(ids)
-    call.weights = _address(weights)
-    call.out = _address(out)
-    call.worker_bytes = worker_bytes
-    sizes = (
-        ("order", 8 * num_choices),
-        ("places", 8 * num_choices),
-        ("starts", 8 * (experts.num_experts + 1)),
-        ("blocks", 8 * BLOCK_FIELDS * max_blocks),
-        ("chosen", 8 * EXPERT_FIELDS * min(num_choices, experts.num_experts)),
-        ("x_blocks", num_choices * call.token_bytes),
-        ("x_scales", num_choices * 8 * call.num_groups),
-        ("h_blocks", num_choices * call.down_token_bytes),
-        ("h_scales", num_choices * 8 * call.num_down_groups),
-        ("products", num_choices * 4 * padded_hidden),
-        ("workers", num_threads * worker_bytes),
-    )
-    address = scratch.address(sum(size + -size % 64 for _, size in sizes))
-    for name, size in sizes:
-        setattr(call, name, address)
-        address += size + -size % 64
-    fork_join(sort_address(), call.counters_at, 1)
-    fork_join(experts_address(x.dtype == np.uint16), call.counters_at, num_threads)
+    calls = shape.template.copy()
+    num_bytes = scratch_bytes(calls, len(x), num_threads)
+    body, parallel = experts_address(x.dtype == _UINT16), openmp_address()
+    address = scratch.address(num_bytes)
+    if not enter_experts(
+        calls, experts.blob, x, ids, weights, out, address, body, parallel, num_threads
+    ):
+        return False
+    if parallel == 0 and num_threads > 1:
+        fork_join(body, calls.ctypes.data, num_threads)
+    return True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Shape:
     """What every call with one layer shape has in common; keeps `kernel_sizes` alive."""
 
-    template: bytes
-    kernel_sizes: Any
+    template: NDArray[Any]  # one record of experts_kernels.CALL_DTYPE
+    kernel_sizes: NDArray[np.int64]  # (tokens, address) of every kernel, largest first
 
 
 @lru_cache(maxsize=256)
@@ -198,38 +202,41 @@ def _shape(
     down_at = 2 * gate
     down_panel_bytes = weight_format.panel_bytes(width)
     pairs = [(size, kernel_address(weight_format, compute, size)) for size in block_tokens(compute)]
-    kernel_sizes = (ctypes.c_int64 * (2 * len(pairs)))(*(n for pair in pairs for n in pair))
-    call = ExpertsCall(
-        hidden=hidden,
-        width=width,
-        num_experts=num_experts,
-        top_k=top_k,
-        compute=COMPUTE_NUMBERS[compute],
-        group_size=weight_format.group_size or 0,
-        panel_bytes=weight_format.panel_bytes(hidden),
-        num_groups=weight_format.num_groups(hidden),
-        down_panel_bytes=down_panel_bytes,
-        num_down_groups=weight_format.num_groups(width),
-        token_bytes=token_bytes(compute, hidden),
-        down_token_bytes=token_bytes(compute, width),
-        expert_bytes=expert_bytes(weight_format, hidden, width),
-        gate_scales_at=weight_format.scales_at(width, hidden),
-        gate_zeros_at=weight_format.zeros_at(width, hidden),
-        up_at=gate,
-        up_scales_at=gate + weight_format.scales_at(width, hidden),
-        up_zeros_at=gate + weight_format.zeros_at(width, hidden),
-        down_at=down_at,
-        down_scales_at=down_at + weight_format.scales_at(hidden, width),
-        down_zeros_at=down_at + weight_format.zeros_at(hidden, width),
-        rows_per_item=_ROWS_PER_ITEM,
-        down_panels_per_item=max(1, _DOWN_ITEM_BYTES // down_panel_bytes),
-        kernel_sizes=ctypes.addressof(kernel_sizes),
-        num_kernel_sizes=len(pairs),
-    )
-    return _Shape(template=bytes(call), kernel_sizes=kernel_sizes)
+    kernel_sizes = np.array(pairs, np.int64)
+    values = {
+        "hidden": hidden,
+        "width": width,
+        "num_experts": num_experts,
+        "top_k": top_k,
+        "compute": COMPUTE_NUMBERS[compute],
+        "group_size": weight_format.group_size or 0,
+        "panel_bytes": weight_format.panel_bytes(hidden),
+        "num_groups": weight_format.num_groups(hidden),
+        "down_panel_bytes": down_panel_bytes,
+        "num_down_groups": weight_format.num_groups(width),
+        "token_bytes": token_bytes(compute, hidden),
+        "down_token_bytes": token_bytes(compute, width),
+        "expert_bytes": expert_bytes(weight_format, hidden, width),
+        "gate_scales_at": weight_format.scales_at(width, hidden),
+        "gate_zeros_at": weight_format.zeros_at(width, hidden),
+        "up_at": gate,
+        "up_scales_at": gate + weight_format.scales_at(width, hidden),
+        "up_zeros_at": gate + weight_format.zeros_at(width, hidden),
+        "down_at": down_at,
+        "down_scales_at": down_at + weight_format.scales_at(hidden, width),
+        "down_zeros_at": down_at + weight_format.zeros_at(hidden, width),
+        "rows_per_item": _ROWS_PER_ITEM,
+        "down_panels_per_item": max(_PANELS_AT_ONCE, _DOWN_ITEM_BYTES // down_panel_bytes // 4 * 4),
+        "kernel_sizes": kernel_sizes.ctypes.data,
+        "num_kernel_sizes": len(pairs),
+    }
+    template = np.zeros(1, CALL_DTYPE)
+    for name, value in values.items():
+        template[name] = value
+    return _Shape(template=template, kernel_sizes=kernel_sizes)
 
 
-def _check(
+def _refuse(
     x: NDArray[Any],
     experts: PackedExperts,
     ids: NDArray[np.int64],
@@ -237,7 +244,8 @@ def _check(
     compute: Compute,
     num_threads: int,
     out: NDArray[Any],
-) -> None:
+) -> NoReturn:
+    """Say what does not fit."""
     num_tokens, hidden = x.shape[0], experts.hidden
     if x.shape != (num_tokens, hidden) or x.dtype.name not in ("float32", "uint16"):
         raise ValueError(
@@ -268,14 +276,8 @@ def _check(
             f"compute is {compute!r} but {experts.weight_format.kind} weights can have "
             f"{computes(experts.weight_format)} on this machine"
         )
-    if num_threads < 1:
-        raise ValueError(f"num_threads is {num_threads} but must be at least 1")
+    raise ValueError(f"num_threads is {num_threads} but must be at least 1")
 
 
-def _address(array: NDArray[Any]) -> int:
-    if array.flags.writeable and array.flags.c_contiguous:
-        return ctypes.addressof(_START.from_buffer(array))  # type: ignore[arg-type]
-    return int(array.ctypes.data)
-
-
-_START = ctypes.c_char * 0
+_FLOAT32, _UINT16, _INT64 = np.dtype(np.float32), np.dtype(np.uint16), np.dtype(np.int64)
+_X_DTYPES = (_FLOAT32, _UINT16)

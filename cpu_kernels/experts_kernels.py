@@ -23,7 +23,8 @@ import numba
 import numpy as np
 from numba import types
 
-from cpu_kernels.panel_ops import PANEL_ROWS, call_kernel
+from cpu_kernels.microkernels import MAX_BLOCK_TOKENS
+from cpu_kernels.panel_ops import PANEL_ROWS, call_kernel, call_on_threads
 from cpu_kernels.simd import (
     LANES,
     add,
@@ -40,7 +41,7 @@ from cpu_kernels.source_stamp import source_stamp
 from cpu_kernels.token_blocks import write_columns
 from cpu_kernels.work_items import Counters, claim_item, claim_worker, finish_item, wait_for
 
-MAX_BLOCK_TOKENS = 24
+CALL_ALIGNMENT = 64
 # A block: its first choice, how many, and the address of the kernel for as many.
 BLOCK_FIELDS = 3
 # An expert that was chosen: its number, its first block, how many.
@@ -118,12 +119,6 @@ class ExpertsCall(ctypes.Structure):
 _COMPILING = threading.Lock()
 
 
-def sort_address() -> int:
-    """Return the address of `void sort(ExpertsCall *)`, to be called once before `experts`."""
-    with _COMPILING:
-        return int(_compiled_sort().address)
-
-
 def experts_address(x_is_bfloat16: bool) -> int:
     """Return the address of `void experts(ExpertsCall *)` for a format of x and of the output."""
     with _COMPILING:
@@ -133,28 +128,6 @@ def experts_address(x_is_bfloat16: bool) -> int:
 def _call_pointer_type() -> Any:
     call_type = numba.from_dtype(np.dtype(ExpertsCall))
     return types.CPointer(call_type)  # type: ignore[no-untyped-call]
-
-
-@cache
-def _compiled_sort() -> Any:
-    stamp = source_stamp()
-
-    @numba.cfunc(types.void(_call_pointer_type()), cache=True, nogil=True, error_model="numpy")
-    def body(call_pointer: Any) -> None:
-        _ = stamp
-        call = numba.carray(call_pointer, 1)[0]  # type: ignore[attr-defined]
-        _sort(
-            call,
-            pointer_at(call.ids, np.int64),
-            pointer_at(call.kernel_sizes, np.int64),
-            pointer_at(call.order, np.int64),
-            pointer_at(call.places, np.int64),
-            pointer_at(call.starts, np.int64),
-            pointer_at(call.blocks, np.int64),
-            pointer_at(call.chosen, np.int64),
-        )
-
-    return body
 
 
 @cache
@@ -181,6 +154,108 @@ def _compiled_experts(x_is_bfloat16: bool) -> Any:
     return body
 
 
+CALL_DTYPE = np.dtype(ExpertsCall)
+
+
+@numba.njit(nogil=True, error_model="numpy", inline="always")
+def _aligned(num_bytes: int) -> int:
+    return (num_bytes + CALL_ALIGNMENT - 1) // CALL_ALIGNMENT * CALL_ALIGNMENT
+
+
+@numba.njit(nogil=True, error_model="numpy")
+def _lay_out_scratch(call: Any, start: int, num_threads: int) -> int:
+    """Give every part of scratch its place from `start` on; return where the last ends."""
+    num_choices = call.num_tokens * call.top_k
+    padded_hidden = (call.hidden + PANEL_ROWS - 1) // PANEL_ROWS * PANEL_ROWS
+    call.order = start
+    call.places = call.order + _aligned(8 * num_choices)
+    call.starts = call.places + _aligned(8 * num_choices)
+    call.chosen = call.starts + _aligned(8 * (call.num_experts + 1))
+    call.blocks = call.chosen + _aligned(8 * EXPERT_FIELDS * min(num_choices, call.num_experts))
+    call.x_blocks = call.blocks + _aligned(8 * BLOCK_FIELDS * num_choices)
+    call.x_scales = call.x_blocks + _aligned(num_choices * call.token_bytes)
+    call.h_blocks = call.x_scales + _aligned(num_choices * 8 * call.num_groups)
+    call.h_scales = call.h_blocks + _aligned(num_choices * call.down_token_bytes)
+    call.products = call.h_scales + _aligned(num_choices * 8 * call.num_down_groups)
+    call.workers = call.products + _aligned(num_choices * 4 * padded_hidden)
+    call.worker_bytes = 2 * 4 * MAX_BLOCK_TOKENS * call.rows_per_item
+    end: int = call.workers + num_threads * call.worker_bytes
+    return end
+
+
+def _make_scratch_bytes() -> Any:
+    stamp = source_stamp()
+
+    @numba.njit(nogil=True, error_model="numpy", cache=True)
+    def scratch_bytes(calls: Any, num_tokens: int, num_threads: int) -> int:
+        """Return the bytes of scratch that a call of so many tokens needs."""
+        _ = stamp
+        call = calls[0]
+        call.num_tokens = num_tokens
+        size: int = _lay_out_scratch(call, 0, num_threads)
+        return size
+
+    return scratch_bytes
+
+
+def _make_enter_experts() -> Any:
+    stamp = source_stamp()
+
+    @numba.njit(nogil=True, error_model="numpy", cache=True)
+    def enter_experts(
+        calls: Any,
+        blob: Any,
+        x: Any,
+        ids: Any,
+        weights: Any,
+        out: Any,
+        scratch: int,
+        body: int,
+        parallel: int,
+        num_threads: int,
+    ) -> bool:
+        """Complete a call and run it; False, and nothing done, where an array does not fit it."""
+        _ = stamp
+        call = calls[0]
+        num_tokens = x.shape[0]
+        fits = x.shape[1] == call.hidden and x.strides[1] == x.itemsize and x.strides[0] >= 0
+        fits = fits and ids.shape[0] == num_tokens and ids.shape[1] == call.top_k
+        fits = fits and weights.shape[0] == num_tokens and weights.shape[1] == call.top_k
+        fits = fits and out.shape[0] == num_tokens and out.shape[1] == call.hidden
+        if not fits:
+            return False
+        call.experts = blob.ctypes.data
+        call.counters_at = calls.ctypes.data
+        call.num_tokens = num_tokens
+        call.x = x.ctypes.data
+        call.x_stride = x.strides[0] // x.itemsize
+        call.ids = ids.ctypes.data
+        call.weights = weights.ctypes.data
+        call.out = out.ctypes.data
+        _lay_out_scratch(call, scratch, num_threads)
+        if not _sort(
+            call,
+            pointer_at(call.ids, np.int64),
+            pointer_at(call.kernel_sizes, np.int64),
+            pointer_at(call.order, np.int64),
+            pointer_at(call.places, np.int64),
+            pointer_at(call.starts, np.int64),
+            pointer_at(call.blocks, np.int64),
+            pointer_at(call.chosen, np.int64),
+        ):
+            return False
+        if parallel != 0 or num_threads == 1:
+            call_on_threads(parallel, body, call.counters_at, num_threads)
+        return True
+
+    return enter_experts
+
+
+# Through numba's dispatcher, which takes an array in a tenth of the time of ctypes.
+scratch_bytes = _make_scratch_bytes()
+enter_experts = _make_enter_experts()
+
+
 @numba.njit(nogil=True, error_model="numpy", inline="always")
 def _sort(
     call: Any,
@@ -191,12 +266,17 @@ def _sort(
     starts: Any,
     blocks: Any,
     chosen: Any,
-) -> None:
-    """Sort choices by expert, in token order within one, and cut each expert's into blocks."""
+) -> bool:
+    """Sort choices by expert, in token order within one, and cut each expert's into blocks.
+
+    False where a choice is none of the experts.
+    """
     num_choices = call.num_tokens * call.top_k
     for expert in range(call.num_experts + 1):
         starts[expert] = 0
     for choice in range(num_choices):
+        if ids[choice] < 0 or ids[choice] >= call.num_experts:
+            return False
         starts[ids[choice] + 1] += 1
     for expert in range(call.num_experts):
         starts[expert + 1] += starts[expert]
@@ -228,6 +308,7 @@ def _sort(
     call.num_chosen = num_chosen
     # one token is read by every expert as it is
     call.num_prepared = 1 if call.num_tokens == 1 else num_blocks
+    return True
 
 
 @numba.njit(nogil=True, error_model="numpy", inline="always")

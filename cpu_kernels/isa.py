@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, get_args
 
 IsaLevel = Literal["portable", "avx2", "avx512", "avx512-bf16", "amx"]
+Vendor = Literal["intel", "amd", "other"]
 LEVELS: tuple[IsaLevel, ...] = get_args(IsaLevel)
 ENVIRONMENT_VARIABLE = "HETERO_ISA"
 
@@ -31,10 +33,11 @@ _NEEDS: dict[IsaLevel, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Isa:
-    """The rung that kernels are compiled for, and the highest that the processor has."""
+    """The rung that kernels are compiled for, the highest that the processor has, its maker."""
 
     level: IsaLevel
     highest: IsaLevel
+    vendor: Vendor
 
     @property
     def is_lowered(self) -> bool:
@@ -52,7 +55,7 @@ class Isa:
         return ",".join(f"+{feature}" for rung in rungs for feature in _NEEDS[rung])
 
 
-def choose_isa(features: Mapping[str, bool], wanted: str | None) -> Isa:
+def choose_isa(features: Mapping[str, bool], wanted: str | None, vendor: Vendor = "other") -> Isa:
     """Pick the rung for a processor with these LLVM features.
 
     Parameters
@@ -61,6 +64,8 @@ def choose_isa(features: Mapping[str, bool], wanted: str | None) -> Isa:
         As of `llvmlite.binding.get_host_cpu_features()`.
     wanted
         The rung asked for; None or an empty string: the highest.
+    vendor
+        Who made the processor.
 
     Returns
     -------
@@ -76,7 +81,7 @@ def choose_isa(features: Mapping[str, bool], wanted: str | None) -> Isa:
     Examples
     --------
     >>> choose_isa({name: True for name in ("avx", "avx2", "fma", "f16c", "bmi", "bmi2")}, None)
-    Isa(level='avx2', highest='avx2')
+    Isa(level='avx2', highest='avx2', vendor='other')
     """
     highest: IsaLevel = "portable"
     for level in LEVELS[1:]:
@@ -84,13 +89,13 @@ def choose_isa(features: Mapping[str, bool], wanted: str | None) -> Isa:
             break
         highest = level
     if not wanted:
-        return Isa(level=highest, highest=highest)
+        return Isa(level=highest, highest=highest, vendor=vendor)
     if wanted not in LEVELS:
         raise ValueError(
             f"{ENVIRONMENT_VARIABLE} is {wanted!r} but must be one of {', '.join(LEVELS)}"
         )
     level = min(wanted, highest, key=LEVELS.index)
-    return Isa(level=level, highest=highest)
+    return Isa(level=level, highest=highest, vendor=vendor)
 
 
 @cache
@@ -112,7 +117,7 @@ def isa() -> Isa:
     is_x86 = platform.machine().lower() in ("x86_64", "amd64")
     features = llvmlite.binding.get_host_cpu_features() if is_x86 else {}
     # Read here and not in cli/: every process that compiles must know, a test's or a script's too.
-    found = choose_isa(features, os.environ.get(ENVIRONMENT_VARIABLE))
+    found = choose_isa(features, os.environ.get(ENVIRONMENT_VARIABLE), _vendor())
     if found.is_lowered:
         import numba
 
@@ -121,3 +126,12 @@ def isa() -> Isa:
         settings.CPU_NAME = "generic" if found.level == "portable" else "x86-64-v2"
         settings.CPU_FEATURES = found.llvm_features
     return found
+
+
+def _vendor() -> Vendor:
+    text = platform.processor()
+    if sys.platform == "linux":
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            text = file.read(4096)
+    lowered = text.lower()
+    return "intel" if "intel" in lowered else "amd" if "amd" in lowered else "other"

@@ -4,24 +4,31 @@
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cpu_kernels.formats import PANEL_ROWS, WeightFormat, check_blob, num_panels
-from cpu_kernels.linear_kernels import LinearCall, linear_address
-from cpu_kernels.microkernels import Compute, block_tokens, computes, kernel_address
+from cpu_kernels.linear_kernels import CALL_DTYPE, enter_linear, linear_address
+from cpu_kernels.microkernels import (
+    MAX_BLOCK_TOKENS,
+    Compute,
+    block_tokens,
+    computes,
+    kernel_address,
+)
 from cpu_kernels.scratch import Scratch
-from cpu_kernels.threads import fork_join
+from cpu_kernels.threads import fork_join, openmp_address
 from cpu_kernels.token_blocks import COMPUTE_NUMBERS, token_bytes, token_scale_bytes
 
-# An item long enough that claiming it costs nothing, short enough that all threads end together.
-_ITEM_BYTES = 1 << 17
+# An item long enough that claiming it costs nothing, short enough that all threads end together;
+# a multiple of the panels that a kernel walks at once.
+_ITEM_BYTES = 1 << 18
 _ITEMS_PER_THREAD = 4
+_PANELS_AT_ONCE = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,45 +107,39 @@ def linear(
     >>> out
     array([[2., 5., 0.]], dtype=float32)
     """
-    _check(x, weight, compute, num_threads, out)
-    num_tokens = x.shape[0]
+    num_tokens = len(x)
+    is_plain = x.dtype in _X_DTYPES and x.ndim == 2 and out.dtype == _FLOAT32 and out.ndim == 2
+    if not is_plain or num_threads < 1 or compute not in computes(weight.weight_format):
+        _refuse(x, weight, compute, num_threads, out)
     if num_tokens == 0:
         return
     shape = _shape(weight.weight_format, weight.num_rows, weight.num_columns, compute, num_threads)
-    blocks, num_blocks = _blocks(weight.weight_format, compute, num_tokens)
-    call = LinearCall.from_buffer_copy(shape.template)
-    tail_bytes = PANEL_ROWS * 4 * blocks[1]
-    x_bytes = num_tokens * shape.token_bytes
-    address = scratch.address(x_bytes + num_tokens * shape.token_scale_bytes + tail_bytes)
-    start = _address(weight.blob)
-    call.panels = start
-    call.scales = start + shape.scales_at
-    call.zeros = start + shape.zeros_at
-    call.counters_at = ctypes.addressof(call)
-    call.x = _address(x)
-    call.x_stride = x.strides[0] // x.itemsize
-    call.out = _address(out)
-    call.out_stride = out.strides[0] // 4
-    call.blocks = ctypes.addressof(blocks)
-    call.num_blocks = num_blocks
-    call.num_tokens = num_tokens
-    call.x_blocks = address
-    call.x_scales = address + x_bytes
-    call.tail = address + x_bytes + num_tokens * shape.token_scale_bytes
+    calls = shape.template.copy()
     num_workers = min(num_threads, shape.num_items)
-    fork_join(linear_address(x.dtype == np.uint16), call.counters_at, num_workers)
+    body, parallel = linear_address(x.dtype == _UINT16), openmp_address()
+    if not enter_linear(
+        calls,
+        weight.blob,
+        x,
+        out,
+        _blocks(weight.weight_format, compute, num_tokens),
+        scratch.address(num_tokens * shape.bytes_per_token + _TAIL_BYTES),
+        body,
+        parallel,
+        num_workers,
+    ):
+        _refuse(x, weight, compute, num_threads, out)
+    if parallel == 0 and num_workers > 1:
+        fork_join(body, calls.ctypes.data, num_workers)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Shape:
     """What every call with matrices of one shape and format has in common."""
 
-    template: bytes
+    template: NDArray[Any]  # one record of linear_kernels.CALL_DTYPE
     num_items: int
-    token_bytes: int
-    token_scale_bytes: int
-    scales_at: int
-    zeros_at: int
+    bytes_per_token: int
 
 
 @lru_cache(maxsize=4096)
@@ -148,47 +149,52 @@ def _shape(
     panel_bytes = weight_format.panel_bytes(num_columns)
     panels = num_panels(num_rows)
     num_groups = weight_format.num_groups(num_columns)
-    at_most = max(1, panels // (num_threads * _ITEMS_PER_THREAD))
-    panels_per_item = min(at_most, max(1, _ITEM_BYTES // panel_bytes))
-    call = LinearCall(
-        panel_bytes=panel_bytes,
-        group_size=weight_format.group_size or 0,
-        num_groups=num_groups,
-        num_rows=num_rows,
-        num_columns=num_columns,
-        compute=COMPUTE_NUMBERS[compute],
-        token_bytes=token_bytes(compute, num_columns),
-        panels_per_item=panels_per_item,
-    )
+    at_most = panels // (num_threads * _ITEMS_PER_THREAD)
+    panels_per_item = min(at_most, _ITEM_BYTES // panel_bytes) // _PANELS_AT_ONCE * _PANELS_AT_ONCE
+    panels_per_item = max(_PANELS_AT_ONCE, panels_per_item)
+    template = np.zeros(1, CALL_DTYPE)
+    values = {
+        "panel_bytes": panel_bytes,
+        "group_size": weight_format.group_size or 0,
+        "num_groups": num_groups,
+        "num_rows": num_rows,
+        "num_columns": num_columns,
+        "compute": COMPUTE_NUMBERS[compute],
+        "token_bytes": token_bytes(compute, num_columns),
+        "token_scale_bytes": token_scale_bytes(compute, num_groups),
+        "panels_per_item": panels_per_item,
+        "scales_at": weight_format.scales_at(num_rows, num_columns),
+        "zeros_at": weight_format.zeros_at(num_rows, num_columns),
+    }
+    for name, value in values.items():
+        template[name] = value
     return _Shape(
-        template=bytes(call),
+        template=template,
         num_items=-(-panels // panels_per_item),
-        token_bytes=call.token_bytes,
-        token_scale_bytes=token_scale_bytes(compute, num_groups),
-        scales_at=weight_format.scales_at(num_rows, num_columns),
-        zeros_at=weight_format.zeros_at(num_rows, num_columns),
+        bytes_per_token=values["token_bytes"] + values["token_scale_bytes"],
     )
 
 
 @lru_cache(maxsize=1024)
-def _blocks(weight_format: WeightFormat, compute: Compute, num_tokens: int) -> tuple[Any, int]:
+def _blocks(weight_format: WeightFormat, compute: Compute, num_tokens: int) -> NDArray[np.int64]:
     """(first token, tokens, kernel) of every block, the largest first."""
-    fields: list[int] = []
+    blocks = []
     first = 0
     for size in block_tokens(compute):
         while num_tokens - first >= size:
-            fields += [first, size, kernel_address(weight_format, compute, size)]
+            blocks.append((first, size, kernel_address(weight_format, compute, size)))
             first += size
-    return (ctypes.c_int64 * len(fields))(*fields), len(fields) // 3
+    return np.array(blocks, np.int64)
 
 
-def _check(
+def _refuse(
     x: NDArray[Any],
     weight: PackedMatrix,
     compute: Compute,
     num_threads: int,
     out: NDArray[np.float32],
-) -> None:
+) -> NoReturn:
+    """Say what does not fit."""
     if x.ndim != 2 or x.shape[1] != weight.num_columns or x.dtype.name not in ("float32", "uint16"):
         raise ValueError(
             f"x is {x.dtype} {x.shape} but must be float32 or uint16 (the bits of bfloat16), "
@@ -208,14 +214,10 @@ def _check(
             f"compute is {compute!r} but {weight.weight_format.kind} weights can have "
             f"{computes(weight.weight_format)} on this machine"
         )
-    if num_threads < 1:
-        raise ValueError(f"num_threads is {num_threads} but must be at least 1")
+    raise ValueError(f"num_threads is {num_threads} but must be at least 1")
 
 
-def _address(array: NDArray[Any]) -> int:
-    if array.flags.writeable and array.flags.c_contiguous:
-        return ctypes.addressof(_START.from_buffer(array))  # type: ignore[arg-type]
-    return int(array.ctypes.data)
-
-
-_START = ctypes.c_char * 0
+_FLOAT32, _UINT16 = np.dtype(np.float32), np.dtype(np.uint16)
+_X_DTYPES = (_FLOAT32, _UINT16)
+# Products of one block of tokens with a last panel, some of whose rows are padding.
+_TAIL_BYTES = 4 * PANEL_ROWS * MAX_BLOCK_TOKENS

@@ -11,7 +11,7 @@ import numba
 import numpy as np
 from numba import types
 
-from cpu_kernels.panel_ops import PANEL_ROWS, call_kernel
+from cpu_kernels.panel_ops import PANEL_ROWS, call_kernel, call_on_threads
 from cpu_kernels.simd import pointer_at
 from cpu_kernels.source_stamp import source_stamp
 from cpu_kernels.token_blocks import write_columns
@@ -52,6 +52,10 @@ class LinearCall(ctypes.Structure):
                 "x_blocks",
                 "x_scales",
                 "tail",
+                # within the blob, and of one token
+                "scales_at",
+                "zeros_at",
+                "token_scale_bytes",
             ]
         ),
     )
@@ -81,6 +85,58 @@ def _compiled_linear(x_is_bfloat16: bool) -> Any:
         _linear(call, pointer_at(call.x, x_type), pointer_at(call.blocks, np.int64))
 
     return body
+
+
+CALL_DTYPE = np.dtype(LinearCall)
+
+
+def _make_enter_linear() -> Any:
+    stamp = source_stamp()
+
+    @numba.njit(nogil=True, error_model="numpy", cache=True)
+    def enter_linear(
+        calls: Any,
+        blob: Any,
+        x: Any,
+        out: Any,
+        blocks: Any,
+        scratch: int,
+        body: int,
+        parallel: int,
+        num_threads: int,
+    ) -> bool:
+        """Complete a call and run it; False, and nothing done, where x or out do not fit it."""
+        _ = stamp
+        call = calls[0]
+        num_tokens = x.shape[0]
+        fits = x.shape[1] == call.num_columns and x.strides[1] == x.itemsize and x.strides[0] >= 0
+        fits = fits and out.shape[0] == num_tokens and out.shape[1] == call.num_rows
+        if not (fits and out.strides[1] == 4 and out.strides[0] >= 0):
+            return False
+        start = blob.ctypes.data
+        call.panels = start
+        call.scales = start + call.scales_at
+        call.zeros = start + call.zeros_at
+        call.counters_at = calls.ctypes.data
+        call.x = x.ctypes.data
+        call.x_stride = x.strides[0] // x.itemsize
+        call.out = out.ctypes.data
+        call.out_stride = out.strides[0] // 4
+        call.blocks = blocks.ctypes.data
+        call.num_blocks = blocks.shape[0]
+        call.num_tokens = num_tokens
+        call.x_blocks = scratch
+        call.x_scales = scratch + num_tokens * call.token_bytes
+        call.tail = call.x_scales + num_tokens * call.token_scale_bytes
+        if parallel != 0 or num_threads == 1:
+            call_on_threads(parallel, body, call.counters_at, num_threads)
+        return True
+
+    return enter_linear
+
+
+# Takes a tenth of the time of ctypes: arrays cost it 0.1 us each instead of 1.
+enter_linear = _make_enter_linear()
 
 
 @numba.njit(nogil=True, error_model="numpy", inline="always")

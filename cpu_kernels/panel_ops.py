@@ -1,10 +1,10 @@
-"""Steps of a product with a panel of 16 weight rows, as numba values that stay in registers.
+"""Steps of a product with panels of 16 weight rows, as numba values that stay in registers.
 
-`words` are the 64 bytes of one step of a panel: lane l belongs to row l. `column` is one weight of
-each row in float32. `sums` holds a running sum of 16 rows for every token of a block, several times
-over where few tokens would wait for the latency of one chain of additions (`ways`). All are 16
-lanes wide whatever the machine: LLVM makes two or four registers of one where they are narrower.
-Addresses are plain numbers of bytes.
+A step is 64 bytes of a panel, whose 32-bit lane l belongs to row l. Every operation works on some
+neighbouring panels at once: a product of few tokens reads memory as fast as it can only in as many
+streams as the processor likes (microkernels.py). Vectors are 16 lanes wide whatever the machine:
+LLVM makes two or four registers of one where they are narrower. Addresses are plain numbers of
+bytes.
 """
 
 from __future__ import annotations
@@ -63,36 +63,34 @@ def _operation_of_literals(definition: Callable[..., Any]) -> Callable[..., Any]
     return made
 
 
-class _Register(types.Type):
-    pass
-
-
 class SumsType(types.Type):
-    """Running sums: `tokens` x `ways` vectors of 16 lanes, float32 or int32."""
+    """Running sums of 16 lanes, float32 or int32, for every token of `panels` panels.
 
-    def __init__(self, kind: str, tokens: int, ways: int) -> None:
-        super().__init__(f"{kind}_sums_{tokens}x{ways}")
+    Each is kept `ways` times over, and added up when it is stored.
+    """
+
+    def __init__(self, kind: str, tokens: int, panels: int, ways: int) -> None:
+        super().__init__(f"{kind}_sums_{tokens}x{panels}x{ways}")
         self.kind = kind
         self.tokens = tokens
+        self.panels = panels
         self.ways = ways
 
+    @property
+    def count(self) -> int:
+        """Vectors of 16 lanes."""
+        return self.tokens * self.panels * self.ways
 
-words_type = _Register("panel_words")
-column_type = _Register("panel_column")
-
-
-@register_model(_Register)
-class _RegisterModel(models.PrimitiveModel):
-    def __init__(self, manager: Any, numba_type: Any) -> None:
-        llvm_type = _WORDS if numba_type == words_type else _COLUMN
-        super().__init__(manager, numba_type, llvm_type)  # type: ignore[no-untyped-call]
+    def index(self, panel: int, way: int, token: int) -> int:
+        """Place of a vector."""
+        return (panel * self.ways + way % self.ways) * self.tokens + token
 
 
 @register_model(SumsType)
 class _SumsModel(models.PrimitiveModel):
     def __init__(self, manager: Any, numba_type: SumsType) -> None:
         lane = _COLUMN if numba_type.kind == "float" else _WORDS
-        array = ir.ArrayType(lane, numba_type.tokens * numba_type.ways)
+        array = ir.ArrayType(lane, numba_type.count)
         super().__init__(manager, numba_type, array)  # type: ignore[no-untyped-call]
 
 
@@ -144,210 +142,244 @@ def _rounded_to_bfloat16(builder: Any, value: Any) -> Any:
     return builder.trunc(builder.select(is_nan, quiet, rounded), shorts)
 
 
-@_operation
-def load_words(_: Any, address: Any) -> Any:
-    """Read one step of a panel."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.load(_pointer(builder, arguments[0], _WORDS), align=16)
-
-    return words_type(types.intp), generate
+# How one 64-byte step of a panel is widened: what `add_steps` multiplies.
+FLOAT32, BFLOAT16, BFLOAT16_PAIRS, INT8, INT4 = 0, 1, 2, 3, 4
 
 
-@_operation
-def low_nibbles(_: Any, words: Any) -> Any:
-    """The low four bits of every byte."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.and_(arguments[0], _all_lanes(_WORDS, 0x0F0F0F0F))
-
-    return words_type(words_type), generate
+def _load_words(builder: Any, address: Any) -> Any:
+    return builder.load(_pointer(builder, address, _WORDS), align=16)
 
 
-@_operation
-def high_nibbles(_: Any, words: Any) -> Any:
-    """The high four bits of every byte."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        shifted = builder.lshr(arguments[0], _all_lanes(_WORDS, 4))
-        return builder.and_(shifted, _all_lanes(_WORDS, 0x0F0F0F0F))
-
-    return words_type(words_type), generate
+def _prefetch(builder: Any, address: Any) -> None:
+    # read, keep in every cache level, data
+    flags = [ir.Constant(_I32, flag) for flag in (0, 3, 1)]
+    pointer = _pointer(builder, address, _I8)
+    _call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, *flags])
 
 
-@_operation
-def as_column(_: Any, words: Any) -> Any:
-    """Words that are float32."""
+def _float_columns(builder: Any, kind: int, words: Any) -> list[Any]:
+    """The weights of a step of a format without scales, column by column."""
+    if kind == FLOAT32:
+        return [builder.bitcast(words, _COLUMN)]
+    halves = (
+        builder.shl(words, _all_lanes(_WORDS, 16)),
+        builder.and_(words, _all_lanes(_WORDS, 0xFFFF0000)),
+    )
+    return [builder.bitcast(half, _COLUMN) for half in halves]
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], _COLUMN)
 
-    return column_type(words_type), generate
+def _coded_columns(builder: Any, kind: int, words: Any, scale: Any, offset: Any) -> list[Any]:
+    """scale * code + offset, column by column: byte by byte, or first the low halves of bytes."""
+    shifts = (0, 8, 16, 24) if kind == INT8 else (0, 8, 16, 24, 4, 12, 20, 28)
+    bits = 8 if kind == INT8 else 4
+    columns = []
+    for shift in shifts:
+        codes = builder.lshr(words, _all_lanes(_WORDS, shift))
+        if shift + bits < 32:
+            codes = builder.and_(codes, _all_lanes(_WORDS, (1 << bits) - 1))
+        columns.append(_multiply_add(builder, builder.sitofp(codes, _COLUMN), scale, offset))
+    return columns
 
 
-@_operation_of_literals
-def bfloat16_column(_: Any, words: Any, half: Any) -> Any:
-    """Widen the first (0) or the second (1) bfloat16 of every word."""
-    is_first = half.literal_value == 0
+def _add_column(builder: Any, value: Any, first: int, tokens: int, column: Any, x: Any) -> Any:
+    """Add column * x[token] to the vectors from `first` on; x is float32 at an address."""
+    for token in range(tokens):
+        x_token = _broadcast(builder, _offset(builder, x, 4 * token), _F32, _COLUMN)
+        before = builder.extract_value(value, first + token)
+        after = _multiply_add(builder, column, x_token, before)
+        value = builder.insert_value(value, after, first + token)
+    return value
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        if is_first:
-            bits = builder.shl(arguments[0], _all_lanes(_WORDS, 16))
-        else:
-            bits = builder.and_(arguments[0], _all_lanes(_WORDS, 0xFFFF0000))
-        return builder.bitcast(bits, _COLUMN)
 
-    return column_type(words_type, half), generate
+def _zeros(sums: SumsType) -> Any:
+    lane, zero = (_COLUMN, 0.0) if sums.kind == "float" else (_WORDS, 0)
+    return ir.Constant(ir.ArrayType(lane, sums.count), [[zero] * PANEL_ROWS] * sums.count)
 
 
 @_operation_of_literals
-def code_column(_: Any, words: Any, shift: Any, bits: Any, scale: Any, offset: Any) -> Any:
-    """scale * (the `bits`-wide code at bit `shift` of every word) + offset."""
-    mask = (1 << bits.literal_value) - 1
-    at = shift.literal_value
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        codes = builder.lshr(arguments[0], _all_lanes(_WORDS, at))
-        if at + bits.literal_value < 32:
-            codes = builder.and_(codes, _all_lanes(_WORDS, mask))
-        return _multiply_add(builder, builder.sitofp(codes, _COLUMN), arguments[3], arguments[4])
-
-    return column_type(words_type, shift, bits, column_type, column_type), generate
-
-
-@_operation
-def load_scales(_: Any, address: Any) -> Any:
-    """Read the 16 bfloat16 scales of a group."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        stored = builder.load(_pointer(builder, arguments[0], _HALF_WORDS), align=2)
-        bits = builder.shl(builder.zext(stored, _WORDS), _all_lanes(_WORDS, 16))
-        return builder.bitcast(bits, _COLUMN)
-
-    return column_type(types.intp), generate
-
-
-@_operation
-def load_zeros(_: Any, address: Any) -> Any:
-    """Read the 16 zero points of a group, one byte each."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        sixteen = ir.VectorType(_I8, PANEL_ROWS)
-        stored = builder.load(_pointer(builder, arguments[0], sixteen), align=1)
-        return builder.zext(stored, _WORDS)
-
-    return words_type(types.intp), generate
-
-
-@_operation_of_literals
-def same_words(_: Any, value: Any) -> Any:
-    """One constant in every lane."""
-    constant = value.literal_value
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return _all_lanes(_WORDS, constant)
-
-    return words_type(value), generate
-
-
-@_operation
-def offset_of_zeros(_: Any, zeros: Any, scales: Any) -> Any:
-    """Return -zero * scale: what turns scale * code into scale * (code - zero)."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        zeros = builder.sitofp(arguments[0], _COLUMN)
-        negated = builder.fsub(_all_lanes(_COLUMN, 0.0), zeros)
-        return builder.fmul(negated, arguments[1])
-
-    return column_type(words_type, column_type), generate
-
-
-@_operation_of_literals
-def zero_sums(_: Any, tokens: Any, ways: Any) -> Any:
+def zero_sums(_: Any, tokens: Any, panels: Any, ways: Any) -> Any:
     """Float32 sums of nothing."""
-    result = SumsType("float", tokens.literal_value, ways.literal_value)
+    result = SumsType("float", tokens.literal_value, panels.literal_value, ways.literal_value)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        array = ir.ArrayType(_COLUMN, result.tokens * result.ways)
-        return ir.Constant(array, [[0.0] * PANEL_ROWS] * array.count)
+        return _zeros(result)
 
-    return result(tokens, ways), generate
+    return result(tokens, panels, ways), generate
 
 
 @_operation_of_literals
-def add_column(_: Any, sums: Any, way: Any, column: Any, x: Any) -> Any:
-    """sums[way][token] += column * x[token], x being float32 at an address."""
-    first = way.literal_value % sums.ways * sums.tokens
+def add_steps(
+    _: Any, sums: Any, kind: Any, steps: Any, at: Any, panel_bytes: Any, ahead: Any, x: Any
+) -> Any:
+    """Add the products of some steps of every panel, of a format without scales.
+
+    The first panel's step is at address `at`, the next panel's `panel_bytes` on; what lies `ahead`
+    bytes on is asked for already, if that is not 0.
+    """
+    what, num_steps = kind.literal_value, steps.literal_value
+    num_ahead = ahead.literal_value
+    pairs = what == BFLOAT16_PAIRS
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        value, _, column, address = arguments
-        for token in range(sums.tokens):
-            x = _broadcast(builder, _offset(builder, address, 4 * token), _F32, _COLUMN)
-            before = builder.extract_value(value, first + token)
-            after = _multiply_add(builder, column, x, before)
-            value = builder.insert_value(value, after, first + token)
+        value, _, _, start, stride, _, x = arguments
+        for panel in range(sums.panels):
+            way, x_at = 0, x
+            for step in range(num_steps):
+                at = _offset(builder, start, WORD_BYTES * step)
+                if num_ahead:
+                    _prefetch(builder, _offset(builder, at, num_ahead))
+                words = _load_words(builder, at)
+                if pairs:
+                    first = sums.index(panel, way, 0)
+                    value = _add_pairs(builder, value, first, sums.tokens, words, x_at)
+                    x_at, way = _offset(builder, x_at, 4 * sums.tokens), way + 1
+                    continue
+                for column in _float_columns(builder, what, words):
+                    first = sums.index(panel, way, 0)
+                    value = _add_column(builder, value, first, sums.tokens, column, x_at)
+                    x_at, way = _offset(builder, x_at, 4 * sums.tokens), way + 1
+            start = builder.add(start, stride)
         return value
 
-    return sums(sums, way, column_type, types.intp), generate
+    signature = sums(sums, kind, steps, types.intp, types.intp, ahead, types.intp)
+    return signature, generate
+
+
+def _add_pairs(builder: Any, value: Any, first: int, tokens: int, words: Any, x: Any) -> Any:
+    """Add the two bfloat16 products of every word."""
+    for token in range(tokens):
+        x_token = _broadcast(builder, _offset(builder, x, 4 * token), _I32, _WORDS)
+        before = builder.extract_value(value, first + token)
+        after = _call(
+            builder,
+            "llvm.x86.avx512bf16.dpbf16ps.512",
+            _COLUMN,
+            [before, builder.bitcast(words, _BFLOATS), builder.bitcast(x_token, _BFLOATS)],
+        )
+        value = builder.insert_value(value, after, first + token)
+    return value
+
+
+def _load_scales(builder: Any, address: Any) -> Any:
+    stored = builder.load(_pointer(builder, address, _HALF_WORDS), align=2)
+    bits = builder.shl(builder.zext(stored, _WORDS), _all_lanes(_WORDS, 16))
+    return builder.bitcast(bits, _COLUMN)
+
+
+def _load_zeros(builder: Any, address: Any, zero_code: int) -> Any:
+    """Zero points of 16 rows: one for all, or from memory where `zero_code` is 0."""
+    if zero_code:
+        return _all_lanes(_WORDS, zero_code)
+    sixteen = ir.VectorType(_I8, PANEL_ROWS)
+    return builder.zext(builder.load(_pointer(builder, address, sixteen), align=1), _WORDS)
 
 
 @_operation_of_literals
-def add_bfloat16_pairs(_: Any, sums: Any, way: Any, words: Any, x: Any) -> Any:
-    """sums[way][token] += the two bfloat16 products of every word, x interleaved by token."""
-    first = way.literal_value % sums.ways * sums.tokens
+def add_scaled_steps(
+    _: Any,
+    sums: Any,
+    kind: Any,
+    zero_code: Any,
+    at: Any,
+    panel_bytes: Any,
+    scales: Any,
+    zeros: Any,
+    num_groups: Any,
+    x: Any,
+) -> Any:
+    """Add the products of one step of every panel, of a format with scales, widened to float32."""
+    what, code = kind.literal_value, zero_code.literal_value
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        value, _, words, address = arguments
-        for token in range(sums.tokens):
-            x = _broadcast(builder, _offset(builder, address, 4 * token), _I32, _WORDS)
-            before = builder.extract_value(value, first + token)
-            after = _call(
-                builder,
-                "llvm.x86.avx512bf16.dpbf16ps.512",
-                _COLUMN,
-                [before, builder.bitcast(words, _BFLOATS), builder.bitcast(x, _BFLOATS)],
-            )
-            value = builder.insert_value(value, after, first + token)
+        value, _, _, at, stride, scales, zeros, num_groups, x = arguments
+        for panel in range(sums.panels):
+            scale = _load_scales(builder, scales)
+            zero = builder.sitofp(_load_zeros(builder, zeros, code), _COLUMN)
+            offset = builder.fmul(builder.fsub(_all_lanes(_COLUMN, 0.0), zero), scale)
+            x_at = x
+            words = _load_words(builder, at)
+            columns = _coded_columns(builder, what, words, scale, offset)
+            for way, column in enumerate(columns):
+                first = sums.index(panel, way, 0)
+                value = _add_column(builder, value, first, sums.tokens, column, x_at)
+                x_at = _offset(builder, x_at, 4 * sums.tokens)
+            at = builder.add(at, stride)
+            scales = builder.add(scales, builder.mul(num_groups, ir.Constant(_I64, 32)))
+            zeros = builder.add(zeros, builder.mul(num_groups, ir.Constant(_I64, 16)))
         return value
 
-    return sums(sums, way, words_type, types.intp), generate
+    signature = sums(sums, kind, zero_code, *[types.intp] * 6)
+    return signature, generate
 
 
 @_operation_of_literals
-def start_int_sums(_: Any, tokens: Any, ways: Any, zeros: Any, x_sums: Any) -> Any:
+def start_int_sums(
+    _: Any,
+    tokens: Any,
+    panels: Any,
+    ways: Any,
+    zero_code: Any,
+    zeros: Any,
+    num_groups: Any,
+    x_sums: Any,
+) -> Any:
     """Int32 sums that begin at -zero * (sum of the group's x): codes then count from their zero."""
-    result = SumsType("int", tokens.literal_value, ways.literal_value)
+    result = SumsType("int", tokens.literal_value, panels.literal_value, ways.literal_value)
+    code = zero_code.literal_value
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        _, _, zeros, address = arguments
-        nothing = _all_lanes(_WORDS, 0)
-        value = ir.Constant(ir.ArrayType(_WORDS, result.tokens * result.ways), ir.Undefined)
-        for index in range(result.tokens * result.ways):
-            start = nothing
-            if index < result.tokens:
-                sums = _broadcast(builder, _offset(builder, address, 4 * index), _I32, _WORDS)
-                start = builder.sub(nothing, builder.mul(sums, zeros))
-            value = builder.insert_value(value, start, index)
+        _, _, _, _, zeros, num_groups, x_sums = arguments
+        value = _zeros(result)
+        for panel in range(result.panels):
+            zero = _load_zeros(builder, zeros, code)
+            for token in range(result.tokens):
+                address = _offset(builder, x_sums, 4 * token)
+                sums = _broadcast(builder, address, _I32, _WORDS)
+                start = builder.sub(_all_lanes(_WORDS, 0), builder.mul(sums, zero))
+                value = builder.insert_value(value, start, result.index(panel, 0, token))
+            zeros = builder.add(zeros, builder.mul(num_groups, ir.Constant(_I64, 16)))
         return value
 
-    return result(tokens, ways, words_type, types.intp), generate
+    signature = result(tokens, panels, ways, zero_code, *[types.intp] * 3)
+    return signature, generate
 
 
 @_operation_of_literals
-def add_byte_products(_: Any, sums: Any, way: Any, words: Any, x: Any) -> Any:
-    """sums[way][token] += the four products of unsigned weight bytes and signed x bytes."""
-    first = way.literal_value % sums.ways * sums.tokens
+def add_byte_steps(
+    _: Any, sums: Any, kind: Any, steps: Any, at: Any, panel_bytes: Any, ahead: Any, x: Any
+) -> Any:
+    """Add the products of some steps of every panel, of int8 or int4 codes and int8 x."""
+    is_int4, num_steps = kind.literal_value == INT4, steps.literal_value
+    num_ahead = ahead.literal_value
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        value, _, words, address = arguments
-        for token in range(sums.tokens):
-            x = _broadcast(builder, _offset(builder, address, 4 * token), _I32, _WORDS)
-            before = builder.extract_value(value, first + token)
-            after = _add_four_products(builder, before, words, x)
-            value = builder.insert_value(value, after, first + token)
+        value, _, _, start, stride, _, x = arguments
+        nibbles = _all_lanes(_WORDS, 0x0F0F0F0F)
+        for panel in range(sums.panels):
+            way, x_at = 0, x
+            for step in range(num_steps):
+                at = _offset(builder, start, WORD_BYTES * step)
+                if num_ahead:
+                    _prefetch(builder, _offset(builder, at, num_ahead))
+                words = _load_words(builder, at)
+                parts = [words]
+                if is_int4:
+                    high = builder.lshr(words, _all_lanes(_WORDS, 4))
+                    parts = [builder.and_(words, nibbles), builder.and_(high, nibbles)]
+                for part in parts:
+                    for token in range(sums.tokens):
+                        address = _offset(builder, x_at, 4 * token)
+                        x_token = _broadcast(builder, address, _I32, _WORDS)
+                        index = sums.index(panel, way, token)
+                        before = builder.extract_value(value, index)
+                        after = _add_four_products(builder, before, part, x_token)
+                        value = builder.insert_value(value, after, index)
+                    x_at, way = _offset(builder, x_at, 4 * sums.tokens), way + 1
+            start = builder.add(start, stride)
         return value
 
-    return sums(sums, way, words_type, types.intp), generate
+    signature = sums(sums, kind, steps, types.intp, types.intp, ahead, types.intp)
+    return signature, generate
 
 
 # From LLVM 22 on the operands are bytes; before, they were words.
@@ -397,37 +429,43 @@ def _pair_products(builder: Any, x: Any, y: Any) -> Any:
 
 
 @_operation
-def fold_group(_: Any, totals: Any, sums: Any, scales: Any, x_scales: Any) -> Any:
-    """totals[token] += scale of the row * scale of x[token] * sums[token]."""
+def fold_group(_: Any, totals: Any, sums: Any, scales: Any, num_groups: Any, x_scales: Any) -> Any:
+    """totals[panel][token] += scale of the row * scale of x[token] * sums[panel][token]."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        value, group, scales, address = arguments
-        for token in range(totals.tokens):
-            total = builder.extract_value(group, token)
-            for way in range(1, sums.ways):
-                part = builder.extract_value(group, way * sums.tokens + token)
-                total = builder.add(total, part)
-            x_scale = _broadcast(builder, _offset(builder, address, 4 * token), _F32, _COLUMN)
-            before = builder.extract_value(value, token)
-            factor = builder.fmul(scales, x_scale)
-            after = _multiply_add(builder, builder.sitofp(total, _COLUMN), factor, before)
-            value = builder.insert_value(value, after, token)
+        value, group, scales, num_groups, x_scales = arguments
+        for panel in range(sums.panels):
+            scale = _load_scales(builder, scales)
+            for token in range(sums.tokens):
+                total = builder.extract_value(group, sums.index(panel, 0, token))
+                for way in range(1, sums.ways):
+                    part = builder.extract_value(group, sums.index(panel, way, token))
+                    total = builder.add(total, part)
+                address = _offset(builder, x_scales, 4 * token)
+                factor = builder.fmul(scale, _broadcast(builder, address, _F32, _COLUMN))
+                before = builder.extract_value(value, totals.index(panel, 0, token))
+                after = _multiply_add(builder, builder.sitofp(total, _COLUMN), factor, before)
+                value = builder.insert_value(value, after, totals.index(panel, 0, token))
+            scales = builder.add(scales, builder.mul(num_groups, ir.Constant(_I64, 32)))
         return value
 
-    return totals(totals, sums, column_type, types.intp), generate
+    return totals(totals, sums, types.intp, types.intp, types.intp), generate
 
 
 @_operation
 def store_sums(_: Any, address: Any, stride: Any, sums: Any) -> Any:
-    """Write the 16 sums of token t at address + t * stride bytes."""
+    """Write token t's 16 sums of panel p at address + t * stride + p * 64 bytes."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         address, stride, value = arguments
         for token in range(sums.tokens):
-            total = builder.extract_value(value, token)
-            for way in range(1, sums.ways):
-                total = builder.fadd(total, builder.extract_value(value, way * sums.tokens + token))
-            builder.store(total, _pointer(builder, address, _COLUMN), align=4)
+            for panel in range(sums.panels):
+                total = builder.extract_value(value, sums.index(panel, 0, token))
+                for way in range(1, sums.ways):
+                    part = builder.extract_value(value, sums.index(panel, way, token))
+                    total = builder.fadd(total, part)
+                place = _offset(builder, address, WORD_BYTES * panel)
+                builder.store(total, _pointer(builder, place, _COLUMN), align=4)
             address = builder.add(address, stride)
         return context.get_dummy_value()
 
@@ -511,6 +549,31 @@ def nearest_integers(_: Any, vector: Any) -> Any:
     return vector(vector), generate
 
 
+@_operation
+def xor_of_words(_: Any, address: Any, count: Any) -> Any:
+    """Read `count` times 256 bytes in four chains and return a number made of all of them."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address, count = arguments
+        chains = [cgutils.alloca_once(builder, _WORDS) for _ in range(4)]  # type: ignore[no-untyped-call]
+        for chain in chains:
+            builder.store(_all_lanes(_WORDS, 0), chain)
+        with cgutils.for_range(builder, count) as loop:
+            start = builder.add(address, builder.mul(loop.index, ir.Constant(_I64, 256)))
+            for index, chain in enumerate(chains):
+                words = _load_words(builder, _offset(builder, start, WORD_BYTES * index))
+                builder.store(builder.xor(builder.load(chain), words), chain)
+        total = builder.load(chains[0])
+        for chain in chains[1:]:
+            total = builder.xor(total, builder.load(chain))
+        found = ir.Constant(_I32, 0)
+        for lane in range(PANEL_ROWS):
+            found = builder.xor(found, builder.extract_element(total, ir.Constant(_I32, lane)))
+        return builder.sext(found, _I64)
+
+    return types.int64(types.intp, types.intp), generate
+
+
 # Work shared by threads: counters in memory, kernels behind addresses.
 
 
@@ -582,3 +645,26 @@ def call_kernel(
         return context.get_dummy_value()
 
     return types.none(*[types.intp] * 11), generate
+
+
+@_operation
+def call_on_threads(_: Any, parallel: Any, body: Any, argument: Any, num_threads: Any) -> Any:
+    """Run `void body(void *)` on threads by the address of GOMP_parallel; on one, just call it."""
+    pointer = _I8.as_pointer()
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        parallel, body, argument, num_threads = arguments
+        body_type = ir.FunctionType(ir.VoidType(), [pointer])
+        start_type = ir.FunctionType(ir.VoidType(), [pointer, pointer, _I32, _I32])
+        data = builder.inttoptr(argument, pointer)
+        is_alone = builder.icmp_signed("==", num_threads, ir.Constant(_I64, 1))
+        with builder.if_else(is_alone) as (then, otherwise):
+            with then:
+                builder.call(_pointer(builder, body, body_type), [data])
+            with otherwise:
+                count = builder.trunc(num_threads, _I32)
+                operands = [builder.inttoptr(body, pointer), data, count, ir.Constant(_I32, 0)]
+                builder.call(_pointer(builder, parallel, start_type), operands)
+        return context.get_dummy_value()
+
+    return types.none(types.intp, types.intp, types.intp, types.intp), generate

@@ -159,6 +159,13 @@ def openmp_parallel() -> Callable[[int, int, int, int], None] | None:
     return None
 
 
+@cache
+def openmp_address() -> int:
+    """Return the address of GOMP_parallel for compiled code, 0 where there is no OpenMP."""
+    function = openmp_parallel()
+    return 0 if function is None else ctypes.cast(function, ctypes.c_void_p).value or 0  # type: ignore[arg-type]
+
+
 def cgroup_quota_cores(root: Path, of_process: Path) -> float | None:
     """Return the CPU quota in cores of a process's cgroup (v1 or v2), None where unlimited."""
     limits = []

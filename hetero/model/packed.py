@@ -23,6 +23,7 @@ from planner.model_spec import ModelSpec, Module
 # Reads a tensor of the checkpoint, in the format it is stored in: float32, float16, or the bits of
 # bfloat16 as uint16.
 ReadTensor = Callable[[TensorSlot], NDArray[Any]]
+_LINE_BYTES = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,8 +138,10 @@ def _as_float32(stored: NDArray[Any]) -> NDArray[np.float32]:
 
 
 def _empty(num_bytes: int) -> NDArray[np.uint8]:
-    """Memory aligned to cache lines, as torch allocates it."""
-    return torch.empty(num_bytes, dtype=torch.uint8).numpy()
+    """Memory that begins at a cache line; numpy asks for huge pages for it, torch does not."""
+    spare = np.empty(num_bytes + _LINE_BYTES, np.uint8)
+    start = -spare.ctypes.data % _LINE_BYTES
+    return spare[start : start + num_bytes]
 
 
 def embedding_rows(matrix: PackedMatrix, token_ids_T: Tensor) -> Tensor:

@@ -359,7 +359,7 @@ def machine_code(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bo
     """How often each instruction stands in each kernel's code for a processor with AMX."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
         pytest.skip("the processor to compile for is not of this machine's kind")
-    features = Isa(level="amx", highest="amx").llvm_features
+    features = Isa(level="amx", highest="amx", vendor="intel").llvm_features
     environment = os.environ | {
         "NUMBA_CPU_NAME": "sapphirerapids",
         "NUMBA_CPU_FEATURES": features,
@@ -501,7 +501,7 @@ def test_compiled_kernels_multiply(kind: AmxFormat, has_zeros: bool) -> None:
 
 def test_lowered_isa_turns_tiles_off(monkeypatch: pytest.MonkeyPatch) -> None:
     """Below `amx` on the ladder no permission is asked for and no kernel is given out."""
-    monkeypatch.setattr(amx, "isa", lambda: Isa(level="avx512-bf16", highest="amx"))
+    monkeypatch.setattr(amx, "isa", lambda: Isa(level="avx512-bf16", highest="amx", vendor="intel"))
     monkeypatch.setattr(amx, "request_permission", lambda: pytest.fail("asked for permission"))
 
     assert not amx.is_available()
@@ -511,7 +511,7 @@ def test_lowered_isa_turns_tiles_off(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_refused_permission_turns_tiles_off(monkeypatch: pytest.MonkeyPatch) -> None:
     """A processor with tiles is not enough."""
-    monkeypatch.setattr(amx, "isa", lambda: Isa(level="amx", highest="amx"))
+    monkeypatch.setattr(amx, "isa", lambda: Isa(level="amx", highest="amx", vendor="intel"))
     monkeypatch.setattr(amx, "request_permission", lambda: False)
 
     assert not amx.is_available()
