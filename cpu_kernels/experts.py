@@ -90,7 +90,7 @@ def run_experts(
     compute: Compute,
     num_threads: int,
     scratch: Scratch,
-    out: NDArray[Any],
+    out: NDArray[np.float32],
 ) -> None:
     """Write the sum over each token's choices of weight * down(silu(gate(x)) * up(x)).
 
@@ -115,7 +115,7 @@ def run_experts(
     scratch
         Memory of the caller; one call at a time.
     out
-        (T, D) contiguous, of x's format, written entirely.
+        (T, D) contiguous, written entirely.
 
     Raises
     ------
@@ -135,7 +135,7 @@ def run_experts(
     >>> round(float(out[0, 0]), 4)  # silu(2) * 2
     3.5232
     """
-    is_plain = x.dtype in _X_DTYPES and x.ndim == 2 and out.dtype == x.dtype and out.ndim == 2
+    is_plain = x.dtype in _X_DTYPES and x.ndim == 2 and out.dtype == _FLOAT32 and out.ndim == 2
     is_plain = is_plain and out.flags.c_contiguous and compute in computes(experts.weight_format)
     for array, dtype in ((ids, _INT64), (weights, _FLOAT32)):
         is_plain = is_plain and array.dtype == dtype and array.ndim == 2
@@ -158,7 +158,7 @@ def _run(
     compute: Compute,
     num_threads: int,
     scratch: Scratch,
-    out: NDArray[Any],
+    out: NDArray[np.float32],
 ) -> bool:
     shape = _shape(
         experts.weight_format,
@@ -243,7 +243,7 @@ def _refuse(
     weights: NDArray[np.float32],
     compute: Compute,
     num_threads: int,
-    out: NDArray[Any],
+    out: NDArray[np.float32],
 ) -> NoReturn:
     """Say what does not fit."""
     num_tokens, hidden = x.shape[0], experts.hidden
@@ -260,7 +260,7 @@ def _refuse(
     for name, array, dtype, shape in (
         ("ids", ids, np.dtype(np.int64), (num_tokens, ids.shape[-1])),
         ("weights", weights, np.dtype(np.float32), ids.shape),
-        ("out", out, x.dtype, x.shape),
+        ("out", out, np.dtype(np.float32), x.shape),
     ):
         if array.dtype != dtype or array.shape != shape or not array.flags.c_contiguous:
             raise ValueError(

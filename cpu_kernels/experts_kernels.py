@@ -120,7 +120,7 @@ _COMPILING = threading.Lock()
 
 
 def experts_address(x_is_bfloat16: bool) -> int:
-    """Return the address of `void experts(ExpertsCall *)` for a format of x and of the output."""
+    """Return the address of `void experts(ExpertsCall *)` for a format of x."""
     with _COMPILING:
         return int(_compiled_experts(x_is_bfloat16).address)
 
@@ -143,7 +143,7 @@ def _compiled_experts(x_is_bfloat16: bool) -> Any:
             call,
             pointer_at(call.x, x_type),
             pointer_at(call.weights, np.float32),
-            pointer_at(call.out, x_type),
+            pointer_at(call.out, np.float32),
             pointer_at(call.order, np.int64),
             pointer_at(call.places, np.int64),
             pointer_at(call.blocks, np.int64),

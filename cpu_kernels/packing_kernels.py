@@ -252,12 +252,9 @@ def _pack_row(
     elif call.matrix_kind == BFLOAT16:
         _widen(pointer_at(call.matrix, np.uint16), at, filled, values, count)
     else:
-        _widen_float16(pointer_at(call.matrix, np.int16), at, filled, values_at, count)
+        _widen(pointer_at(call.matrix, np.int16), at, filled, values, count)
     if kind == BFLOAT16:
-        padded = count + count % 2
-        _round_to_bfloat16(
-            pointer_at(values_at, np.int32), padded, pointer_at(words_at, np.uint16), 0
-        )
+        _round_to(pointer_at(words_at, np.uint16), 0, values, count + count % 2)
     elif kind != FLOAT32:
         codes_at = words_at if kind == INT8 else scratch + _CODES_AT
         for column in range(0, count, call.group_size):
@@ -296,34 +293,13 @@ def _widen(source: Any, at: int, filled: int, values: Any, count: int) -> None:
 
 
 @numba.njit(nogil=True, error_model="numpy")
-def _widen_float16(source: Any, at: int, filled: int, values_at: int, count: int) -> None:
-    """Do the same in integers: LLVM's own way needs F16C or a library that is not there."""
-    values, bits = pointer_at(values_at, np.float32), pointer_at(values_at, np.int32)
-    for i in range(filled):
-        stored = np.int32(source[at + i])
-        exponent = np.int32(stored & 0x7C00)
-        # the exponent's bias grows by 112; infinity's goes from 31 to 255, a denormal's from 0 to
-        # 113, which adds 2**-14
-        bias = np.int32(224 if exponent == 0x7C00 else 113 if exponent == 0 else 112)
-        bits[i] = np.int32(np.int32(np.int32(stored & 0x7FFF) << 13) + np.int32(bias << 23))
-    for i in range(filled):
-        stored = np.int32(source[at + i])
-        implied = np.float32(2.0**-14) if np.int32(stored & 0x7C00) == 0 else np.float32(0.0)
-        magnitude = values[i] - implied
-        values[i] = -magnitude if stored < 0 else magnitude
-    for i in range(filled, -(-count // LANES) * LANES):
-        values[i] = np.float32(0.0)
-
-
-@numba.njit(nogil=True, error_model="numpy")
-def _round_to_bfloat16(bits: Any, count: int, out: Any, out_at: int) -> None:
-    """Round as `formats.to_bfloat16_bits` does."""
-    for i in range(count):
-        value = bits[i]
-        top = np.int32(value >> 16)
-        rounded = np.int32(np.int32(value + np.int32(0x7FFF + (top & 1))) >> 16)
-        is_nan = np.int32(value & 0x7FFFFFFF) > np.int32(0x7F800000)
-        out[out_at + i] = np.uint16(np.int32(top | 0x40) if is_nan else rounded)
+def _round_to(matrix: Any, at: int, values: Any, count: int) -> None:
+    """Set the first `count` elements from `at` on, rounded to the matrix's format."""
+    whole = count - count % LANES
+    for i in range(0, whole, LANES):
+        store(matrix, at + i, load(values, i))
+    if whole < count:
+        store_first(matrix, at + whole, count - whole, load(values, whole))
 
 
 @numba.njit(nogil=True, error_model="numpy")
@@ -438,13 +414,9 @@ def _unpack_row(call: Any, scratch: int, panel: int, lane: int, first: int, coun
                 (panel * call.num_groups + group) * PANEL_ROWS + lane,
             )
     if call.matrix_kind == BFLOAT16:
-        _round_to_bfloat16(
-            pointer_at(values_at, np.int32), count, pointer_at(call.matrix, np.uint16), at
-        )
+        _round_to(pointer_at(call.matrix, np.uint16), at, values, count)
     else:
-        matrix = pointer_at(call.matrix, np.float32)
-        for i in range(0, count, LANES):
-            store_first(matrix, at + i, count - i, load(values, i))
+        _round_to(pointer_at(call.matrix, np.float32), at, values, count)
 
 
 @numba.njit(nogil=True, error_model="numpy")

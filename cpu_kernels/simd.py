@@ -14,10 +14,10 @@ array in Python. Its elements are float32, uint16 (the bits of bfloat16) or int1
 from __future__ import annotations
 
 import inspect
+import platform
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import llvmlite.binding
 import numpy as np
 from llvmlite import ir
 from numba import types
@@ -27,9 +27,11 @@ from numba.extending import models, register_model
 from numpy.typing import NDArray
 
 from cpu_kernels.formats import from_bfloat16_bits, to_bfloat16_bits
+from cpu_kernels.isa import isa
 
 # A tile of 16-lane vectors fits the 32 registers of AVX-512; elsewhere it would be twice the file.
-LANES = 16 if llvmlite.binding.get_host_cpu_features().get("avx512f", False) else 8
+# Asked here, `isa` has also told numba what to compile for before any kernel on vectors is.
+LANES = 16 if isa().has("avx512") else 8
 TILE = 4
 CACHE_LINE_BYTES = 64
 
@@ -40,6 +42,12 @@ _F32 = ir.FloatType()
 _I32 = ir.IntType(32)
 _LLVM_VECTOR = ir.VectorType(_F32, LANES)
 _LLVM_BITS = ir.VectorType(_I32, LANES)
+
+# x86 without F16C: LLVM would call a library that is not there, and end the process.
+_HAS_FLOAT16 = isa().has("avx2") or platform.machine().lower() not in ("x86_64", "amd64")
+# float16 as float32 bits: exponents of the smallest normal number, 2**-14, and of 2**16, the first
+# too large one; what a float32's exponent is more than a float16's; the sign.
+_SMALLEST_NORMAL, _TOO_LARGE, _REBIAS, _SIGN = 113 << 23, 143 << 23, 112 << 23, 1 << 31
 
 
 class _VectorType(types.Type):
@@ -138,10 +146,65 @@ def _widen(builder: Any, array_type: Any, stored: Any) -> Any:
     if array_type.dtype == types.float32:
         return stored
     if array_type.dtype == types.uint16:
-        sixteen = ir.Constant(_LLVM_BITS, [16] * LANES)
-        return builder.bitcast(builder.shl(builder.zext(stored, _LLVM_BITS), sixteen), _LLVM_VECTOR)
+        return _as_floats(builder, builder.shl(builder.zext(stored, _LLVM_BITS), _bits(16)))
+    if not _HAS_FLOAT16:
+        return _widen_float16(builder, stored)
     halves = builder.bitcast(stored, ir.VectorType(ir.HalfType(), LANES))
     return builder.fpext(halves, _LLVM_VECTOR)
+
+
+def _bits(number: int) -> Any:
+    return ir.Constant(_LLVM_BITS, [number] * LANES)
+
+
+def _as_bits(builder: Any, value: Any) -> Any:
+    return builder.bitcast(value, _LLVM_BITS)
+
+
+def _as_floats(builder: Any, bits: Any) -> Any:
+    return builder.bitcast(bits, _LLVM_VECTOR)
+
+
+def _widen_float16(builder: Any, stored: Any) -> Any:
+    """Widen by moving the exponent; a denormal gets one by subtracting the 1 it does not have."""
+    wide = builder.zext(stored, _LLVM_BITS)
+    sign = builder.shl(builder.and_(wide, _bits(0x8000)), _bits(16))
+    magnitude = builder.shl(builder.and_(wide, _bits(0x7FFF)), _bits(13))
+    exponent = builder.and_(magnitude, _bits(0x7C00 << 13))
+    normal = builder.add(magnitude, _bits(_REBIAS))
+    # infinity and NaN: from the largest exponent of one format to that of the other
+    special = builder.add(normal, _bits(_REBIAS))
+    implied = _as_floats(builder, _bits(_SMALLEST_NORMAL))
+    with_one = _as_floats(builder, builder.add(magnitude, _bits(_SMALLEST_NORMAL)))
+    denormal = _as_bits(builder, builder.fsub(with_one, implied))
+    is_denormal = builder.icmp_unsigned("==", exponent, _bits(0))
+    is_special = builder.icmp_unsigned("==", exponent, _bits(0x7C00 << 13))
+    bits = builder.select(is_special, special, builder.select(is_denormal, denormal, normal))
+    return _as_floats(builder, builder.or_(bits, sign))
+
+
+def _narrow_float16(builder: Any, value: Any) -> Any:
+    """Round to nearest, ties to even, as F16C does: NaN stays quiet, 65520 becomes infinity."""
+    bits = _as_bits(builder, value)
+    sign = builder.and_(bits, _bits(_SIGN))
+    magnitude = builder.xor(bits, sign)
+    odd = builder.and_(builder.lshr(magnitude, _bits(13)), _bits(1))
+    # half of the last kept bit, less one if that bit is 0: a tie then goes to the even neighbour
+    carry = builder.add(_bits(0xFFF), odd)
+    rebiased = builder.sub(magnitude, _bits(_REBIAS))
+    normal = builder.lshr(builder.add(rebiased, carry), _bits(13))
+    # beside 1/2 the last bit of a float32 is 2**-24, as a denormal's: the addition rounds
+    half = _bits(126 << 23)
+    rounded = builder.fadd(_as_floats(builder, magnitude), _as_floats(builder, half))
+    denormal = builder.sub(_as_bits(builder, rounded), half)
+    payload = builder.and_(builder.lshr(magnitude, _bits(13)), _bits(0x3FF))
+    is_nan = builder.icmp_unsigned(">", magnitude, _bits(0x7F800000))
+    special = builder.select(is_nan, builder.or_(payload, _bits(0x7E00)), _bits(0x7C00))
+    is_denormal = builder.icmp_unsigned("<", magnitude, _bits(_SMALLEST_NORMAL))
+    is_special = builder.icmp_unsigned(">=", magnitude, _bits(_TOO_LARGE))
+    stored = builder.select(is_special, special, builder.select(is_denormal, denormal, normal))
+    stored = builder.or_(stored, builder.lshr(sign, _bits(16)))
+    return builder.trunc(stored, ir.VectorType(ir.IntType(16), LANES))
 
 
 def _widened(stored: NDArray[Any]) -> Vector:
@@ -155,17 +218,16 @@ def _narrow(builder: Any, array_type: Any, value: Any) -> Any:
         return value
     short = ir.VectorType(ir.IntType(16), LANES)
     if array_type.dtype != types.uint16:
+        if not _HAS_FLOAT16:
+            return _narrow_float16(builder, value)
         return builder.bitcast(builder.fptrunc(value, ir.VectorType(ir.HalfType(), LANES)), short)
     # the integer arithmetic of formats.to_bfloat16_bits: AVX512_BF16's instruction drops denormals
-    bits = builder.bitcast(value, _LLVM_BITS)
-    sixteen, one, half, quiet = (
-        ir.Constant(_LLVM_BITS, [number] * LANES) for number in (16, 1, 0x7FFF, 0x40)
-    )
-    top = builder.lshr(bits, sixteen)
-    carry = builder.add(half, builder.and_(top, one))
-    rounded = builder.lshr(builder.add(bits, carry), sixteen)
+    bits = _as_bits(builder, value)
+    top = builder.lshr(bits, _bits(16))
+    carry = builder.add(_bits(0x7FFF), builder.and_(top, _bits(1)))
+    rounded = builder.lshr(builder.add(bits, carry), _bits(16))
     is_nan = builder.fcmp_unordered("uno", value, value)
-    return builder.trunc(builder.select(is_nan, builder.or_(top, quiet), rounded), short)
+    return builder.trunc(builder.select(is_nan, builder.or_(top, _bits(0x40)), rounded), short)
 
 
 def _narrowed(array: NDArray[Any], value: Vector) -> NDArray[Any]:

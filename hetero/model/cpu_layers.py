@@ -41,6 +41,39 @@ class CpuKernels:
     num_threads: int
     inv_freq_F: NDArray[np.float32]
     scratch: Scratch = field(default_factory=Scratch)
+    pages: dict[int, tuple[LayerKV, NDArray[Any], NDArray[Any]]] = field(default_factory=dict)
+
+    def pages_of(self, kv: LayerKV) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Keys and values of a layer as arrays, made once: a view costs 10 us."""
+        if id(kv) not in self.pages:
+            self.pages[id(kv)] = (kv, as_array(kv.key), as_array(kv.value))
+        return self.pages[id(kv)][1:]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CpuRouting:
+    """Which experts every token chose and how much each counts; `normed_TD` is what they read."""
+
+    normed_TD: NDArray[Any]
+    expert_ids_Tk: NDArray[np.int64]
+    expert_weights_Tk: NDArray[np.float32]
+
+    @classmethod
+    def of(cls, routing: Routing) -> CpuRouting:
+        """The same of tensors."""
+        return cls(
+            normed_TD=as_array(routing.normed_TD),
+            expert_ids_Tk=routing.expert_ids_Tk.numpy(),
+            expert_weights_Tk=routing.expert_weights_Tk.float().numpy(),
+        )
+
+    def tensors(self) -> Routing:
+        """The same as tensors."""
+        return Routing(
+            normed_TD=as_tensor(self.normed_TD),
+            expert_ids_Tk=torch.from_numpy(self.expert_ids_Tk),
+            expert_weights_Tk=torch.from_numpy(self.expert_weights_Tk),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,24 +118,22 @@ def cpu_attention_step(
 
 
 def attention_layer(
-    x_TD: Tensor,
+    x_TD: NDArray[Any],
     weights: PackedModule,
     kv: LayerKV,
     step: CpuAttentionStep,
     kernels: CpuKernels,
     spec: ModelSpec,
     window: int | None,
-) -> Tensor:
+) -> NDArray[Any]:
     """x + attention of the normed x; writes the new keys and values into their pages."""
     num_tokens, num_threads = x_TD.shape[0], kernels.num_threads
-    x = bits(x_TD)
-    normed = np.empty_like(x)
-    rms_norm(x, weights.vectors["input_norm"], spec.norm_eps, normed, num_threads=num_threads)
-    qkv = product(normed, weights.matrices["qkv"], kernels)
+    normed_TD = _normed(x_TD, weights.vectors["input_norm"], spec.norm_eps, num_threads)
+    qkv = product(normed_TD, weights.matrices["qkv"], kernels)
     if "qkv_bias" in weights.vectors:
         qkv += weights.vectors["qkv_bias"]
     q_THK = np.empty((num_tokens, spec.num_heads, spec.head_dim), np.float32)
-    key_cache, value_cache = bits(kv.key), bits(kv.value)
+    key_cache, value_cache = kernels.pages_of(kv)
     prepare_qkv(
         qkv,
         step.cos_TF,
@@ -138,86 +169,79 @@ def attention_layer(
         )
         attended = out_THK.reshape(num_tokens, -1)
     y_TD = product(attended, weights.matrices["o"], kernels)
-    return _residual(x, y_TD, weights.vectors.get("o_bias"), x_TD.dtype, num_threads)
+    return _residual(x_TD, y_TD, weights.vectors.get("o_bias"), num_threads)
 
 
 def route_layer(
-    x_TD: Tensor, weights: PackedModule, kernels: CpuKernels, spec: ModelSpec, top_k: int
-) -> Routing:
+    x_TD: NDArray[Any], weights: PackedModule, kernels: CpuKernels, spec: ModelSpec, top_k: int
+) -> CpuRouting:
     """The `top_k` most probable experts of each token of the normed x."""
-    x = bits(x_TD)
-    normed = np.empty_like(x)
-    rms_norm(x, weights.vectors["norm"], spec.norm_eps, normed, num_threads=kernels.num_threads)
-    logits_TE = product(normed, weights.matrices["gate"], kernels)
-    ids_Tk = np.empty((x.shape[0], top_k), np.int64)
-    weights_Tk = np.empty((x.shape[0], top_k), np.float32)
-    route(
-        logits_TE,
-        top_k,
-        spec.norm_topk_prob,
-        ids_Tk,
-        weights_Tk,
-        num_threads=kernels.num_threads,
-    )
-    return Routing(
-        normed_TD=as_tensor(normed, x_TD.dtype),
-        expert_ids_Tk=torch.from_numpy(ids_Tk),
-        expert_weights_Tk=torch.from_numpy(weights_Tk),
-    )
+    num_tokens, num_threads = x_TD.shape[0], kernels.num_threads
+    normed_TD = _normed(x_TD, weights.vectors["norm"], spec.norm_eps, num_threads)
+    logits_TE = product(normed_TD, weights.matrices["gate"], kernels)
+    ids_Tk = np.empty((num_tokens, top_k), np.int64)
+    weights_Tk = np.empty((num_tokens, top_k), np.float32)
+    route(logits_TE, top_k, spec.norm_topk_prob, ids_Tk, weights_Tk, num_threads=num_threads)
+    return CpuRouting(normed_TD=normed_TD, expert_ids_Tk=ids_Tk, expert_weights_Tk=weights_Tk)
 
 
-def experts_layer(routing: Routing, weights: PackedModule, kernels: CpuKernels) -> Tensor:
+def experts_layer(
+    routing: CpuRouting, weights: PackedModule, kernels: CpuKernels
+) -> NDArray[np.float32]:
     """y_TD: what the chosen experts give, weighted and added in the order of choice."""
     assert weights.experts is not None
-    x = bits(routing.normed_TD)
-    out = np.empty_like(x)
+    y_TD = np.empty(routing.normed_TD.shape, np.float32)
     run_experts(
-        x,
+        routing.normed_TD,
         weights.experts,
-        routing.expert_ids_Tk.numpy(),
-        routing.expert_weights_Tk.float().numpy(),
+        routing.expert_ids_Tk,
+        routing.expert_weights_Tk,
         compute=fastest_compute(weights.experts.weight_format),
         num_threads=kernels.num_threads,
         scratch=kernels.scratch,
-        out=out,
+        out=y_TD,
     )
-    return as_tensor(out, routing.normed_TD.dtype)
+    return y_TD
+
+
+def combine(x_TD: NDArray[Any], y_TD: NDArray[np.float32], kernels: CpuKernels) -> NDArray[Any]:
+    """Add what the experts gave to the residual."""
+    return _residual(x_TD, y_TD, None, kernels.num_threads)
 
 
 def dense_layer(
-    x_TD: Tensor, weights: PackedModule, kernels: CpuKernels, spec: ModelSpec
-) -> Tensor:
+    x_TD: NDArray[Any], weights: PackedModule, kernels: CpuKernels, spec: ModelSpec
+) -> NDArray[Any]:
     """x + down(silu(gate) * up) of the normed x."""
-    x, num_threads = bits(x_TD), kernels.num_threads
-    normed = np.empty_like(x)
-    rms_norm(x, weights.vectors["norm"], spec.norm_eps, normed, num_threads=num_threads)
+    num_tokens, num_threads = x_TD.shape[0], kernels.num_threads
+    normed_TD = _normed(x_TD, weights.vectors["norm"], spec.norm_eps, num_threads)
     if weights.experts is not None:
-        y_TD = np.empty(x.shape, np.float32)
-        run_experts(
-            normed,
-            weights.experts,
-            np.zeros((x.shape[0], 1), np.int64),
-            np.ones((x.shape[0], 1), np.float32),
-            compute=fastest_compute(weights.experts.weight_format),
-            num_threads=num_threads,
-            scratch=kernels.scratch,
-            out=y_TD,
+        everything = CpuRouting(
+            normed_TD=normed_TD,
+            expert_ids_Tk=np.zeros((num_tokens, 1), np.int64),
+            expert_weights_Tk=np.ones((num_tokens, 1), np.float32),
         )
-        return _residual(x, y_TD, None, x_TD.dtype, num_threads)
-    gate_up = product(normed, weights.matrices["gate_up"], kernels)
+        return _residual(x_TD, experts_layer(everything, weights, kernels), None, num_threads)
+    gate_up = product(normed_TD, weights.matrices["gate_up"], kernels)
     gate_up += weights.vectors["gate_up_bias"]
-    h_TI = np.empty((x.shape[0], gate_up.shape[1] // 2), np.float32)
+    h_TI = np.empty((num_tokens, gate_up.shape[1] // 2), np.float32)
     silu_multiply(gate_up, h_TI, num_threads=num_threads)
     y_TD = product(h_TI, weights.matrices["down"], kernels)
-    return _residual(x, y_TD, weights.vectors["down_bias"], x_TD.dtype, num_threads)
+    return _residual(x_TD, y_TD, weights.vectors["down_bias"], num_threads)
 
 
-def head_layer(x_LD: Tensor, weights: PackedModule, kernels: CpuKernels, norm_eps: float) -> Tensor:
+def head_layer(
+    x_LD: NDArray[Any], weights: PackedModule, kernels: CpuKernels, norm_eps: float
+) -> Tensor:
     """Final norm and output matrix: float32 logits_LV."""
-    x = bits(x_LD)
-    normed = np.empty_like(x)
-    rms_norm(x, weights.vectors["norm"], norm_eps, normed, num_threads=kernels.num_threads)
-    return torch.from_numpy(product(normed, weights.matrices["weight"], kernels))
+    normed_LD = _normed(x_LD, weights.vectors["norm"], norm_eps, kernels.num_threads)
+    return torch.from_numpy(product(normed_LD, weights.matrices["weight"], kernels))
+
+
+def _normed(x: NDArray[Any], weight: NDArray[Any], eps: float, num_threads: int) -> NDArray[Any]:
+    out = np.empty_like(x)
+    rms_norm(x, weight, eps, out, num_threads=num_threads)
+    return out
 
 
 def product(x: NDArray[Any], matrix: PackedMatrix, kernels: CpuKernels) -> NDArray[np.float32]:
@@ -234,26 +258,25 @@ def product(x: NDArray[Any], matrix: PackedMatrix, kernels: CpuKernels) -> NDArr
     return out
 
 
-def bits(tensor: Tensor) -> NDArray[Any]:
+def as_array(tensor: Tensor) -> NDArray[Any]:
     """A CPU tensor as the kernels take it: float32, or bfloat16 as uint16; nothing is copied."""
     if tensor.dtype == torch.bfloat16:
         tensor = tensor.view(torch.uint16)
     return tensor.numpy()
 
 
-def as_tensor(array: NDArray[Any], dtype: torch.dtype) -> Tensor:
-    """The same memory as a tensor."""
+def as_tensor(array: NDArray[Any]) -> Tensor:
+    """The same memory as a tensor; uint16 is bfloat16."""
     tensor = torch.from_numpy(array)
-    return tensor.view(dtype) if dtype == torch.bfloat16 else tensor
+    return tensor.view(torch.bfloat16) if tensor.dtype == torch.uint16 else tensor
 
 
 def _residual(
-    x: NDArray[Any],
+    x_TD: NDArray[Any],
     y_TD: NDArray[np.float32],
     bias_D: NDArray[np.float32] | None,
-    dtype: torch.dtype,
     num_threads: int,
-) -> Tensor:
-    out = np.empty_like(x)
-    add_residual(x, y_TD, bias_D, out, num_threads=num_threads)
-    return as_tensor(out, dtype)
+) -> NDArray[Any]:
+    out = np.empty_like(x_TD)
+    add_residual(x_TD, y_TD, bias_D, out, num_threads=num_threads)
+    return out

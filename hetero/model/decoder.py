@@ -6,15 +6,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hetero.kv_cache import BLOCK_SIZE, PagedKV
 from hetero.model import cpu_layers
 from hetero.model.attention import AttentionKernel, AttentionStep, attention_layer, attention_step
 from hetero.model.batch import BatchTensors
-from hetero.model.cpu_layers import CpuAttentionStep, CpuKernels
+from hetero.model.cpu_layers import CpuAttentionStep, CpuKernels, CpuRouting, as_array, as_tensor
+from hetero.model.families import TORCH_DTYPES
 from hetero.model.head import embed, head
 from hetero.model.mlp import dense_layer
 from hetero.model.moe import (
@@ -136,10 +140,12 @@ class DecoderStep:
         self._batches: dict[Device, BatchTensors] = {"cpu": batch}
         self._attention: dict[Device, AttentionStep] = {}
         self._cpu_attention: CpuAttentionStep | None = None
-        self._hidden_TD: Tensor | None = None
-        self._routing: Routing | None = None
+        # Arrays between ops of the CPU's kernels, tensors elsewhere: from one to the other takes
+        # 10 us, as long as a kernel.
+        self._hidden_TD: Tensor | NDArray[Any] | None = None
+        self._routing: Routing | CpuRouting | None = None
         self._dispatch: Dispatch | None = None
-        self._expert_output_TD: Tensor | None = None
+        self._expert_output_TD: Tensor | NDArray[np.float32] | None = None
         self._logits_LV: Tensor | None = None
 
     def perform(self, op: Op) -> None:
@@ -162,7 +168,27 @@ class DecoderStep:
 
     def _hidden(self) -> Tensor:
         assert self._hidden_TD is not None
+        if not isinstance(self._hidden_TD, Tensor):
+            self._hidden_TD = as_tensor(self._hidden_TD)
         return self._hidden_TD
+
+    def _hidden_array(self) -> NDArray[Any]:
+        assert self._hidden_TD is not None
+        return as_array(self._hidden_TD) if isinstance(self._hidden_TD, Tensor) else self._hidden_TD
+
+    def _routing_tensors(self) -> Routing:
+        assert self._routing is not None
+        if isinstance(self._routing, CpuRouting):
+            self._routing = self._routing.tensors()
+        return self._routing
+
+    def _expert_output(self) -> Tensor:
+        """What the experts gave, in the model's format."""
+        assert self._expert_output_TD is not None
+        if not isinstance(self._expert_output_TD, Tensor):
+            y_TD = torch.from_numpy(self._expert_output_TD)
+            self._expert_output_TD = y_TD.to(TORCH_DTYPES[self._decoder.spec.dtype])
+        return self._expert_output_TD
 
     def _weights(self, op: Op) -> ModuleWeights:
         """Weights of the op's module: resident, or staged by a copy that has ended."""
@@ -190,11 +216,11 @@ class DecoderStep:
         spec, packed = self._decoder.spec, self._packed(op, "dense")
         if packed is not None:
             kernels = self._decoder.cpu_kernels
-            self._hidden_TD = cpu_layers.dense_layer(self._hidden(), packed, kernels, spec)
+            self._hidden_TD = cpu_layers.dense_layer(self._hidden_array(), packed, kernels, spec)
         else:
             self._hidden_TD = dense_layer(self._hidden(), self._weights(op), spec.norm_eps)
 
-    def _attend(self, op: Op) -> Tensor:
+    def _attend(self, op: Op) -> Tensor | NDArray[Any]:
         assert op.layer is not None
         packed = self._packed(op, "attention")
         if packed is not None:
@@ -225,7 +251,7 @@ class DecoderStep:
             num_threads=kernels.num_threads,
         )
 
-    def _attend_packed(self, layer: int, weights: PackedModule) -> Tensor:
+    def _attend_packed(self, layer: int, weights: PackedModule) -> NDArray[Any]:
         spec, kernels = self._decoder.spec, self._decoder.cpu_kernels
         if self._cpu_attention is None:
             self._cpu_attention = cpu_layers.cpu_attention_step(
@@ -235,7 +261,7 @@ class DecoderStep:
                 windows={each.window for each in spec.layers},
             )
         return cpu_layers.attention_layer(
-            self._hidden(),
+            self._hidden_array(),
             weights,
             self._kv.layer(layer),
             self._cpu_attention,
@@ -251,12 +277,8 @@ class DecoderStep:
         packed = self._packed(op, "router" if op.kind == "router" else "experts")
         if op.kind == "router" and packed is not None:
             top_k = layer.num_experts_per_token
-            self._routing = cpu_layers.route_layer(self._hidden(), packed, kernels, spec, top_k)
-        elif op.kind == "dispatch" and packed is not None:
-            pass  # the kernel sorts the tokens itself
-        elif op.kind == "experts" and packed is not None:
-            assert self._routing is not None
-            self._expert_output_TD = cpu_layers.experts_layer(self._routing, packed, kernels)
+            x_TD = self._hidden_array()
+            self._routing = cpu_layers.route_layer(x_TD, packed, kernels, spec, top_k)
         elif op.kind == "router":
             self._routing = route(
                 self._hidden(),
@@ -266,26 +288,37 @@ class DecoderStep:
                 norm_topk_prob=spec.norm_topk_prob,
             )
         elif op.kind == "dispatch":
-            assert self._routing is not None
-            self._dispatch = dispatch(self._routing, layer.num_experts)
+            if packed is None:  # the CPU's kernel sorts the tokens itself
+                self._dispatch = dispatch(self._routing_tensors(), layer.num_experts)
+        elif op.kind == "experts" and packed is not None:
+            routing = self._routing
+            assert routing is not None
+            if isinstance(routing, Routing):
+                routing = CpuRouting.of(routing)
+            self._expert_output_TD = cpu_layers.experts_layer(routing, packed, kernels)
         elif op.kind == "experts":
             assert self._dispatch is not None
             method = self._decoder.kernels[op.device].experts
             self._expert_output_TD = experts(self._dispatch, self._weights(op), method=method)
+        elif isinstance(self._expert_output_TD, np.ndarray) and op.device == "cpu":
+            y_TD = self._expert_output_TD
+            self._hidden_TD = cpu_layers.combine(self._hidden_array(), y_TD, kernels)
         else:
-            assert self._expert_output_TD is not None
-            self._hidden_TD = combine(self._hidden(), self._expert_output_TD)
+            self._hidden_TD = combine(self._hidden(), self._expert_output())
 
     def _head(self, op: Op) -> None:
         spec, batch = self._decoder.spec, self._batches[op.device]
-        rows_LD = self._hidden()
-        if rows_LD.shape[0] == batch.num_tokens:
-            rows_LD = rows_LD.index_select(0, batch.logit_rows_L)
         packed = self._packed(op, "head")
         if packed is not None:
+            x_LD = self._hidden_array()
+            if len(x_LD) == batch.num_tokens:
+                x_LD = x_LD[batch.logit_rows_L.numpy()]
             kernels = self._decoder.cpu_kernels
-            self._logits_LV = cpu_layers.head_layer(rows_LD, packed, kernels, spec.norm_eps)
+            self._logits_LV = cpu_layers.head_layer(x_LD, packed, kernels, spec.norm_eps)
         else:
+            rows_LD = self._hidden()
+            if rows_LD.shape[0] == batch.num_tokens:
+                rows_LD = rows_LD.index_select(0, batch.logit_rows_L)
             weights = self._decoder.weights.resident(op.device, "head")
             self._logits_LV = head(rows_LD, weights, spec.norm_eps)
 
@@ -309,16 +342,15 @@ class DecoderStep:
                 hidden = hidden.index_select(0, self._batches[source].logit_rows_L)
             self._hidden_TD = move(hidden)
         elif op.payload == "routing":
-            assert self._routing is not None
+            routing = self._routing_tensors()
             self._routing = replace(
-                self._routing,
-                normed_TD=move(self._routing.normed_TD),
-                expert_ids_Tk=move(self._routing.expert_ids_Tk),
-                expert_weights_Tk=move(self._routing.expert_weights_Tk),
+                routing,
+                normed_TD=move(routing.normed_TD),
+                expert_ids_Tk=move(routing.expert_ids_Tk),
+                expert_weights_Tk=move(routing.expert_weights_Tk),
             )
         elif op.payload == "expert_output":
-            assert self._expert_output_TD is not None
-            self._expert_output_TD = move(self._expert_output_TD)
+            self._expert_output_TD = move(self._expert_output())
         else:
             assert op.payload == "logits" and self._logits_LV is not None
             self._logits_LV = move(self._logits_LV)
