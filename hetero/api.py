@@ -40,7 +40,7 @@ from planner.cost_model import predict
 from planner.estimate import estimate
 from planner.hardware import AcceleratorName, HardwareProfile
 from planner.memory import KV_BLOCK_TOKENS
-from planner.model_spec import ModelSpec
+from planner.model_spec import ModelSpec, Quantization
 from planner.placement import Device
 from planner.plan import Estimate, Plan
 from planner.timeline import Timeline
@@ -77,6 +77,9 @@ class LLM:
     dtype : {'auto', 'float32', 'bfloat16', 'float16'}
         'auto' is the checkpoint's own; float16 becomes float32 where the CPU does all the work,
         which has no float16 arithmetic of any speed.
+    quantization : {'int8', 'int4'}, optional
+        Round the weights while they load, 128 neighbours to a scale; the embedding and routers stay
+        as they are, the head becomes int8. On the CPU only: needs accelerator='none' beside a GPU.
     strategy : str, optional
         Force a named placement: 'gpu', 'cpu', 'offload', 'split', 'experts-on-cpu'.
     workload : Workload, optional
@@ -110,6 +113,7 @@ class LLM:
         plan: Plan | str | Path | None = None,
         accelerator: AcceleratorName = "auto",
         dtype: DtypeName = "auto",
+        quantization: Quantization | None = None,
         strategy: str | None = None,
         workload: Workload | None = None,
         gpu_mem_gb: float | None = None,
@@ -124,6 +128,8 @@ class LLM:
         say = progress or _ignore
         _check_choice("accelerator", accelerator, get_args(AcceleratorName))
         _check_choice("dtype", dtype, get_args(DtypeName))
+        if quantization is not None:
+            _check_choice("quantization", quantization, get_args(Quantization))
         if max_num_seqs is not None and max_num_seqs < 1:
             raise UsageError(f"max_num_seqs is {max_num_seqs} but must be at least 1")
         source = find_model(
@@ -142,7 +148,7 @@ class LLM:
         if plan is not None:
             check_plan_is_for(plan, source, profile)
         self.hardware = usable_hardware(runnable_profile(profile), resources)
-        self.spec = spec_as_run(source, dtype, self.hardware, say)
+        self.spec = spec_as_run(source, dtype, self.hardware, say, quantization)
         self.tokenizer = Tokenizer.load(source.folder)
         self._max_model_len = _context(self.spec, max_model_len)
         with Checkpoint.open(source.folder) as checkpoint:

@@ -13,7 +13,7 @@ from hetero.model_lookup import ModelSource, read_model_spec
 from planner.errors import PlannerError
 from planner.hardware import AcceleratorName, HardwareProfile, Resources
 from planner.memory import needs
-from planner.model_spec import Dtype, ModelSpec
+from planner.model_spec import Dtype, ModelSpec, Quantization
 from planner.placement import check_matches
 from planner.plan import Plan
 from planner.search import profile_fingerprint, search
@@ -37,13 +37,28 @@ def spec_as_run(
     dtype: DtypeName,
     hardware: HardwareProfile,
     say: Callable[[str], None] | None = None,
+    quantization: Quantization | None = None,
 ) -> ModelSpec:
-    """The shapes of a model in the dtype in which it will run; `auto` is the checkpoint's own.
+    """The shapes of a model in the format in which it will run; `auto` is the checkpoint's own.
 
     float16 becomes float32 where the CPU does all the work: it has no float16 arithmetic of any
     speed (70 times slower than bfloat16 where it was measured).
+
+    Raises
+    ------
+    UsageError
+        Quantised weights on a machine whose GPU may be used.
     """
     spec = read_model_spec(source, None if dtype == "auto" else dtype)
+    if quantization is not None:
+        if hardware.gpu is not None:
+            raise UsageError(
+                f"{quantization} weights run on the CPU only so far; add --accelerator none "
+                "(accelerator='none'), or leave the quantization out"
+            )
+        # float16 is rounded to codes anyway; what is not quantised becomes bfloat16
+        kept: Dtype = "bfloat16" if spec.dtype == "float16" else spec.dtype
+        return spec_replace(spec, dtype=kept, quantization=quantization)
     if dtype == "auto" and spec.dtype == "float16" and hardware.gpu is None:
         if say is not None:
             say(
@@ -227,8 +242,12 @@ def check_plan_is_for(plan: Plan, source: ModelSource, profile: HardwareProfile)
         Names the model or machine of the plan and the one at hand.
     """
     spec = read_model_spec(source)
-    dtypes: tuple[Dtype, ...] = get_args(Dtype)
-    if all(spec_replace(spec, dtype=each).fingerprint != plan.model_fingerprint for each in dtypes):
+    as_run = (
+        spec_replace(spec, dtype=dtype, quantization=quantization)
+        for dtype in get_args(Dtype)
+        for quantization in (None, *get_args(Quantization))
+    )
+    if all(each.fingerprint != plan.model_fingerprint for each in as_run):
         raise PlanMismatchError(
             f"the plan was made for model {plan.model} ({plan.model_fingerprint}) but this is "
             f"{spec.name} ({spec.fingerprint}); {_PLAN_AGAIN}"

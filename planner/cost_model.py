@@ -29,6 +29,18 @@ _NUM_LAUNCHES = {
     "head": 5,
     "sample": 8,
 }
+# The CPU's kernels do more in one call each: hetero/model/cpu_layers.py.
+_NUM_CPU_CALLS = {
+    "embed": 1,
+    "attention": 6,
+    "router": 3,
+    "dispatch": 0,
+    "experts": 1,
+    "combine": 1,
+    "dense": 3,
+    "head": 2,
+    "sample": 8,
+}
 # Gate-up and down. One kernel does a product of all experts at once (`has_grouped_products`), or
 # every chosen expert has its own.
 _NUM_EXPERT_PRODUCTS = 2
@@ -113,7 +125,7 @@ def op_cost(op: Op, spec: ModelSpec, hardware: HardwareProfile, shape: BatchShap
         return _attention(op, spec, device, shape)
     if op.kind == "experts":
         return _experts(op, spec, device, shape)
-    launch_s = _NUM_LAUNCHES[op.kind] * device.launch_s
+    launch_s = _num_launches(op.kind, device) * device.launch_s
     rows = shape.num_logits if op.kind in ("head", "sample") else shape.num_tokens
     if op.kind in ("embed", "dispatch", "combine"):
         # One read and one write of the hidden states; dispatch copies them to each chosen expert.
@@ -132,10 +144,14 @@ def op_cost(op: Op, spec: ModelSpec, hardware: HardwareProfile, shape: BatchShap
         return OpCost(launch_s=launch_s)
     return OpCost(
         compute_s=spec.flops(op.module, rows, op.layer)
-        / device.linear_flop_per_s(spec.dtype, rows),
+        / device.linear_flop_per_s(spec.weight_kind(op.module), rows),
         memory_s=spec.weight_bytes(op.module, op.layer) / device.read_bytes_per_s,
         launch_s=launch_s,
     )
+
+
+def _num_launches(kind: str, device: DeviceProfile) -> int:
+    return (_NUM_CPU_CALLS if device.kind == "cpu" else _NUM_LAUNCHES)[kind]
 
 
 def _attention(op: Op, spec: ModelSpec, device: DeviceProfile, shape: BatchShape) -> OpCost:
@@ -143,10 +159,10 @@ def _attention(op: Op, spec: ModelSpec, device: DeviceProfile, shape: BatchShape
     assert op.layer is not None
     tokens = shape.num_tokens
     products_s = spec.flops("attention", tokens, op.layer) / device.linear_flop_per_s(
-        spec.dtype, tokens
+        spec.weight_kind("attention"), tokens
     )
     weights_s = spec.weight_bytes("attention", op.layer) / device.read_bytes_per_s
-    launch_s = _NUM_LAUNCHES["attention"] * device.launch_s
+    launch_s = _num_launches("attention", device) * device.launch_s
     if shape.phase == "decode":
         # Not rounded: the cost is affine in the context, so the mean context gives the mean cost.
         context = shape.num_past_tokens + 1
@@ -171,9 +187,11 @@ def _experts(op: Op, spec: ModelSpec, device: DeviceProfile, shape: BatchShape) 
     tokens = shape.num_tokens
     distinct = spec.distinct_experts(op.layer, tokens)
     tokens_each = tokens * layer.num_experts_per_token / distinct
-    rate = device.linear_flop_per_s(spec.dtype, tokens_each)
+    rate = device.linear_flop_per_s(spec.weight_kind("experts"), tokens_each)
     num_calls = 1.0 if has_grouped_products(spec, device.kind) else distinct
-    num_launches = _NUM_LAUNCHES["experts"] + num_calls * _NUM_EXPERT_PRODUCTS
+    num_launches = float(_num_launches("experts", device))
+    if device.kind != "cpu":
+        num_launches += num_calls * _NUM_EXPERT_PRODUCTS
     return OpCost(
         compute_s=spec.flops("experts", tokens, op.layer) / rate,
         memory_s=distinct * spec.expert_bytes(op.layer) / device.read_bytes_per_s,

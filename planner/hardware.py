@@ -12,7 +12,7 @@ from msgspec import Meta
 from msgspec.structs import replace
 
 from planner.errors import ProfileError
-from planner.model_spec import Dtype
+from planner.model_spec import WeightKind
 
 SCHEMA_VERSION = 1
 
@@ -29,7 +29,7 @@ Seconds = Annotated[float, Meta(ge=0)]
 class LinearSample(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Rate of `y = x W^T` for `num_tokens` rows of x, with W read from main memory (not cached)."""
 
-    dtype: Dtype
+    dtype: WeightKind
     num_tokens: PositiveInt
     flop_per_s: Rate
 
@@ -55,7 +55,7 @@ class DeviceProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     num_threads: PositiveInt = 1
     reserved_bytes: Annotated[int, Meta(ge=0)] = 0
 
-    def linear_flop_per_s(self, dtype: Dtype, num_tokens: float) -> float:
+    def linear_flop_per_s(self, dtype: WeightKind, num_tokens: float) -> float:
         """Rate of the matrix product at a token count: log-log between samples, flat outside.
 
         Raises

@@ -65,7 +65,7 @@ class ModelBytes:
             size = spec.weight_bytes(*key)
             self._mask_by_bytes[size] = self._mask_by_bytes.get(size, 0) | bit
         self._tied_mask = self._bit["embedding", None] | self._bit["head", None]
-        self._tied_bytes = spec.weight_bytes("embedding") if spec.is_tied else 0
+        self._tied_bytes = spec.weight_bytes("embedding") if spec.shares_head else 0
         # Norms and softmax widen bfloat16 to float32.
         self._token_bytes = activation_width(spec) * max(4, spec.dtype_bytes)
         self._logit_bytes = spec.vocab_size * _LOGIT_BYTES

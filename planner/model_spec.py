@@ -9,10 +9,17 @@ from typing import Any, Literal
 import msgspec
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+Quantization = Literal["int8", "int4"]
+WeightKind = Dtype | Quantization
 Module = Literal["embedding", "attention", "router", "experts", "dense", "head"]
 QkNorm = Literal["none", "head", "full"]
 
 DTYPE_BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+# Neighbours along a row that share a scale, as GPTQ and AWQ have it: int4 then takes 4.125 bits.
+QUANTIZATION_GROUP = 128
+_SCALE_BYTES = 2
+_CODE_BITS: dict[Quantization, int] = {"int8": 8, "int4": 4}
 
 ARCHITECTURES = (
     "LlamaForCausalLM",
@@ -96,6 +103,7 @@ class ModelSpec:
     qk_norm: QkNorm = "none"
     clip_qkv: float | None = None
     norm_topk_prob: bool = True
+    quantization: Quantization | None = None
 
     @property
     def num_layers(self) -> int:
@@ -118,6 +126,8 @@ class ModelSpec:
         """Sixteen hex digits over every shape and format, the name left out."""
         facts = asdict(self)
         del facts["name"]
+        if self.quantization is None:  # as before there was any
+            del facts["quantization"]
         return hashlib.sha256(msgspec.json.encode(facts, order="sorted")).hexdigest()[:16]
 
     def num_params(self, module: Module, layer: int | None = None) -> int:
@@ -156,16 +166,52 @@ class ModelSpec:
 
     def expert_bytes(self, layer: int) -> int:
         """Bytes of one expert (gate, up, down) of a layer."""
-        return self.expert_params(layer) * self.dtype_bytes
+        hidden, width = self.hidden_size, self.layers[layer].intermediate_size
+        kind = self.weight_kind("experts")
+        return 2 * _matrix_bytes(kind, width, hidden) + _matrix_bytes(kind, hidden, width)
+
+    def weight_kind(self, module: Module) -> WeightKind:
+        """How a module's matrices are stored: embedding and router are never quantised.
+
+        The head of an int4 model is int8: it is read once a token and decides every one.
+        """
+        if self.quantization is None or module in ("embedding", "router"):
+            return self.dtype
+        return "int8" if module == "head" else self.quantization
 
     def weight_bytes(self, module: Module, layer: int | None = None) -> int:
-        """Bytes of one module's weights in the model's format."""
-        return self.num_params(module, layer) * self.dtype_bytes
+        """Bytes of one module's weights in the model's format, scales included."""
+        kind = self.weight_kind(module)
+        matrices = self._matrices(module, layer)
+        others = self.num_params(module, layer)
+        others -= sum(count * rows * columns for count, rows, columns in matrices)
+        total = others * self.dtype_bytes
+        return total + sum(count * _matrix_bytes(kind, *shape) for count, *shape in matrices)
+
+    def _matrices(self, module: Module, layer: int | None) -> list[tuple[int, int, int]]:
+        """(how many, rows, columns) of a module's matrices."""
+        hidden = self.hidden_size
+        if module in ("embedding", "head"):
+            return [(1, self.vocab_size, hidden)]
+        assert layer is not None, f"{module} lies inside a layer"
+        this = self.layers[layer]
+        if module == "attention":
+            return [(1, self.q_size + 2 * self.kv_size, hidden), (1, hidden, self.q_size)]
+        if module == "router":
+            return [(1, this.num_experts, hidden)]
+        count = this.num_experts if module == "experts" else 1
+        width = this.intermediate_size
+        return [(2 * count, width, hidden), (count, hidden, width)]
+
+    @property
+    def shares_head(self) -> bool:
+        """Is one matrix both embedding and head? Not where the head is quantised."""
+        return self.is_tied and self.quantization is None
 
     def total_weight_bytes(self) -> int:
         """Bytes of all weights, a tied embedding matrix counted once."""
         total = self.weight_bytes("embedding") + self.weight_bytes("head")
-        if self.is_tied:
+        if self.shares_head:
             total -= self.weight_bytes("embedding")
         for index, layer in enumerate(self.layers):
             total += sum(self.weight_bytes(module, index) for module in layer.modules)
@@ -249,3 +295,12 @@ class ModelSpec:
         from planner.model_config import read_config
 
         return read_config(config, name=name, dtype=dtype)
+
+
+def _matrix_bytes(kind: WeightKind, num_rows: int, num_columns: int) -> int:
+    """Bytes of a matrix; of a quantised one with a scale for every group of a row."""
+    if kind == "int8" or kind == "int4":
+        num_groups = -(-num_columns // QUANTIZATION_GROUP)
+        row_bytes = -(-num_columns * _CODE_BITS[kind] // 8) + num_groups * _SCALE_BYTES
+        return num_rows * row_bytes
+    return num_rows * num_columns * DTYPE_BYTES[kind]

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from planner.plan import Plan
 
 # The choices of click are made when the command is defined, without the planner.
+QUANTIZATIONS = ("int8", "int4")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ACCELERATORS = ("auto", "none", "cuda", "emulated")
 STRATEGIES = ("gpu", "cpu", "offload", "split", "experts-on-cpu")
@@ -34,7 +35,7 @@ class MachineOptions:
 
 
 def machine_options(command: _Command) -> _Command:
-    """Add --profile, --accelerator, the memory budgets, --strategy and --dtype."""
+    """Add --profile, --accelerator, the memory budgets, --strategy, --dtype, --quantization."""
     positive = click.FloatRange(min=0, max=1e6, min_open=True)
     for option in (
         click.option(
@@ -43,6 +44,11 @@ def machine_options(command: _Command) -> _Command:
             default="auto",
             show_default=True,
             help="Weights and arithmetic; auto is the checkpoint's own.",
+        ),
+        click.option(
+            "--quantization",
+            type=click.Choice(QUANTIZATIONS),
+            help="Round weights to so many bits while they load; on the CPU only.",
         ),
         click.option(
             "--strategy",

@@ -22,6 +22,7 @@ from hetero.errors import ExitCode
 if TYPE_CHECKING:
     from hetero.planning import DtypeName
     from planner.hardware import HardwareProfile
+    from planner.model_spec import Quantization
     from planner.plan import Plan
     from planner.workload import Objective
 
@@ -66,6 +67,7 @@ def plan(
     output: Path | None,
     strategy: str | None,
     dtype: DtypeName,
+    quantization: Quantization | None,
     **machine: Any,
 ) -> None:
     """Say where a model goes on this machine, how fast it will be, and what limits it.
@@ -80,7 +82,7 @@ def plan(
     options = MachineOptions(**machine)
     source = lookup_model(model)
     hardware = usable_part(read_profile(options.profile), options)
-    spec = spec_as_run(source, dtype, hardware, say)
+    spec = spec_as_run(source, dtype, hardware, say, quantization)
     workload = default_workload(
         spec.max_position_embeddings,
         prompt_len=prompt_len,

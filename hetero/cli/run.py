@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from hetero.run_monitor import RunMonitor
     from hetero.run_view import Progress
     from hetero.sampler import SamplingParams
+    from planner.model_spec import Quantization
 
 PROGRESS_CHOICES = ("auto", "rich", "plain", "json", "none")
 DEFAULT_MAX_TOKENS = 128
@@ -145,6 +146,7 @@ def run(
     plan_path: Path | None,
     strategy: str | None,
     dtype: DtypeName,
+    quantization: Quantization | None,
     no_overlap: bool,
     trace: Path | None,
     progress: Progress,
@@ -178,7 +180,7 @@ def run(
     profile = read_profile(options.profile, teller(progress))
     given = read_plan(plan_path, strategy)
     hardware = usable_part(profile, options, given)
-    spec = spec_as_run(source, dtype, hardware, teller(progress))
+    spec = spec_as_run(source, dtype, hardware, teller(progress), quantization)
     if hardware.notes:
         notes = "; ".join(hardware.notes)
         teller(progress)(f"warning: the profile of {hardware.name}: {notes}")
@@ -211,6 +213,7 @@ def run(
         plan=made,
         profile=profile,
         dtype=dtype,
+        quantization=quantization,
         max_model_len=min(spec.max_position_embeddings, job.longest + max_tokens),
         overlap=not no_overlap,
         progress=teller(progress),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hetero.errors import EnvironmentProblemError
@@ -50,6 +51,12 @@ class ColdMemory:
             start = 0
         self._next = (start + count) * flat.element_size()
         return flat[start : start + count].view(*shape)
+
+    def take_bytes(self, num_bytes: int) -> NDArray[np.uint8]:
+        """The next bytes of a buffer in host memory."""
+        floats = self.take("float32", -(-num_bytes // 4))
+        taken: NDArray[np.uint8] = floats.numpy().view(np.uint8)[:num_bytes]
+        return taken
 
     def whole(self) -> Tensor:
         """All of the buffer as float32."""

@@ -41,7 +41,7 @@ from planner.hardware import (
     LinearSample,
     LinkProfile,
 )
-from planner.model_spec import Dtype, ModelSpec
+from planner.model_spec import Dtype, ModelSpec, WeightKind
 
 Progress = Callable[[str], None]
 
@@ -56,7 +56,7 @@ class Effort:
     """What is measured and for how long: seconds a probe repeats, token counts per format."""
 
     budget_s: float
-    tokens: dict[Dtype, tuple[int, ...]]
+    tokens: dict[WeightKind, tuple[int, ...]]
     gpu_tokens: tuple[int, ...]
     has_all_thread_counts: bool
 
@@ -69,6 +69,8 @@ QUICK = Effort(
         "bfloat16": (1, 4, 16, 64, 256),
         "float32": (1, 4, 16, 64, 256),
         "float16": (1, 16),
+        "int8": (1, 4, 16, 64, 256),
+        "int4": (1, 4, 16, 64, 256),
     },
     gpu_tokens=(1, 16, 64, 512),
     has_all_thread_counts=False,
@@ -79,6 +81,8 @@ FULL = Effort(
         "bfloat16": (1, 2, 4, 8, 16, 32, 64, 128, 512),
         "float32": (1, 2, 4, 8, 16, 32, 64, 128, 512),
         "float16": (1, 16, 64),
+        "int8": (1, 2, 4, 8, 16, 32, 64, 128, 512),
+        "int4": (1, 2, 4, 8, 16, 32, 64, 128, 512),
     },
     gpu_tokens=(1, 4, 16, 64, 128, 256, 512, 2048),
     has_all_thread_counts=True,

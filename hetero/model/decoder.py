@@ -207,7 +207,7 @@ class DecoderStep:
         token_ids_T = self._batches[op.device].token_ids_T
         spec, weights = self._decoder.spec, self._decoder.weights
         packed_head = self._packed(op, "head")
-        if packed_head is not None and spec.is_tied:
+        if packed_head is not None and spec.shares_head:
             self._hidden_TD = embedding_rows(packed_head.matrices["weight"], token_ids_T)
         else:
             self._hidden_TD = embed(token_ids_T, weights.resident(op.device, "embedding"))

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from cpu_kernels.formats import WeightFormat
 from cpu_kernels.linear import PackedMatrix
 from cpu_kernels.packing import pack_into
 from hetero.model.families import ModuleLayout, TensorSlot, ViewSpec
-from planner.model_spec import ModelSpec, Module
+from planner.model_spec import QUANTIZATION_GROUP, ModelSpec, Module
 
 # Reads a tensor of the checkpoint, in the format it is stored in: float32, float16, or the bits of
 # bfloat16 as uint16.
@@ -46,8 +46,10 @@ def is_packable(spec: ModelSpec) -> bool:
 
 def weight_format(spec: ModelSpec, module: Module) -> WeightFormat:
     """How the kernels read a module's matrices."""
-    kind: Literal["float32", "bfloat16"] = "float32" if spec.dtype == "float32" else "bfloat16"
-    return WeightFormat(kind=kind)
+    kind = spec.weight_kind(module)
+    assert kind != "float16"
+    is_quantised = kind in ("int8", "int4")
+    return WeightFormat(kind=kind, group_size=QUANTIZATION_GROUP if is_quantised else None)
 
 
 def pack_module(

@@ -195,7 +195,7 @@ def _packable(
 
 def _is_read_from_head(spec: ModelSpec, key: ModuleKey, packable: Collection[ModuleKey]) -> bool:
     """Is this the embedding of a tied and packed head, which holds its rows too?"""
-    return key[0] == "embedding" and spec.is_tied and ("head", None) in packable
+    return key[0] == "embedding" and spec.shares_head and ("head", None) in packable
 
 
 def _in_order(key: ModuleKey) -> tuple[int, str]:

@@ -7,6 +7,7 @@ from typing import Any
 import numba
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from cpu_kernels import simd
 from cpu_kernels.simd import LANES, TILE
@@ -88,3 +89,59 @@ def test_fetch_add_returns_what_was_there() -> None:
 
     assert (twice(compiled), twice.py_func(python)) == (25, 25)
     assert compiled.tolist() == python.tolist() == [0, 17]
+
+
+def convert_float16(stored: NDArray[np.int16], values: NDArray[np.float32]) -> Any:
+    """Widen all of `stored` and round all of `values`, compiled anew."""
+
+    @numba.njit
+    def convert(stored: Any, widened: Any, values: Any, rounded: Any) -> None:
+        for i in range(0, len(stored), LANES):
+            simd.store(widened, i, simd.load(stored, i))
+        for i in range(0, len(values), LANES):
+            simd.store(rounded, i, simd.load(values, i))
+
+    widened = np.empty(len(stored), np.float32)
+    rounded = np.empty(len(values), np.int16)
+    convert(stored, widened, values, rounded)
+    return widened, rounded
+
+
+@pytest.mark.parametrize("has_float16", [True, False], ids=["instructions", "integers"])
+def test_float16_is_widened_and_rounded_as_numpy_does(
+    monkeypatch: pytest.MonkeyPatch, has_float16: bool
+) -> None:
+    """All bit patterns; every float16, the middle of every two, and their neighbours."""
+    monkeypatch.setattr(simd, "_HAS_FLOAT16", has_float16 and simd._HAS_FLOAT16)
+    every = np.arange(65536, dtype=np.uint16).view(np.float16)
+    floats = every.astype(np.float32)
+    finite = floats[np.isfinite(floats)]
+    with np.errstate(over="ignore"):
+        above = np.nextafter(every, np.float16(np.inf)).astype(np.float32)[np.isfinite(floats)]
+    above[np.isinf(above)] = 65536
+    middle = (finite + above) / 2
+    places = np.concatenate([finite, middle, [65520.0, 1e30, -1e30, 1e-30, 1e-45, -1e-45]])
+    places = places.astype(np.float32)
+    around = [np.nextafter(places, np.float32(sign * np.inf)) for sign in (-1, 1)]
+    special = np.array([np.nan, -np.nan, np.inf, -np.inf] * 4 * LANES, np.float32)
+    values = np.concatenate([places, *around, special])
+    values = values[: len(values) // LANES * LANES]
+
+    widened, rounded = convert_float16(every.view(np.int16), values)
+
+    np.testing.assert_array_equal(widened, floats)
+    np.testing.assert_array_equal(np.signbit(widened), np.signbit(floats))
+    with np.errstate(over="ignore"):
+        expected = values.astype(np.float16)
+    np.testing.assert_array_equal(rounded.view(np.float16), expected)
+    np.testing.assert_array_equal(rounded < 0, np.signbit(expected))
+
+
+def test_a_nan_of_few_bits_stays_one_in_float16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its bits that float16 lacks may be all it has: it does not become infinity."""
+    monkeypatch.setattr(simd, "_HAS_FLOAT16", False)
+    few = np.full(LANES, 0x7F800001, np.uint32).view(np.float32)
+
+    _, rounded = convert_float16(np.zeros(LANES, np.int16), few)
+
+    assert rounded.tolist() == [0x7E00] * LANES

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cpu_kernels.formats import unpack
 from hetero.checkpoint import Checkpoint
 from hetero.errors import MemoryBudgetError
 from hetero.model.families import module_layout
@@ -39,8 +40,10 @@ def load(
 
 @pytest.mark.parametrize("name", TINY_MODELS)
 def test_every_tensor_of_the_checkpoint_is_in_its_slot(name: str, tmp_path: Path) -> None:
-    """Compared with what the safetensors library reads."""
-    spec, weights, _ = load(tmp_path, name, lambda spec: strategies.placement(spec, "cpu", 0))
+    """Compared with what the safetensors library reads; streamed, so that the host has rows."""
+    spec, weights, _ = load(
+        tmp_path, name, lambda spec: strategies.placement(spec, "offload", spec.num_layers)
+    )
     stored = load_file(tmp_path / "model.safetensors")
     seen = set()
     for index, layer in enumerate(spec.layers):
@@ -51,7 +54,8 @@ def test_every_tensor_of_the_checkpoint_is_in_its_slot(name: str, tmp_path: Path
                 torch.testing.assert_close(found, stored[slot.name], rtol=0, atol=0)
                 seen.add(slot.name)
 
-    head, embedding = weights.resident("cpu", "head"), weights.resident("cpu", "embedding")
+    head = weights.resident("gpu", "head")
+    embedding = weights.resident("gpu" if spec.is_tied else "cpu", "embedding")
     outside = {"model.norm.weight", "model.embed_tokens.weight", "lm_head.weight"}
     assert seen == set(stored) - outside
     torch.testing.assert_close(head["norm"], stored["model.norm.weight"], rtol=0, atol=0)
@@ -60,12 +64,34 @@ def test_every_tensor_of_the_checkpoint_is_in_its_slot(name: str, tmp_path: Path
     assert (head["weight"].data_ptr() == embedding["weight"].data_ptr()) == spec.is_tied
 
 
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_what_the_cpu_alone_computes_is_packed(name: str, tmp_path: Path) -> None:
+    """No rows stay beside the packed matrices, but for an embedding that no head shares."""
+    spec, weights, _ = load(tmp_path, name, lambda spec: strategies.placement(spec, "cpu", 0))
+    stored = load_file(tmp_path / "model.safetensors")
+    packed_head = weights.packed("head")
+    assert packed_head is not None
+    matrix = packed_head.matrices["weight"]
+    rows = unpack(matrix.blob, matrix.weight_format, matrix.num_rows, matrix.num_columns)
+    name = "model.embed_tokens.weight" if spec.is_tied else "lm_head.weight"
+
+    assert (rows == stored[name].numpy()).all()
+    assert all(
+        weights.packed(module, index) is not None
+        for index, layer in enumerate(spec.layers)
+        for module in layer.modules
+    )
+    if not spec.is_tied:
+        embedding = weights.resident("cpu", "embedding")["weight"]
+        torch.testing.assert_close(embedding, stored["model.embed_tokens.weight"], rtol=0, atol=0)
+
+
 def test_another_dtype_than_the_stored_one_is_rounded_once(tmp_path: Path) -> None:
     _, weights, _ = load(
-        tmp_path, "qwen3", lambda spec: strategies.placement(spec, "cpu", 0), "bfloat16"
+        tmp_path, "qwen3", lambda spec: strategies.placement(spec, "gpu", 0), "bfloat16"
     )
     stored = load_file(tmp_path / "model.safetensors")
-    norm = weights.resident("cpu", "head")["norm"]
+    norm = weights.resident("gpu", "head")["norm"]
 
     assert norm.dtype == torch.bfloat16
     torch.testing.assert_close(norm, stored["model.norm.weight"].bfloat16(), rtol=0, atol=0)
