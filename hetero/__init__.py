@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from hetero.outputs import CompletionOutput, RequestMetrics, RequestOutput
     from hetero.sampler import SamplingParams
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Importing torch takes seconds: it waits until a name that needs it is used.
 _MODULES = {

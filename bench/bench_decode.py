@@ -1,0 +1,298 @@
+"""How close does decode of a whole model come to reading its active weights at the speed of memory?
+
+Two shapes with random weights: an MoE like Qwen3's (16 layers, hidden 2048, 64 experts, 8 a token,
+768 wide) and a Llama-like one of 1.1 B; bfloat16, int8, int4; 1, 4 and 16 sequences of 512 tokens.
+The ceiling is a plain read of memory, measured in the same process before and after. What would
+change our mind: less than 80 % of it for one sequence, or a prefill below 60 % of the rate of the
+best product of the machine.
+
+    python bench/bench_decode.py [--quick] [--models moe dense] [--formats bf16 int8 int4]
+                                 [--llama-bench PATH] [--folder DIR]
+
+`--llama-bench` runs that program on GGUF files of the same shapes beside ours (their paths are
+DIR/moe-bf16.gguf, DIR/moe-q8_0.gguf, DIR/moe-q4_0.gguf, and so on).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+MOE = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "vocab_size": 32000,
+    "hidden_size": 2048,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "intermediate_size": 6144,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+DENSE = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 2048,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "intermediate_size": 8192,
+}
+COMMON = {
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+    "torch_dtype": "bfloat16",
+}
+SHAPES: dict[str, dict[str, Any]] = {"moe": {**MOE, **COMMON}, "dense": {**DENSE, **COMMON}}
+FORMATS = {"bf16": None, "int8": "int8", "int4": "int4"}
+GGUF = {"bf16": "bf16", "int8": "q8_0", "int4": "q4_0"}
+BATCHES = (1, 4, 16)
+CONTEXT = 512
+CEILING_BYTES = 1 << 30
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="4 layers, one run, fewer steps")
+    parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--folder", type=Path, help="keep the models here, or use those there")
+    parser.add_argument("--llama-bench", type=Path, help="run this program beside ours")
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one is not None:
+        print(json.dumps(run_one(args.folder, *args.one, quick=args.quick)))
+        return
+    folder = args.folder or Path(tempfile.mkdtemp(prefix="hetero-bench-"))
+    try:
+        print(json.dumps(report(args, folder), indent=2))
+    finally:
+        if args.folder is None:
+            shutil.rmtree(folder)
+
+
+def report(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Every (model, format) in a process of its own, theirs beside ours in turn; medians."""
+    say(f"{'model':6} {'format':6} {'batch':>5} {'decode t/s':>10} {'ceiling':>8} {'share':>6} "
+        f"{'prefill t/s':>11} {'GFLOP/s':>8} {'llama.cpp':>16}")  # fmt: skip
+    rows = []
+    for model in args.models:
+        make_model(folder / model, model, quick=args.quick)
+        for name in args.formats:
+            runs, others = [], []
+            for _ in range(1 if args.quick else args.repetitions):
+                runs.append(spawn(args, folder / model, model, name))
+                if args.llama_bench is not None:
+                    others.append(llama(args.llama_bench, folder / f"{model}-{GGUF[name]}.gguf"))
+            for batch in BATCHES:
+                rows.append(row(model, name, batch, runs, others))
+    return {
+        "question": __doc__.partition("\n")[0],
+        "environment": {"cpu": platform.processor() or platform.machine()},
+        "command": ["python", *sys.argv],
+        "rows": rows,
+    }
+
+
+def row(
+    model: str, name: str, batch: int, runs: list[dict[str, Any]], others: list[dict[str, float]]
+) -> dict[str, Any]:
+    """The medians of one line."""
+
+    def median(key: str) -> float:
+        return float(statistics.median(run[key] for run in runs))
+
+    found: dict[str, Any] = {
+        "model": model,
+        "format": name,
+        "batch": batch,
+        "context": CONTEXT,
+        "decode_tokens_per_s": median(f"decode_{batch}"),
+        "prefill_tokens_per_s": median("prefill"),
+        "share_of_ceiling": median(f"share_{batch}"),
+        "ceiling_gb_per_s": median("ceiling") / 1e9,
+        "prefill_gflop_per_s": median("prefill_flops") / 1e9,
+        "predicted_tpot_s": median(f"predicted_{batch}"),
+    }
+    theirs = ""
+    if others and batch == 1:
+        for key in ("decode", "prefill"):
+            found[f"llama_{key}_tokens_per_s"] = statistics.median(o[key] for o in others)
+            found[f"{key}_over_llama"] = (
+                found[f"{key}_tokens_per_s"] / found[f"llama_{key}_tokens_per_s"]
+            )
+        theirs = f"{found['decode_over_llama']:.2f}x {found['prefill_over_llama']:.2f}x"
+    say(
+        f"{model:6} {name:6} {batch:5} {found['decode_tokens_per_s']:10.1f} "
+        f"{found['ceiling_gb_per_s']:8.1f} {found['share_of_ceiling']:6.2f} "
+        f"{found['prefill_tokens_per_s']:11.1f} {found['prefill_gflop_per_s']:8.0f} {theirs:>16}"
+    )
+    return found
+
+
+def run_one(folder: Path, model: str, name: str, *, quick: bool) -> dict[str, float]:
+    """Tokens per second of one model in one format, and the share of the ceiling they are."""
+    import numpy as np
+
+    from cpu_kernels.memory_read import read_memory
+    from hetero import LLM, SamplingParams
+    from planner.estimate import estimate
+    from planner.workload import Workload
+
+    buffer = np.ones(CEILING_BYTES, np.uint8)
+
+    def ceiling(num_threads: int) -> float:
+        seconds = []
+        for _ in range(3):
+            begin = time.perf_counter()
+            read_memory(buffer, num_threads=num_threads)
+            seconds.append(time.perf_counter() - begin)
+        return CEILING_BYTES / statistics.median(seconds)
+
+    num_steps = 8 if quick else 32
+    workload = Workload(prompt_len=CONTEXT, output_len=num_steps + 1, num_seqs=max(BATCHES))
+    params = SamplingParams(max_tokens=num_steps + 1, temperature=0.0, ignore_eos=True)
+    quantization: Any = FORMATS[name]
+    found: dict[str, float] = {}
+    with LLM(
+        folder,
+        accelerator="none",
+        quantization=quantization,
+        workload=workload,
+        max_num_seqs=max(BATCHES),
+        max_model_len=1024,
+    ) as llm:
+        spec, num_threads = llm.spec, llm.hardware.cpu.num_threads
+        outside = spec.weight_bytes("head") + sum(
+            spec.weight_bytes(module, index)
+            for index, layer in enumerate(spec.layers)
+            for module in layer.modules
+            if module != "experts"
+        )
+        rates = [ceiling(num_threads)]
+        for batch in BATCHES:
+            prompts: Any = [
+                {"prompt_token_ids": [(7919 * row + 31 * at) % 31990 + 3 for at in range(CONTEXT)]}
+                for row in range(batch)
+            ]
+            if batch == 1:
+                llm.generate(prompts, params)
+            llm.generate(prompts, params)
+            measured = llm.measured
+            assert measured is not None
+            found[f"decode_{batch}"] = measured.decode_tokens_per_s
+            if batch == 1:
+                found["prefill"] = measured.prefill_tokens_per_s
+            rates.append(ceiling(num_threads))
+            active = outside + sum(
+                spec.distinct_experts(index, batch) * spec.expert_bytes(index)
+                for index, layer in enumerate(spec.layers)
+                if layer.is_moe
+            )
+            steps_per_s = measured.decode_tokens_per_s / batch
+            found[f"share_{batch}"] = active * steps_per_s / statistics.median(rates[-2:])
+            shape = Workload(prompt_len=CONTEXT, output_len=num_steps + 1, num_seqs=batch)
+            predicted = estimate(spec, llm.plan.placement, llm.hardware, shape)
+            found[f"predicted_{batch}"] = predicted.tpot_s
+        found["ceiling"] = statistics.median(rates)
+        flops = sum(
+            spec.flops(module, CONTEXT, index)
+            for index, layer in enumerate(spec.layers)
+            for module in layer.modules
+        )
+        found["prefill_flops"] = flops * found["prefill"] / CONTEXT
+    return found
+
+
+def spawn(args: argparse.Namespace, folder: Path, model: str, name: str) -> dict[str, Any]:
+    """Run one format in a process of its own: memory is given back, nothing is warm."""
+    command = [sys.executable, __file__, "--one", model, name, "--folder", str(folder)]
+    command += ["--quick"] if args.quick else []
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def llama(program: Path, model: Path) -> dict[str, float]:
+    """Tokens per second of llama.cpp: prefill of 512, decode of 32 after 512."""
+    command = [str(program), "-m", str(model), "-t", "2", "-r", "2", "-o", "json"]
+    command += ["-p", str(CONTEXT), "-n", "0", "-pg", f"{CONTEXT},32", "-n", "32"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True)
+    found = {}
+    for test in json.loads(done.stdout):
+        if test["n_prompt"] == CONTEXT and test["n_gen"] == 0:
+            found["prefill"] = float(test["avg_ts"])
+        elif test["n_prompt"] == 0:
+            found["decode"] = float(test["avg_ts"])
+    return found
+
+
+def make_model(folder: Path, model: str, *, quick: bool) -> None:
+    """A folder of random weights in bfloat16, one file a layer; kept if it is there."""
+    if (folder / "config.json").exists():
+        return
+    import torch
+    from safetensors.torch import save_file
+
+    from hetero.model.families import expected_tensors
+    from planner.model_spec import ModelSpec
+
+    config = {**SHAPES[model], **({"num_hidden_layers": 4} if quick else {})}
+    spec = ModelSpec.from_config(config, name=model)
+    folder.mkdir(parents=True, exist_ok=True)
+    block = (torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
+    by_file: dict[str, dict[str, torch.Tensor]] = {}
+    for index, (name, shape) in enumerate(expected_tensors(spec).items()):
+        layer = name.split(".")[2] if name.startswith("model.layers.") else "outside"
+        count = torch.Size(shape).numel()
+        repeats = -(-count // block.numel()) + 1
+        start = 997 * index % block.numel()
+        values = block.repeat(repeats)[start : start + count].view(shape).clone()
+        if len(shape) == 1:
+            values = torch.ones(shape, dtype=torch.bfloat16)
+        elif name.endswith("gate.weight"):
+            values = values * 20  # so that tokens spread over the experts
+        by_file.setdefault(f"model-{layer}.safetensors", {})[name] = values
+        if len(by_file) > 2:
+            oldest = next(iter(by_file)) if next(iter(by_file)) != "model-outside.safetensors" \
+                else list(by_file)[1]  # fmt: skip
+            save_file(by_file.pop(oldest), folder / oldest)
+    for file, tensors in by_file.items():
+        save_file(tensors, folder / file)
+    weight_map = {}
+    for name in expected_tensors(spec):
+        layer = name.split(".")[2] if name.startswith("model.layers.") else "outside"
+        weight_map[name] = f"model-{layer}.safetensors"
+    index_file = folder / "model.safetensors.index.json"
+    index_file.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "config.json").write_text(json.dumps(config))
+    say(f"made {folder.name}: {spec.total_weight_bytes() / 1e9:.2f} GB")
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
