@@ -140,10 +140,13 @@ def run_experts(
     for array, dtype in ((ids, _INT64), (weights, _FLOAT32)):
         is_plain = is_plain and array.dtype == dtype and array.ndim == 2
         is_plain = is_plain and array.flags.c_contiguous
-    if not is_plain or num_threads < 1 or len(ids) != len(x):
+    is_plain = is_plain and out.flags.writeable and out.shape == (len(x), experts.hidden)
+    is_plain = is_plain and x.shape == out.shape and ids.shape == weights.shape
+    if not is_plain or num_threads < 1 or len(ids) != len(x) or ids.shape[1] == 0:
         _refuse(x, experts, ids, weights, compute, num_threads, out)
-    for first in range(0, len(x), _MAX_CHOICES // ids.shape[1] or 1):
-        part = slice(first, first + (_MAX_CHOICES // ids.shape[1] or 1))
+    tokens_at_once = max(1, _MAX_CHOICES // ids.shape[1])
+    for first in range(0, len(x), tokens_at_once):
+        part = slice(first, first + tokens_at_once)
         if not _run(
             x[part], experts, ids[part], weights[part], compute, num_threads, scratch, out[part]
         ):
@@ -252,7 +255,7 @@ def _refuse(
             f"x is {x.dtype} {x.shape} but must be float32 or uint16 (the bits of bfloat16), "
             f"(T, {hidden})"
         )
-    if x.strides[1] != x.itemsize or x.strides[0] < 0:
+    if x.strides[1] != x.itemsize or x.strides[0] < 0 or x.strides[0] % x.itemsize:
         raise ValueError(
             f"x has strides {x.strides} bytes but its columns must be neighbours, {x.itemsize} "
             "bytes apart"
@@ -267,6 +270,10 @@ def _refuse(
                 f"{name} is {array.dtype} {array.shape} with strides {array.strides} but must be "
                 f"contiguous {dtype} {shape}"
             )
+    if not out.flags.writeable:
+        raise ValueError("out is read-only")
+    if ids.shape[1] == 0:
+        raise ValueError(f"ids is {ids.shape} but every token must choose at least one expert")
     if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < experts.num_experts:
         raise ValueError(
             f"ids are {ids.min()} to {ids.max()} but must be 0 to {experts.num_experts - 1}"

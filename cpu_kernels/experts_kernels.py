@@ -24,7 +24,7 @@ import numpy as np
 from numba import types
 
 from cpu_kernels.microkernels import MAX_BLOCK_TOKENS
-from cpu_kernels.panel_ops import PANEL_ROWS, call_kernel, call_on_threads
+from cpu_kernels.panel_ops import PANEL_ROWS, absolute, call_kernel, call_on_threads
 from cpu_kernels.simd import (
     LANES,
     add,
@@ -36,6 +36,7 @@ from cpu_kernels.simd import (
     splat,
     store,
     store_first,
+    where_positive,
 )
 from cpu_kernels.source_stamp import source_stamp
 from cpu_kernels.token_blocks import write_columns
@@ -218,7 +219,8 @@ def _make_enter_experts() -> Any:
         _ = stamp
         call = calls[0]
         num_tokens = x.shape[0]
-        fits = x.shape[1] == call.hidden and x.strides[1] == x.itemsize and x.strides[0] >= 0
+        fits = x.shape[1] == call.hidden and x.strides[1] == x.itemsize
+        fits = fits and x.strides[0] >= 0 and x.strides[0] % x.itemsize == 0
         fits = fits and ids.shape[0] == num_tokens and ids.shape[1] == call.top_k
         fits = fits and weights.shape[0] == num_tokens and weights.shape[1] == call.top_k
         fits = fits and out.shape[0] == num_tokens and out.shape[1] == call.hidden
@@ -458,8 +460,11 @@ def _gate_up(
 
 @numba.njit(nogil=True, error_model="numpy", inline="always")
 def _silu_product(gate: Any, up: Any) -> Any:
-    exponential = exp2(multiply(gate, splat(np.float32(-_LOG2_E))))
-    return multiply(divide(gate, add(splat(np.float32(1)), exponential)), up)
+    # exp2 is for exponents of at most 0: sigmoid(x) = 1 / (1 + e) or e / (1 + e), e = exp(-|x|)
+    one = splat(np.float32(1))
+    exponential = exp2(multiply(absolute(gate), splat(np.float32(-_LOG2_E))))
+    numerator = where_positive(gate, one, exponential)
+    return multiply(multiply(gate, divide(numerator, add(one, exponential))), up)
 
 
 @numba.njit(nogil=True, error_model="numpy", inline="always")

@@ -70,9 +70,10 @@ def linear(
 ) -> None:
     """Write x W^T.
 
-    Sums are float32 (int32 within a group for int8), in an order that depends on neither the number
-    of threads nor the other tokens: on one machine the same x gives the same bits. A non-finite x
-    gives what numpy gives, but with `compute="int8"` it makes its token's whole row NaN.
+    Sums are float32 (int32 within a group for int8). The same bits come out for any number of
+    threads; for "int8" also whatever the other tokens are, while for the others the order of sums
+    depends on the size of the block of tokens that a token falls in. A non-finite x gives what
+    numpy gives, but with `compute="int8"` it makes its token's whole row NaN.
 
     Parameters
     ----------
@@ -109,6 +110,8 @@ def linear(
     """
     num_tokens = len(x)
     is_plain = x.dtype in _X_DTYPES and x.ndim == 2 and out.dtype == _FLOAT32 and out.ndim == 2
+    is_plain = is_plain and out.flags.writeable and x.shape[1] == weight.num_columns
+    is_plain = is_plain and out.shape == (num_tokens, weight.num_rows)
     if not is_plain or num_threads < 1 or compute not in computes(weight.weight_format):
         _refuse(x, weight, compute, num_threads, out)
     if num_tokens == 0:
@@ -203,8 +206,11 @@ def _refuse(
     out_shape = (x.shape[0], weight.num_rows)
     if out.shape != out_shape or out.dtype != np.float32:
         raise ValueError(f"out is {out.dtype} {out.shape} but must be float32 {out_shape}")
+    if not out.flags.writeable:
+        raise ValueError("out is read-only")
     for name, array in (("x", x), ("out", out)):
-        if array.strides[1] != array.itemsize or array.strides[0] < 0:
+        is_odd = array.strides[0] < 0 or array.strides[0] % array.itemsize != 0
+        if array.strides[1] != array.itemsize or is_odd:
             raise ValueError(
                 f"{name} has strides {array.strides} bytes but its columns must be neighbours, "
                 f"{array.itemsize} bytes apart"

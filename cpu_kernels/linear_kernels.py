@@ -111,6 +111,7 @@ def _make_enter_linear() -> Any:
         num_tokens = x.shape[0]
         fits = x.shape[1] == call.num_columns and x.strides[1] == x.itemsize and x.strides[0] >= 0
         fits = fits and out.shape[0] == num_tokens and out.shape[1] == call.num_rows
+        fits = fits and x.strides[0] % x.itemsize == 0 and out.strides[0] % 4 == 0
         if not (fits and out.strides[1] == 4 and out.strides[0] >= 0):
             return False
         start = blob.ctypes.data

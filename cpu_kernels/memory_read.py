@@ -47,7 +47,7 @@ def read_memory(words: NDArray[np.uint8], *, num_threads: int) -> None:
     Raises
     ------
     ValueError
-        If the buffer is not contiguous bytes.
+        If the buffer is not contiguous bytes, or `num_threads` is below 1.
 
     Examples
     --------
@@ -57,6 +57,8 @@ def read_memory(words: NDArray[np.uint8], *, num_threads: int) -> None:
         raise ValueError(
             f"the buffer is {words.dtype} with strides {words.strides} but must be contiguous uint8"
         )
+    if num_threads < 1:
+        raise ValueError(f"num_threads is {num_threads} but must be at least 1")
     call = _ReadCall(start=words.ctypes.data, num_bytes=words.size)
     call.counters_at = ctypes.addressof(call)
     with _COMPILING:

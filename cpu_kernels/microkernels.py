@@ -175,7 +175,10 @@ def _compiled(kind: str, has_zeros: bool, compute: Compute, num_tokens: int) -> 
     return _plain_kernel(step_kind, num_tokens, walk, source_stamp())
 
 
-def _compile(body: Any) -> Any:
+def _compile(body: Any, name: str) -> Any:
+    # numba's disk cache names its files by this: one name for all kernels would make processes
+    # that start together write to one index
+    body.__qualname__ = f"{name}_{isa().level}"
     return numba.cfunc(_SIGNATURE, cache=True, nogil=True, error_model="numpy")(body)
 
 
@@ -225,7 +228,7 @@ def _plain_kernel(kind: int, tokens: int, walk: Blocking, stamp: int) -> Any:
             store_sums(y + 64 * panel, 4 * y_stride, rest)
             panel += 1
 
-    return _compile(kernel)
+    return _compile(kernel, f"plain_{kind}_{tokens}")
 
 
 def _scaled_kernel(kind: int, zero_code: int, tokens: int, walk: Blocking, stamp: int) -> Any:
@@ -263,7 +266,7 @@ def _scaled_kernel(kind: int, zero_code: int, tokens: int, walk: Blocking, stamp
                 zero_at += 16
             store_sums(y + 64 * panel, 4 * y_stride, sums)
 
-    return _compile(kernel)
+    return _compile(kernel, f"scaled_{kind}_{zero_code}_{tokens}")
 
 
 def _byte_kernel(kind: int, zero_code: int, tokens: int, walk: Blocking, stamp: int) -> Any:
@@ -337,4 +340,4 @@ def _byte_kernel(kind: int, zero_code: int, tokens: int, walk: Blocking, stamp: 
             store_sums(y + 64 * panel, 4 * y_stride, rest)
             panel += 1
 
-    return _compile(kernel)
+    return _compile(kernel, f"bytes_{kind}_{zero_code}_{tokens}")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import threading
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numba
@@ -19,9 +18,9 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from cpu_kernels import simd
 from cpu_kernels.formats import PANEL_ROWS, STEP_BYTES, TOO_LARGE
 from cpu_kernels.simd import LANES, fetch_add, load, load_first, pointer_at, store, store_first
+from cpu_kernels.source_stamp import source_stamp
 
 # The whole groups of every group size; 16 rows of 256 words are 16 KB, which the first-level cache
 # holds.
@@ -74,27 +73,42 @@ _COMPILING = threading.Lock()
 def pack_address() -> int:
     """Return the address of `void pack(PackingCall *)`."""
     with _COMPILING:
-        return int(_compiled(is_packing=True).address)
+        return int(_compiled_pack().address)
 
 
 def unpack_address() -> int:
     """Return the address of `void unpack(PackingCall *)`."""
     with _COMPILING:
-        return int(_compiled(is_packing=False).address)
+        return int(_compiled_unpack().address)
+
+
+def _call_pointer_type() -> Any:
+    call_type = numba.from_dtype(np.dtype(PackingCall))
+    return types.CPointer(call_type)  # type: ignore[no-untyped-call]
+
+
+# Two functions and not one that closes over its loop: a compiled function in a closure makes a new
+# key of numba's disk cache in every process.
+@cache
+def _compiled_pack() -> Any:
+    stamp = source_stamp()
+
+    @numba.cfunc(types.void(_call_pointer_type()), cache=True, nogil=True, error_model="numpy")
+    def body(call_pointer: Any) -> None:
+        _ = stamp
+        _pack_panels(numba.carray(call_pointer, 1)[0])  # type: ignore[attr-defined]
+
+    return body
 
 
 @cache
-def _compiled(*, is_packing: bool) -> Any:
-    # numba's disk cache sees changes of this file only; what a closure holds is part of its key
-    simd_changed_ns = Path(simd.__file__).stat().st_mtime_ns
-    call_type = numba.from_dtype(np.dtype(PackingCall))
-    pointer = types.CPointer(call_type)  # type: ignore[no-untyped-call]
-    work = _pack_panels if is_packing else _unpack_panels
+def _compiled_unpack() -> Any:
+    stamp = source_stamp()
 
-    @numba.cfunc(types.void(pointer), cache=True, nogil=True, error_model="numpy")
+    @numba.cfunc(types.void(_call_pointer_type()), cache=True, nogil=True, error_model="numpy")
     def body(call_pointer: Any) -> None:
-        _ = simd_changed_ns
-        work(numba.carray(call_pointer, 1)[0])  # type: ignore[attr-defined]
+        _ = stamp
+        _unpack_panels(numba.carray(call_pointer, 1)[0])  # type: ignore[attr-defined]
 
     return body
 

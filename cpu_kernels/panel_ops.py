@@ -23,6 +23,9 @@ from cpu_kernels.isa import isa
 PANEL_ROWS = 16
 WORD_BYTES = 64
 
+# Before anything is compiled: a lowered rung is told to numba.
+isa()
+
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 _F32 = ir.FloatType()
 _WORDS = ir.VectorType(_I32, PANEL_ROWS)

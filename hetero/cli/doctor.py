@@ -50,6 +50,6 @@ def _print_checks(checks: tuple[Check, ...]) -> None:
     console = Console(highlight=False)
     for check in checks:
         status = Text(f"{check.status.upper():<5}", style=styles[check.status])
-        console.print(status.append(f"{check.name:<11}{check.text}", style="none"), soft_wrap=True)
+        console.print(status.append(f"{check.name:<13}{check.text}", style="none"), soft_wrap=True)
         if check.fix is not None:
-            console.print(Text(f"     {'':<11}fix: {check.fix}"), soft_wrap=True)
+            console.print(Text(f"     {'':<13}fix: {check.fix}"), soft_wrap=True)

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import click
 
 import hetero
-from hetero.errors import ExitCode, HeteroError
+from hetero.errors import ExitCode, HeteroError, UsageError
 from hetero.terminal_text import one_line
 
 # First lines of the commands' own help, here so that `hetero --help` loads none of them.
@@ -95,6 +95,12 @@ def cli() -> None:
     the name of a model profile. Without MODEL a small model that ships with hetero is used.
     Nothing is downloaded. Every option can be set in the environment, as HETERO_RUN_MAX_TOKENS.
     """
+    from cpu_kernels.isa import ENVIRONMENT_VARIABLE, choose_isa
+
+    try:  # before a kernel is imported, which has no better error than this one
+        choose_isa({}, os.environ.get(ENVIRONMENT_VARIABLE))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 class _Terminated(BaseException):

@@ -6,11 +6,13 @@ import platform
 import resource
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Literal
 
+from cpu_kernels.isa import ENVIRONMENT_VARIABLE, Isa, isa
 from cpu_kernels.threads import available_cores, openmp_parallel, physical_cores
 from hetero.errors import EnvironmentProblemError
 from hetero.measure.fingerprint import cpu_flags, cpu_model, nvidia_gpus, package_version
@@ -65,6 +67,7 @@ def check_environment(cache_dir: Path) -> tuple[Check, ...]:
         check_numba(),
         check_threads(),
         check_cpu(),
+        check_instructions(),
         check_cores(),
         check_memory(),
         check_memlock(),
@@ -151,6 +154,27 @@ def check_cpu() -> Check:
             fix="use a machine with AVX2, or a virtual machine that passes the CPU's flags on",
         )
     return Check(name="cpu", status="ok", text=text)
+
+
+def check_instructions(find: Callable[[], Isa] = isa) -> Check:
+    """What our kernels are compiled for, and what they could be."""
+    try:
+        found = find()
+    except (ImportError, OSError) as error:
+        return Check(
+            name="instructions",
+            status="fail",
+            text=f"unknown, as llvmlite does not load: {error}",
+            fix="pip install --upgrade numba llvmlite",
+        )
+    if not found.is_lowered:
+        return Check(name="instructions", status="ok", text=found.level)
+    return Check(
+        name="instructions",
+        status="warn",
+        text=f"{found.level}, lowered from {found.highest} by {ENVIRONMENT_VARIABLE}",
+        fix=f"unset {ENVIRONMENT_VARIABLE}, if it is not set on purpose",
+    )
 
 
 def check_cores() -> Check:

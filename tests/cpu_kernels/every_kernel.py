@@ -9,9 +9,9 @@ from __future__ import annotations
 import numpy as np
 
 from cpu_kernels.elementwise import add_residual, rms_norm, route, silu_multiply
-from cpu_kernels.formats import pack, unpack
+from cpu_kernels.formats import pack
 from cpu_kernels.isa import isa
-from cpu_kernels.packing import pack_into, unpack_into
+from cpu_kernels.packing import pack_into
 from cpu_kernels.simd import LANES
 from tests.cpu_kernels.exact_products import KINDS, assert_within, cases, exact, product, stored
 from tests.cpu_kernels.test_attention import Case
@@ -26,37 +26,36 @@ _NUM_TOKENS = 3
 
 def check_products() -> None:
     """Whole numbers exactly, others within the rounding of their arithmetic."""
+    rng = np.random.default_rng(0)
     for format, compute in cases(KINDS):
         x, matrix, expected = integers(_NUM_TOKENS, 85, 77, format)
-        np.testing.assert_array_equal(run(x, matrix, compute, num_threads=2), expected)
-        x = stored(np.random.default_rng(0).standard_normal(x.shape).astype(np.float32), "bfloat16")
+        actual = run(stored(x, "bfloat16"), matrix, compute, num_threads=2)
+        np.testing.assert_array_equal(actual, expected)
+        x = stored(rng.standard_normal(x.shape).astype(np.float32), "bfloat16")
         assert_within(run(x, matrix, compute), product(exact(x), matrix.weight_NK, format, compute))
 
 
 def check_experts() -> None:
-    """Experts of two and of one token."""
-    for case in cases(KINDS):
+    """Experts of two and of one token, float and int8."""
+    for case in (cases(KINDS)[0], cases(KINDS)[-1]):
         layer = Layer(case, num_tokens=_NUM_TOKENS, num_experts=3)
         layer.ids[:] = [[0, 1], [1, 2], [1, 0]]
         layer.assert_right(num_threads=2)
 
 
 def check_packing() -> None:
-    """float16 to each kind, and back."""
+    """float16 to each kind."""
     weight = np.random.default_rng(1).standard_normal((21, 77)).astype(np.float16)
     for format in KINDS:
         expected = pack(weight.astype(np.float32), format)
-        blob, rows = np.empty_like(expected), np.empty(weight.shape, np.float32)
+        blob = np.empty_like(expected)
         pack_into(weight, format, blob, num_threads=2)
-        unpack_into(blob, format, rows, num_threads=1)
         np.testing.assert_array_equal(blob, expected)
-        np.testing.assert_array_equal(rows, unpack(blob, format, *weight.shape))
 
 
 def check_attention() -> None:
-    """The cache formats; float16 needs instructions, or arithmetic in their place."""
-    for cache_format in ("float32", "bfloat16", "float16"):
-        Case([5, 40], key_width=20, value_width=18, cache_format=cache_format).assert_right()
+    """A float16 cache, which needs instructions or arithmetic in their place."""
+    Case([5, 40], key_width=20, value_width=18, cache_format="float16").assert_right()
 
 
 def check_elementwise() -> None:

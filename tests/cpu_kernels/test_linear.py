@@ -1,4 +1,4 @@
-"""Products with packed weights equal float64 ones, for any format, arithmetic, shape and threads."""
+"""Products with packed weights equal float64 ones, for any format, arithmetic and shape."""
 
 # T tokens, K columns, N rows
 
@@ -149,9 +149,9 @@ def test_any_number_of_threads_gives_the_same_bits(case: Case) -> None:
             np.testing.assert_array_equal(run(x, matrix, compute, num_threads=num_threads), first)
 
 
-@every_case
+@pytest.mark.parametrize("case", [case for case in cases() if case[1] == "int8"], ids=case_name)
 def test_a_token_has_the_same_bits_alone_and_among_others(case: Case) -> None:
-    """At any place of a block of any size."""
+    """At any place of a block of any size, where sums are integers."""
     format, compute = case
     rng = np.random.default_rng(4)
     matrix = random_matrix(rng, 100, 200, format)

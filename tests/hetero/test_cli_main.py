@@ -16,7 +16,7 @@ import pytest
 
 import hetero
 from hetero.cli import main
-from hetero.cli.machine import ACCELERATORS, DTYPES, STRATEGIES, use_numba_cache
+from hetero.cli.machine import ACCELERATORS, DTYPES, QUANTIZATIONS, STRATEGIES, use_numba_cache
 from hetero.cli.main import SHORT_HELP, cli, run_command
 from hetero.cli.run import PROGRESS_CHOICES
 from hetero.errors import ExitCode, HeteroError, ModelFolderError
@@ -26,10 +26,12 @@ from hetero.terminal_text import one_line, visible
 from planner import strategies
 from planner.errors import ModelSpecError, PlanError, PlannerError, ProfileError
 from planner.hardware import AcceleratorName, HardwareProfile
-from planner.model_spec import Dtype
+from planner.model_spec import Dtype, Quantization
 from tests.conftest import Hetero
 
-SHARED = {"accelerator", "cpu_mem_gb", "dtype", "gpu_mem_gb", "profile", "strategy"}
+SHARED = {
+    *("accelerator", "cpu_mem_gb", "dtype", "gpu_mem_gb", "profile", "quantization", "strategy")
+}
 OPTIONS = {
     "plan": SHARED
     | {"model", "prompt_len", "output_len", "num_seqs", "objective", "as_json", "output"},
@@ -75,6 +77,7 @@ def test_choices_are_those_of_the_planner() -> None:
     """The command line keeps copies, so that help need not load the planner."""
     assert tuple(strategies.STRATEGIES) == STRATEGIES
     assert get_args(AcceleratorName) == ACCELERATORS
+    assert get_args(Quantization) == QUANTIZATIONS
     assert get_args(Progress) == PROGRESS_CHOICES
     assert get_args(DtypeName) == DTYPES == ("auto", *get_args(Dtype))
 

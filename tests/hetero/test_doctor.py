@@ -10,13 +10,16 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from cpu_kernels.isa import Isa, isa
 from hetero.cli.doctor import doctor
+from hetero.cli.main import run_command
 from hetero.cli.profile import profile
 from hetero.errors import EnvironmentProblemError, ExitCode
 from hetero.measure import machine
 from hetero.measure.environment import (
     Check,
     check_huge_pages,
+    check_instructions,
     check_ipex,
     check_stored_profile,
 )
@@ -91,6 +94,46 @@ def test_ipex_is_judged_by_versions(
     """Major and minor must agree with torch."""
     check = check_ipex(ipex, torch)
     assert (check.status, check.text) == (status, text)
+
+
+def test_doctor_says_which_instructions_are_in_use(environ: dict[str, str | None]) -> None:
+    """One word after the name, where nothing lowers it."""
+    result = CliRunner().invoke(doctor, [], env=environ)
+    lines = [line.split() for line in result.stdout.splitlines()]
+    [found] = [words[2] for words in lines if words[1:2] == ["instructions"]]
+    assert found.rstrip(",") == isa().level
+
+
+def test_lowered_instructions_are_named_with_those_there_could_be() -> None:
+    """Kernels may then be several times slower, so it is a warning."""
+    check = check_instructions(lambda: Isa(level="avx2", highest="amx", vendor="intel"))
+    assert (check.status, check.text) == ("warn", "avx2, lowered from amx by HETERO_ISA")
+    assert check.fix is not None
+
+
+def test_doctor_outlives_a_compiler_that_does_not_load() -> None:
+    """It is one more thing to report."""
+
+    def find() -> Isa:
+        raise OSError("libllvmlite.so: cannot open shared object file")
+
+    check = check_instructions(find)
+    assert check.status == "fail"
+    assert "cannot open" in check.text
+
+
+@pytest.mark.parametrize("name", ["doctor", "plan", "run", "profile"])
+def test_unknown_instructions_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """The name that was set and those there are, before anything is measured or loaded."""
+    monkeypatch.setenv("HETERO_ISA", "avx3")
+    code = run_command([name])
+    printed = capsys.readouterr()
+    assert (code, printed.out) == (ExitCode.USAGE, "")
+    assert printed.err == (
+        "error: HETERO_ISA is 'avx3' but must be one of portable, avx2, avx512, avx512-bf16, amx\n"
+    )
 
 
 @pytest.mark.parametrize(

@@ -76,8 +76,10 @@ def test_the_launches_of_an_op_are_counted_in_the_model(phase: str, tmp_path: Pa
     assert expected == pytest.approx(actual, abs=2)
 
 
-_KERNELS = ("add_residual", "decode_attention", "linear", "prepare_qkv", "rms_norm", "route")
-_KERNELS += ("run_experts", "silu_multiply")
+_KERNELS = (
+    *("add_residual", "decode_attention", "linear", "prepare_qkv", "rms_norm", "route"),
+    *("run_experts", "silu_multiply"),
+)
 
 
 def test_the_kernel_calls_of_an_op_on_the_cpu_are_counted_in_its_layers(tmp_path: Path) -> None:
