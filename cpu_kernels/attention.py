@@ -1,40 +1,41 @@
 """Attention of one new token a sequence over a paged KV cache, on the CPU.
 
 A sequence's cached tokens are cut into segments of `SEGMENT_TOKENS`; a work item is (sequence, KV
-head, segment), taken by whichever thread is free. It widens a chunk of keys to float32 in the
-first-level cache, scores all query heads of that KV head, and does the same with the values: the
-inner loops know one format and no blocks, and memory is read once. Whoever finishes the last
-segment of a (sequence, KV head) merges them in order. Segments depend neither on the number of
-threads nor on the other sequences, so neither do the results, to the last bit.
+head, segment), taken by whichever thread is free. Chunk by chunk it scores all query heads of that
+KV head and adds up the values, while the next chunk is on its way into the second-level cache:
+memory is read once. Whoever finishes the last segment of a (sequence, KV head) merges them in
+order. Segments depend neither on the number of threads nor on the other sequences, so neither do
+the results, to the last bit.
 """
 
-# S sequences, H query heads, C KV heads, G = H / C, D key width, E value width, B blocks, P block
-# size; the scratch pads G to whole tiles, D to whole vectors and E to whole rows of a tile.
+# S sequences, H query heads, C KV heads, D key width, E value width, B blocks, P block size
 
 from __future__ import annotations
 
-import ctypes
-import math
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
+from numba.core.errors import TypingError
 from numpy.typing import NDArray
 
 from cpu_kernels.attention_kernels import (
     CACHE_FORMATS,
-    CHUNK_TOKENS,
-    PENDING,
-    SEGMENT_TOKENS,
-    VALUE_PADDING,
-    WORKER_ROWS,
-    AttentionCall,
+    CALL_DTYPE,
+    DONE,
+    NEEDS_SCRATCH,
+    NEEDS_THREADS,
     attend_address,
+    enter_attend,
+    heads_at_once,
 )
-from cpu_kernels.simd import CACHE_LINE_BYTES, LANES, TILE
-from cpu_kernels.threads import fork_join
+from cpu_kernels.scratch import Scratch
+from cpu_kernels.threads import fork_join, openmp_address
 
-_LOG2_E = math.log2(math.e)
 _FLOAT32, _INT32 = np.dtype(np.float32), np.dtype(np.int32)
+_FLOAT16 = np.dtype(np.float16)
+_NO_SINKS = np.empty(0, np.float32)
+# more tokens than any cache has
+_NO_WINDOW = 1 << 40
 
 
 def decode_attention(
@@ -49,12 +50,15 @@ def decode_attention(
     num_threads: int,
     out: NDArray[np.float32],
     lse: NDArray[np.float32],
+    sinks: NDArray[np.float32] | None = None,
+    scratch: Scratch | None = None,
 ) -> None:
     """Attend from the newest token of every sequence to its cached tokens.
 
     out[s, h] = softmax(scale * q[s, h] @ keys.T) @ values, accumulated in float32, over the last
     `window` tokens. The same numbers come out for any `num_threads`. May be called from several
-    threads at once. The first call of a cache format compiles (2 to 3 s, then kept on disk).
+    threads at once. The first call of a cache format and a number of query heads a KV head
+    compiles (3 to 7 s on a busy core, then kept on disk).
 
     Parameters
     ----------
@@ -74,12 +78,18 @@ def decode_attention(
     window
         Tokens that the new one sees, itself included (Hugging Face's sliding window); None: all.
     num_threads
-        Threads to use at most.
+        Threads to use at most; fewer where the cache is too small to pay for their start.
     out
         (S, H, E), written entirely.
     lse
-        (S, H) natural logarithm of the sum of the exponentials of the scores, for
+        (S, H) natural logarithm of the sum of the exponentials of the scores, and of the sink, for
         `merge_attention`.
+    sinks
+        (H,) a logit of each head, not scaled, that takes part in the softmax and has no value: the
+        weights of the tokens then add up to less than 1 (gpt-oss). None: without. A window does not
+        hide it. Where parts are merged, one of them has it.
+    scratch
+        Memory of the caller for its calls, one at a time; None: fresh memory.
 
     Raises
     ------
@@ -100,48 +110,61 @@ def decode_attention(
     Notes
     -----
     Segments and their merge are Flash-Decoding (Dao et al. 2023); the running maximum within one is
-    Online Softmax (Milakov and Gimelshein 2018), Algorithm 3.
+    Online Softmax (Milakov and Gimelshein 2018), Algorithm 3. Sinks are those of gpt-oss (OpenAI
+    2025), after Xiao et al. 2023.
     """
-    _check(q, key_cache, value_cache, block_tables, context_lens, out, lse)
-    longest = block_tables.shape[1] * key_cache.shape[2]
-    seen = longest if window is None else window
-    if seen < 1 or num_threads < 1:
-        raise ValueError(f"window is {window} and num_threads {num_threads}; both start at 1")
-    lengths = context_lens.tolist()
-    if lengths and not 1 <= min(lengths) <= max(lengths) <= longest:
-        raise ValueError(
-            f"context lengths are {min(lengths)} to {max(lengths)} but must be 1 to {longest}: "
-            f"{block_tables.shape[1]} blocks of {key_cache.shape[2]} tokens"
+    keys, values = key_cache, value_cache
+    if keys.dtype == _FLOAT16 and values.dtype == _FLOAT16:
+        keys, values = keys.view(np.int16), values.view(np.int16)
+    seen = _NO_WINDOW if window is None else window
+    scratch = scratch or Scratch()
+    parallel = openmp_address()
+    calls = np.zeros(1, CALL_DTYPE)
+    try:
+        group_size = q.shape[1] // keys.shape[1]
+        body = attend_address(key_cache.dtype, group_size)
+        num_bytes = scratch.num_bytes
+        for _ in range(2):
+            state = enter_attend(
+                calls,
+                q,
+                keys,
+                values,
+                block_tables,
+                context_lens,
+                _NO_SINKS if sinks is None else sinks,
+                sinks is not None,
+                out,
+                lse,
+                scale,
+                seen,
+                heads_at_once(group_size),
+                num_threads,
+                scratch.address(num_bytes),
+                num_bytes,
+                body,
+                parallel,
+            )
+            if state != NEEDS_SCRATCH:
+                break
+            num_bytes = int(calls["scratch_bytes"][0])
+    except (TypingError, KeyError, IndexError, ZeroDivisionError):
+        state = None
+    if state == NEEDS_THREADS:
+        fork_join(body, calls.ctypes.data, int(calls["num_workers"][0]))
+    elif state != DONE:
+        _refuse(
+            q,
+            key_cache,
+            value_cache,
+            block_tables,
+            context_lens,
+            seen,
+            num_threads,
+            out,
+            lse,
+            sinks,
         )
-    num_segments = sum(-(-min(length, seen) // SEGMENT_TOKENS) for length in lengths)
-    if num_segments == 0:
-        return
-    _, num_kv_heads, block_size, key_width = key_cache.shape
-    num_seqs, num_heads, value_width = out.shape
-    group_size = num_heads // num_kv_heads
-    padded_group = _round_up(group_size, TILE)
-    padded_key = _round_up(key_width, LANES)
-    padded_value = _round_up(value_width, VALUE_PADDING)
-    num_items = num_segments * num_kv_heads
-    num_workers = min(num_threads, num_items)
-    # scratch, float32: partial outputs, their maxima, their sums, then each worker's queries and
-    # scores; int64: the counters, then each worker's rows of the cache
-    maxima_at = num_items * padded_group * padded_value
-    sums_at = maxima_at + num_items * padded_group
-    workers_at = _round_up(sums_at + num_items * padded_group, LANES)
-    worker_size = padded_group * (padded_key + CHUNK_TOKENS)
-    worker_size += CHUNK_TOKENS * max(padded_key, padded_value)
-    rows_at = PENDING + num_seqs * num_kv_heads
-    floats = _empty_aligned(workers_at + num_workers * worker_size)
-    counters = np.zeros(rows_at + num_workers * WORKER_ROWS, np.int64)
-    arrays = (q, key_cache, value_cache, block_tables, context_lens, out, lse, floats, counters)
-    sizes = (num_seqs, num_kv_heads, group_size, key_width, value_width, block_size)
-    padded = (padded_group, padded_key, padded_value)
-    parts = (maxima_at, sums_at, workers_at, worker_size, rows_at)
-    max_blocks = block_tables.shape[1]
-    addresses = map(_address, arrays)
-    call = AttentionCall(*addresses, *sizes, max_blocks, seen, *padded, *parts, scale * _LOG2_E)
-    fork_join(attend_address(key_cache.dtype), ctypes.addressof(call), num_workers)
 
 
 def merge_attention(
@@ -185,59 +208,56 @@ def merge_attention(
         return out, finite + np.log(total)
 
 
-def _check(
+def _refuse(
     q: NDArray[np.float32],
     key_cache: NDArray[Any],
     value_cache: NDArray[Any],
     block_tables: NDArray[np.int32],
     context_lens: NDArray[np.int32],
+    window: int,
+    num_threads: int,
     out: NDArray[np.float32],
     lse: NDArray[np.float32],
-) -> None:
+    sinks: NDArray[np.float32] | None,
+) -> NoReturn:
+    """Say what does not fit."""
     if key_cache.dtype.name not in CACHE_FORMATS or key_cache.dtype != value_cache.dtype:
         raise ValueError(
             f"keys are {key_cache.dtype} and values {value_cache.dtype}; both must be one of "
             f"float32, float16 or uint16 (the bits of bfloat16)"
         )
+    for name, array, dimensions in (("q", q, 3), ("value_cache", value_cache, 4)):
+        if array.ndim != dimensions:
+            raise ValueError(f"{name} is {array.shape} but must have {dimensions} dimensions")
     num_seqs, num_heads, key_width = q.shape
     num_blocks, num_kv_heads, block_size, value_width = value_cache.shape
     keys_shape = (num_blocks, num_kv_heads, block_size, key_width)
-    out_shape = (num_seqs, num_heads, value_width)
     tables_shape = (num_seqs, block_tables.shape[-1])
-    expected = (
-        ("q", q, _FLOAT32, q.shape),
-        ("key_cache", key_cache, key_cache.dtype, keys_shape),
-        ("value_cache", value_cache, key_cache.dtype, value_cache.shape),
-        ("block_tables", block_tables, _INT32, tables_shape),
-        ("context_lens", context_lens, _INT32, (num_seqs,)),
-        ("out", out, _FLOAT32, out_shape),
-        ("lse", lse, _FLOAT32, (num_seqs, num_heads)),
-    )
-    for name, array, dtype, shape in expected:
-        if array.dtype != dtype or array.shape != shape or not array.flags.c_contiguous:
+    expected: list[tuple[str, NDArray[Any], np.dtype[Any], tuple[int, ...], bool]] = [
+        ("q", q, _FLOAT32, q.shape, False),
+        ("key_cache", key_cache, key_cache.dtype, keys_shape, False),
+        ("value_cache", value_cache, key_cache.dtype, value_cache.shape, False),
+        ("block_tables", block_tables, _INT32, tables_shape, False),
+        ("context_lens", context_lens, _INT32, (num_seqs,), False),
+        ("out", out, _FLOAT32, (num_seqs, num_heads, value_width), True),
+        ("lse", lse, _FLOAT32, (num_seqs, num_heads), True),
+    ]
+    if sinks is not None:
+        expected.append(("sinks", sinks, _FLOAT32, (num_heads,), False))
+    for name, array, dtype, shape, is_written in expected:
+        is_plain = array.flags.c_contiguous and array.flags.aligned
+        is_plain = is_plain and (array.flags.writeable or not is_written)
+        if array.dtype != dtype or array.shape != shape or not is_plain:
+            kind = "contiguous, aligned, writeable" if is_written else "contiguous, aligned"
             raise ValueError(
-                f"{name} is {array.dtype} {array.shape} but must be contiguous {dtype} {shape}"
+                f"{name} is {array.dtype} {array.shape} but must be {kind} {dtype} {shape}"
             )
     if num_kv_heads == 0 or num_heads % num_kv_heads:
         raise ValueError(f"{num_heads} query heads do not divide by {num_kv_heads} KV heads")
-
-
-def _round_up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
-
-
-def _address(array: NDArray[Any]) -> int:
-    # array.ctypes.data takes 1.5 us, five times this, and there are ten arrays in a call
-    if array.flags.writeable:
-        return ctypes.addressof(_START.from_buffer(array))  # type: ignore[arg-type]
-    return int(array.ctypes.data)
-
-
-_START = ctypes.c_char * 0
-
-
-def _empty_aligned(size: int) -> NDArray[np.float32]:
-    # numpy aligns to 16 bytes; a vector across two cache lines costs two loads: +50 % in the loops
-    spare = CACHE_LINE_BYTES // 4
-    floats = np.empty(size + spare, np.float32)
-    return floats[-_address(floats) // 4 % spare :]
+    if window < 1 or num_threads < 1:
+        raise ValueError(f"window is {window} and num_threads {num_threads}; both start at 1")
+    longest = block_tables.shape[1] * block_size
+    raise ValueError(
+        f"context lengths are {context_lens.min()} to {context_lens.max()} but must be 1 to "
+        f"{longest}: {block_tables.shape[1]} blocks of {block_size} tokens"
+    )

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from cpu_kernels.attention import decode_attention
+from cpu_kernels.scratch import Scratch
 from hetero.kv_cache import BLOCK_SIZE
 from hetero.measure.cold_memory import ColdMemory
 from hetero.measure.timing import median_seconds
@@ -47,6 +48,7 @@ def cpu_decode_bytes_per_s(
     context_lens = np.array([shape.context_len], dtype=np.int32)
     out = np.empty_like(q)
     lse = np.empty((1, shape.num_heads), dtype=np.float32)
+    scratch = Scratch()
 
     def attend() -> None:
         caches = [memory.take(dtype, *cache_shape) for _ in range(2)]
@@ -60,6 +62,7 @@ def cpu_decode_bytes_per_s(
             scale=shape.head_dim**-0.5,
             window=None,
             num_threads=num_threads,
+            scratch=scratch,
             out=out,
             lse=lse,
         )

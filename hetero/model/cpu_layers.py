@@ -164,6 +164,7 @@ def attention_layer(
             scale=spec.head_dim**-0.5,
             window=window,
             num_threads=num_threads,
+            scratch=kernels.scratch,
             out=out_THK,
             lse=np.empty(q_THK.shape[:2], np.float32),
         )

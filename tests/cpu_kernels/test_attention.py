@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from cpu_kernels import attention, attention_kernels
 from cpu_kernels.attention import decode_attention, merge_attention
 from cpu_kernels.formats import from_bfloat16_bits, to_bfloat16_bits
+from cpu_kernels.scratch import Scratch
 
 # 32-bit sums of up to 1300 products of order one: 1e-6 seen, times 4
 _TOLERANCE = 4e-6
@@ -64,6 +65,8 @@ class Case:
             self.exact.append(exact)
         self.scale = key_width**-0.5
         self.out_shape = (num_seqs, heads, value_width)
+        self.sinks: NDArray[np.float32] | None = None
+        self.scratch: Scratch | None = None
 
     def expected(self, window: int | None) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Attend in float64."""
@@ -74,7 +77,10 @@ class Case:
             group = self.q.shape[1] // keys.shape[1]
             for head in range(self.q.shape[1]):
                 scores = keys[first:, head // group] @ self.q[seq, head].astype(np.float64)
-                lse[seq, head] = np.log(np.exp(scores * self.scale).sum())
+                total = np.exp(scores * self.scale).sum()
+                if self.sinks is not None:
+                    total += np.exp(self.sinks[head].astype(np.float64))
+                lse[seq, head] = np.log(total)
                 weights = np.exp(scores * self.scale - lse[seq, head])
                 out[seq, head] = weights @ values[first:, head // group]
         return out, lse
@@ -96,6 +102,8 @@ class Case:
             num_threads=num_threads,
             out=out,
             lse=lse,
+            sinks=self.sinks,
+            scratch=self.scratch,
         )
         return out, lse
 
@@ -129,10 +137,10 @@ def test_attention_equals_float64(cache_format: str, num_threads: int, window: i
 
 
 @pytest.mark.parametrize(
-    ("heads", "kv_heads"), [(1, 1), (4, 4), (4, 2), (6, 3), (6, 2), (14, 2), (8, 1)]
+    ("heads", "kv_heads"), [(1, 1), (4, 4), (4, 2), (6, 3), (6, 2), (14, 2), (8, 1), (20, 1)]
 )
 def test_attention_is_right_for_any_group(heads: int, kv_heads: int) -> None:
-    """Groups of 1, 2, 3, 7 and 8 query heads a KV head."""
+    """Groups of 1, 2, 3, 7, 8 and 20 query heads a KV head."""
     Case([5, 70], heads=heads, kv_heads=kv_heads).assert_right()
 
 
@@ -144,6 +152,43 @@ def test_attention_is_right_for_any_width(
     """Widths that are no multiple of a vector, with values wider than keys."""
     case = Case([7, 40], key_width=key_width, value_width=value_width, cache_format=cache_format)
     case.assert_right()
+
+
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(6, 2), (16, 4), (20, 1)])
+def test_sinks_take_part_in_the_softmax(heads: int, kv_heads: int, window: int | None) -> None:
+    """A logit for each head, some far above all scores and some far below, window or not."""
+    case = Case([1, 40, 513, 1300], heads=heads, kv_heads=kv_heads, cache_format="bfloat16")
+    case.sinks = np.linspace(-20, 12, heads, dtype=np.float32)
+    case.assert_right(window, 2)
+
+
+def test_only_one_of_two_merged_parts_has_the_sinks() -> None:
+    """The newest tokens with sinks and the older ones without make the whole with sinks."""
+    case = Case([200])
+    case.sinks = np.array([0.5, -1, 2, 3], np.float32)
+    whole = case.expected(None)
+    newest = case.attend(window=50)
+    case.sinks = None
+    case.context_lens -= 50
+    older = case.attend()
+
+    for actual, expected in zip(merge_attention(*older, *newest), whole, strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=_TOLERANCE, atol=_TOLERANCE)
+
+
+def test_scratch_is_used_again() -> None:
+    """The same numbers come out of memory that earlier and larger calls have left."""
+    small, large = Case([3, 40]), Case([1300, 600], seed=1)
+    expected = small.attend()
+    small.scratch = large.scratch = Scratch()
+    small.assert_right()
+    large.assert_right()
+    num_bytes = large.scratch.num_bytes
+
+    for actual, wanted in zip(small.attend(), expected, strict=True):
+        assert np.array_equal(actual, wanted)
+    assert large.scratch.num_bytes == num_bytes
 
 
 @pytest.mark.parametrize("block_size", [1, 5, 16, 256])
@@ -214,7 +259,9 @@ def test_first_calls_from_two_threads_share_one_compilation() -> None:
     dtype = np.dtype(np.float32)
     addresses: list[int] = []
     callers = [
-        threading.Thread(target=lambda: addresses.append(attention_kernels.attend_address(dtype)))
+        threading.Thread(
+            target=lambda: addresses.append(attention_kernels.attend_address(dtype, 1))
+        )
         for _ in range(2)
     ]
     for caller in callers:
@@ -244,9 +291,13 @@ def test_no_sequences_is_no_work() -> None:
 def test_the_kernel_is_right_in_plain_python(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same functions, not compiled, over the Python twins of the vector operations."""
     case = Case([3, 37], key_width=20, value_width=18, heads=3, kv_heads=1, cache_format="bfloat16")
+    case.sinks = np.array([-1, 0, 1], np.float32)
+    case.attend()  # compiles what the public function is entered by
     names = [name for name, value in vars(attention_kernels).items() if hasattr(value, "py_func")]
     for name in names:
         monkeypatch.setattr(attention_kernels, name, getattr(attention_kernels, name).py_func)
+
+    python_attend: Any = attention_kernels._attend
 
     def in_python(body_address: int, argument_address: int, num_threads: int) -> None:
         call = attention_kernels.AttentionCall.from_address(argument_address)
@@ -256,10 +307,12 @@ def test_the_kernel_is_right_in_plain_python(monkeypatch: pytest.MonkeyPatch) ->
             "value_cache": (np.uint16, case.caches[1].size),
             "block_tables": (np.int32, case.block_tables.size),
             "context_lens": (np.int32, case.context_lens.size),
+            "sinks": (np.float32, 3),
             "out": (np.float32, int(np.prod(case.out_shape))),
             "lse": (np.float32, int(np.prod(case.out_shape[:2]))),
-            "floats": (np.float32, call.workers_at + call.worker_size),
-            "counters": (np.int64, call.rows_at + attention_kernels.WORKER_ROWS),
+            "floats": (np.float32, call.workers_at + call.num_workers * call.worker_size),
+            "counters": (np.int64, call.rows_at + call.num_workers * attention_kernels.WORKER_ROWS),
+            "tails": (np.uint16, 32 * 64),
         }
         arrays = []
         for name, (dtype, size) in sizes.items():
@@ -267,11 +320,12 @@ def test_the_kernel_is_right_in_plain_python(monkeypatch: pytest.MonkeyPatch) ->
                 getattr(call, name)
             )
             arrays.append(np.frombuffer(memory, dtype))
-        with np.errstate(invalid="ignore"):  # stale scratch in the padding of a last tile
-            attention_kernels._attend(call, *arrays)
+        with np.errstate(all="ignore"):  # stale scratch in the padding of a last tile
+            python_attend(call, *arrays, (0,) * 4)
 
     monkeypatch.setattr(attention, "fork_join", in_python)
-    monkeypatch.setattr(attention, "attend_address", lambda cache_dtype: 0)
+    monkeypatch.setattr(attention, "openmp_address", lambda: 0)
+    monkeypatch.setattr(attention, "attend_address", lambda cache_dtype, group_size: 0)
 
     assert len(names) >= 7
     case.assert_right()
