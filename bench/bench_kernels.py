@@ -2,8 +2,8 @@
 
 Every product reads weights that were last touched more than the caches hold ago; a plain read of
 the same amount is measured beside it, in the same round: the ceiling. torch's best op for a format
-is F.linear for bfloat16, _weight_int8pack_mm for int8, _weight_int4pack_mm_for_cpu for int4 (groups
-of 128). What would change our mind: at one token less than 95 % (bfloat16), 90 % (int8) or 85 %
+is F.linear for bfloat16, _weight_int8pack_mm for int8 (beyond 8 tokens the bare _int_mm), and
+_weight_int4pack_mm_for_cpu for int4 (groups of 128). What would change our mind: at one token less than 95 % (bfloat16), 90 % (int8) or 85 %
 (int4) of the ceiling; from 64 tokens on, a rate below torch's.
 
     python bench/bench_kernels.py [--quick] [--check]
@@ -48,6 +48,8 @@ FORMATS = {
 PASS_BYTES = 64 << 20
 # Products of more tokens do not wait for memory: fewer of them are enough.
 PASS_OPERATIONS = 2e10
+# torch 2.13's _weight_int8pack_mm ends the process (SIGSEGV) at 64 tokens x 768 x 2048.
+_MAX_INT8PACK_TOKENS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,6 +209,9 @@ def torch_forms(
 
 
 def _int8_product(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    if len(x) > _MAX_INT8PACK_TOKENS:
+        # The bare product of bytes, without scales: more than any real layer gets.
+        return torch._int_mm(x.to(torch.int8), codes.t())
     return torch._weight_int8pack_mm(x, codes, scale)
 
 

@@ -251,9 +251,8 @@ def _measure_cpu(
             num_threads=num_threads,
             budget_s=budget_s,
         )
-        prefill = prefill_flop_per_s(
-            cpu, subject.attention, dtype=subject.attention_dtype, budget_s=budget_s
-        )
+        # Whatever the model's format: cpu_layers.py widens queries, keys and values for torch.
+        prefill = prefill_flop_per_s(cpu, subject.attention, dtype="float32", budget_s=budget_s)
         small_op_s = launch_s(cpu, budget_s=budget_s)
     return DeviceProfile(
         name=cpu_model(),
