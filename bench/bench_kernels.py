@@ -3,8 +3,9 @@
 Every product reads weights that were last touched more than the caches hold ago; a plain read of
 the same amount is measured beside it, in the same round: the ceiling. torch's best op for a format
 is F.linear for bfloat16, _weight_int8pack_mm for int8 (beyond 8 tokens the bare _int_mm), and
-_weight_int4pack_mm_for_cpu for int4 (groups of 128). What would change our mind: at one token less than 95 % (bfloat16), 90 % (int8) or 85 %
-(int4) of the ceiling; from 64 tokens on, a rate below torch's.
+_weight_int4pack_mm_for_cpu for int4 (groups of 128). What would change our mind: at one token less
+than 95 % (bfloat16), 90 % (int8) or 85 % (int4) of the ceiling; from 64 tokens on, a rate below
+torch's.
 
     python bench/bench_kernels.py [--quick] [--check]
 """
@@ -48,7 +49,7 @@ FORMATS = {
 PASS_BYTES = 64 << 20
 # Products of more tokens do not wait for memory: fewer of them are enough.
 PASS_OPERATIONS = 2e10
-# torch 2.13's _weight_int8pack_mm ends the process (SIGSEGV) at 64 tokens x 768 x 2048.
+# Beyond, the bare product of bytes is torch's faster one.
 _MAX_INT8PACK_TOKENS = 8
 
 
@@ -105,7 +106,9 @@ def measure(
     weight_format = FORMATS[name]
     compute: Compute = fastest_compute(weight_format)
     x = to_bfloat16_bits(np.random.default_rng(m).standard_normal((m, k)).astype(np.float32))
-    x_torch = torch.from_numpy(x).view(torch.bfloat16)
+    # A copy in torch's memory: _weight_int8pack_mm of torch 2.13 ends the process (SIGSEGV) where x
+    # does not begin at a multiple of 64 bytes.
+    x_torch = torch.from_numpy(x).view(torch.bfloat16).clone()
     out, scratch = np.empty((m, n), np.float32), Scratch()
     count = max(1, PASS_BYTES // rotation.packed_bytes)
     count = max(1, min(count, int(PASS_OPERATIONS / (2.0 * n * k * m))))
