@@ -79,6 +79,8 @@ def main() -> None:
     rows = []
     for name, (n, k) in itertools.product(FORMATS, QUICK_SHAPES if args.quick else SHAPES):
         rotation = make_rotation(FORMATS[name], n, k, rotate)
+        # Memory just written reads slowly until it has been walked once.
+        read_memory(rotation.whole, num_threads=args.threads)
         for m in QUICK_TOKENS if args.quick else TOKENS:
             rows.append(measure(name, rotation, n, k, m, args))
     document = {
