@@ -40,12 +40,14 @@ class PromptReads:
     """Keys of one sequence of a prefill step, for rows `start` to `end`.
 
     Without blocks, the step's own keys are all there are; without a mask, attention is causal.
+    `num_keys` are read of the blocks, or all of them, pads included, which the mask hides.
     """
 
     start: int
     end: int
     blocks_B: Tensor | None
     mask_TC: Tensor | None
+    num_keys: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,8 +171,8 @@ def _attend_prompt(
 def attend_pages(q_THK: Tensor, kv: LayerKV, reads: PromptReads) -> Tensor:
     """The same with all keys read from their pages, in the format of the queries."""
     assert reads.blocks_B is not None
-    k_GCK = _gather(kv.key, reads.blocks_B).to(q_THK.dtype)
-    v_GCK = _gather(kv.value, reads.blocks_B).to(q_THK.dtype)
+    k_GCK = _gather(kv.key, reads.blocks_B)[:, : reads.num_keys].to(q_THK.dtype)
+    v_GCK = _gather(kv.value, reads.blocks_B)[:, : reads.num_keys].to(q_THK.dtype)
     return _attend_keys(q_THK[reads.start : reads.end], k_GCK, v_GCK, reads.mask_TC)
 
 
@@ -250,7 +252,10 @@ def prompt_reads(
     *,
     from_pages: bool = False,
 ) -> PromptReads:
-    """Keys of one sequence; `from_pages` reads them there even where the step's own are all."""
+    """Keys of one sequence; `from_pages` reads them there even where the step's own are all.
+
+    It then reads no pads of the last block, which a device would have to be asked to cut off.
+    """
     start, end = batch.query_starts[index], batch.query_starts[index + 1]
     past = batch.past_lens[index]
     num_keys = past + end - start
@@ -263,16 +268,18 @@ def prompt_reads(
         first_block = max(0, past + 1 - window) // block_size if window is not None else 0
         first_key = first_block * block_size
         blocks_B = batch.block_tables_SB[index, first_block : -(-num_keys // block_size)]
-        num_keys = first_key + len(blocks_B) * block_size
+        if not from_pages:
+            num_keys = first_key + len(blocks_B) * block_size
+    exact = num_keys - first_key if from_pages else None
     if is_causal:
-        # Pads of the last block come after every query.
-        return PromptReads(start=start, end=end, blocks_B=blocks_B, mask_TC=None)
+        return PromptReads(start=start, end=end, blocks_B=blocks_B, mask_TC=None, num_keys=exact)
     seen_TC = _seen(
         torch.arange(past, past + end - start, device=device)[:, None],
         torch.arange(first_key, num_keys, device=device),
         window,
     )
-    return PromptReads(start=start, end=end, blocks_B=blocks_B, mask_TC=_additive(seen_TC, dtype))
+    mask_TC = _additive(seen_TC, dtype)
+    return PromptReads(start=start, end=end, blocks_B=blocks_B, mask_TC=mask_TC, num_keys=exact)
 
 
 def _page_reads(
