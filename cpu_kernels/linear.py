@@ -120,12 +120,13 @@ def linear(
     calls = shape.template.copy()
     num_workers = min(num_threads, shape.num_items)
     body, parallel = linear_address(x.dtype == _UINT16), openmp_address()
+    blocks = _blocks(weight.weight_format, compute, num_tokens)  # held until the call has ended
     if not enter_linear(
         calls,
         weight.blob,
         x,
         out,
-        _blocks(weight.weight_format, compute, num_tokens),
+        blocks,
         scratch.address(num_tokens * shape.bytes_per_token + _TAIL_BYTES),
         body,
         parallel,

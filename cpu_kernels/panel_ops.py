@@ -150,7 +150,7 @@ FLOAT32, BFLOAT16, BFLOAT16_PAIRS, INT8, INT4 = 0, 1, 2, 3, 4
 
 
 def _load_words(builder: Any, address: Any) -> Any:
-    return builder.load(_pointer(builder, address, _WORDS), align=16)
+    return builder.load(_pointer(builder, address, _WORDS), align=4)
 
 
 def _prefetch(builder: Any, address: Any) -> None:

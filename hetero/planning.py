@@ -53,7 +53,7 @@ def spec_as_run(
     if quantization is not None:
         if hardware.gpu is not None:
             raise UsageError(
-                f"{quantization} weights run on the CPU only so far; add --accelerator none "
+                f"{quantization} weights run on the CPU only so far; use --accelerator none "
                 "(accelerator='none'), or leave the quantization out"
             )
         # float16 is rounded to codes anyway; what is not quantised becomes bfloat16

@@ -17,6 +17,7 @@ from cpu_kernels.experts import PackedExperts, expert_bytes
 from cpu_kernels.formats import WeightFormat
 from cpu_kernels.linear import PackedMatrix
 from cpu_kernels.packing import pack_into
+from hetero.errors import ModelFolderError
 from hetero.model.families import ModuleLayout, TensorSlot, ViewSpec
 from planner.model_spec import QUANTIZATION_GROUP, ModelSpec, Module
 
@@ -60,7 +61,7 @@ def pack_module(
     Raises
     ------
     ModelFolderError
-        As `read` does.
+        As `read` does, or weights that are not finite cannot be quantised.
     """
     format_ = weight_format(spec, module)
     matrices: dict[str, PackedMatrix] = {}
@@ -79,7 +80,7 @@ def pack_module(
         parts = [read(slot) for slot in slots]
         rows = parts[0] if len(parts) == 1 else np.concatenate(parts)
         blob = _empty(format_.packed_bytes(*view.shape))
-        pack_into(rows, format_, blob, num_threads=num_threads)
+        _pack(rows, format_, blob, slots[0].name, num_threads)
         matrices[view.role] = PackedMatrix(
             blob=blob, weight_format=format_, num_rows=view.shape[0], num_columns=view.shape[1]
         )
@@ -103,7 +104,7 @@ def _pack_experts(
     at = 0
     for slot in slots:  # gate, up and down of expert 0, of expert 1, ...
         end = at + format_.packed_bytes(*slot.shape)
-        pack_into(read(slot), format_, blob[at:end], num_threads=num_threads)
+        _pack(read(slot), format_, blob[at:end], slot.name, num_threads)
         at = end
     assert at == len(blob), (module, at, len(blob))
     for view in layout.views:
@@ -116,6 +117,19 @@ def _pack_experts(
         hidden=spec.hidden_size,
         width=width,
     )
+
+
+def _pack(
+    rows: NDArray[Any],
+    format_: WeightFormat,
+    blob: NDArray[np.uint8],
+    name: str,
+    num_threads: int,
+) -> None:
+    try:
+        pack_into(rows, format_, blob, num_threads=num_threads)
+    except ValueError as error:  # weights that no scale can hold
+        raise ModelFolderError(f"{name}: {error}; run without --quantization") from None
 
 
 def _slots_of(layout: ModuleLayout, view: ViewSpec) -> list[TensorSlot]:

@@ -173,7 +173,7 @@ def load_weights(
                 packed[key] = found
             elif device == "gpu":
                 assert accelerator is not None
-                what = f"{key[0]} of layer {key[1]}" if key[1] else key[0]
+                what = key[0] if key[1] is None else f"{key[0]} of layer {key[1]}"
                 resident[device][key] = _onto(accelerator, found, what)
             else:
                 resident[device][key] = found
