@@ -178,7 +178,11 @@ def test_a_signal_ends_a_run_in_one_line(
     """The first character on stdout says that the run is under way."""
     arguments = ["run", "--max-tokens", "900", "--progress", "none", "--accelerator", "none"]
     with subprocess.Popen(
-        [sys.executable, "-m", "hetero", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-m", "hetero", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # a shell starts what is in its background with SIGINT ignored, and children inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         assert process.stdout is not None
         assert process.stdout.read(1) == b"T"
