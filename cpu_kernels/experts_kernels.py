@@ -23,8 +23,9 @@ import numba
 import numpy as np
 from numba import types
 
+from cpu_kernels.formats import PANEL_ROWS
 from cpu_kernels.microkernels import MAX_BLOCK_TOKENS
-from cpu_kernels.panel_ops import PANEL_ROWS, absolute, call_kernel, call_on_threads
+from cpu_kernels.panel_ops import absolute, call_kernel, call_on_threads
 from cpu_kernels.simd import (
     LANES,
     add,

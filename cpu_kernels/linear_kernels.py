@@ -11,7 +11,8 @@ import numba
 import numpy as np
 from numba import types
 
-from cpu_kernels.panel_ops import PANEL_ROWS, call_kernel, call_on_threads
+from cpu_kernels.formats import PANEL_ROWS
+from cpu_kernels.panel_ops import call_kernel, call_on_threads
 from cpu_kernels.simd import pointer_at
 from cpu_kernels.source_stamp import source_stamp
 from cpu_kernels.token_blocks import write_columns

@@ -41,7 +41,7 @@ from cpu_kernels.panel_ops import (
     INT4,
     INT8,
     add_byte_steps,
-    add_scaled_steps,
+    add_scaled_step,
     add_steps,
     fold_group,
     start_int_sums,
@@ -257,9 +257,7 @@ def _scaled_kernel(kind: int, zero_code: int, tokens: int, walk: Blocking, stamp
             for first in range(0, num_columns, group_size):
                 count = min(group_size, num_columns - first)
                 for _step in range((count + columns - 1) // columns):
-                    sums = add_scaled_steps(
-                        sums, kind, zero_code, at, 0, scale_at, zero_at, 0, x_at
-                    )
+                    sums = add_scaled_step(sums, kind, zero_code, at, scale_at, zero_at, x_at)
                     at += 64
                     x_at += x_step
                 scale_at += 32

@@ -18,13 +18,9 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
+from cpu_kernels.formats import PANEL_ROWS, STEP_BYTES
 from cpu_kernels.isa import isa
-
-PANEL_ROWS = 16
-WORD_BYTES = 64
-
-# Before anything is compiled: a lowered rung is told to numba.
-isa()
+from cpu_kernels.simd import _call, _narrow_bfloat16, _splat
 
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 _F32 = ir.FloatType()
@@ -49,9 +45,6 @@ class _BFloat(ir.Type):  # type: ignore[misc]
 
 
 _BFLOATS = ir.VectorType(_BFloat(), 2 * PANEL_ROWS)
-
-# One `call` of numba's code generators: (context, builder, signature, arguments) -> LLVM value
-_Generator = Callable[[Any, Any, Any, Any], Any]
 
 
 def _operation(definition: Callable[..., Any]) -> Callable[..., Any]:
@@ -105,23 +98,8 @@ def _offset(builder: Any, address: Any, num_bytes: int) -> Any:
     return builder.add(address, ir.Constant(_I64, num_bytes))
 
 
-def _splat(builder: Any, scalar: Any, vector_type: Any) -> Any:
-    undefined = ir.Constant(vector_type, ir.Undefined)
-    first = builder.insert_element(undefined, scalar, ir.Constant(_I32, 0))
-    zeros = ir.Constant(ir.VectorType(_I32, vector_type.count), [0] * vector_type.count)
-    return builder.shuffle_vector(first, undefined, zeros)
-
-
 def _all_lanes(vector_type: Any, value: float | int) -> Any:
     return ir.Constant(vector_type, [value] * vector_type.count)
-
-
-def _call(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
-    function_type = ir.FunctionType(result, [a.type for a in arguments])
-    function = cgutils.get_or_insert_function(  # type: ignore[no-untyped-call]
-        builder.module, function_type, name
-    )
-    return builder.call(function, arguments)
 
 
 def _multiply_add(builder: Any, x: Any, y: Any, z: Any) -> Any:
@@ -130,19 +108,6 @@ def _multiply_add(builder: Any, x: Any, y: Any, z: Any) -> Any:
 
 def _broadcast(builder: Any, address: Any, lane: Any, vector_type: Any) -> Any:
     return _splat(builder, builder.load(_pointer(builder, address, lane), align=4), vector_type)
-
-
-def _rounded_to_bfloat16(builder: Any, value: Any) -> Any:
-    """Nearest, ties to even, NaN kept quiet, as `formats.to_bfloat16_bits`."""
-    words = ir.VectorType(_I32, value.type.count)
-    bits = builder.bitcast(value, words)
-    top = builder.lshr(bits, _all_lanes(words, 16))
-    carry = builder.add(_all_lanes(words, 0x7FFF), builder.and_(top, _all_lanes(words, 1)))
-    rounded = builder.lshr(builder.add(bits, carry), _all_lanes(words, 16))
-    is_nan = builder.fcmp_unordered("uno", value, value)
-    quiet = builder.or_(top, _all_lanes(words, 0x40))
-    shorts = ir.VectorType(_I16, value.type.count)
-    return builder.trunc(builder.select(is_nan, quiet, rounded), shorts)
 
 
 # How one 64-byte step of a panel is widened: what `add_steps` multiplies.
@@ -228,7 +193,7 @@ def add_steps(
         for panel in range(sums.panels):
             way, x_at = 0, x
             for step in range(num_steps):
-                at = _offset(builder, start, WORD_BYTES * step)
+                at = _offset(builder, start, STEP_BYTES * step)
                 if num_ahead:
                     _prefetch(builder, _offset(builder, at, num_ahead))
                 words = _load_words(builder, at)
@@ -278,41 +243,25 @@ def _load_zeros(builder: Any, address: Any, zero_code: int) -> Any:
 
 
 @_operation_of_literals
-def add_scaled_steps(
-    _: Any,
-    sums: Any,
-    kind: Any,
-    zero_code: Any,
-    at: Any,
-    panel_bytes: Any,
-    scales: Any,
-    zeros: Any,
-    num_groups: Any,
-    x: Any,
+def add_scaled_step(
+    _: Any, sums: Any, kind: Any, zero_code: Any, at: Any, scales: Any, zeros: Any, x: Any
 ) -> Any:
-    """Add the products of one step of every panel, of a format with scales, widened to float32."""
+    """Add the products of one step of one panel, of a format with scales, widened to float32."""
     what, code = kind.literal_value, zero_code.literal_value
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        value, _, _, at, stride, scales, zeros, num_groups, x = arguments
-        for panel in range(sums.panels):
-            scale = _load_scales(builder, scales)
-            zero = builder.sitofp(_load_zeros(builder, zeros, code), _COLUMN)
-            offset = builder.fmul(builder.fsub(_all_lanes(_COLUMN, 0.0), zero), scale)
-            x_at = x
-            words = _load_words(builder, at)
-            columns = _coded_columns(builder, what, words, scale, offset)
-            for way, column in enumerate(columns):
-                first = sums.index(panel, way, 0)
-                value = _add_column(builder, value, first, sums.tokens, column, x_at)
-                x_at = _offset(builder, x_at, 4 * sums.tokens)
-            at = builder.add(at, stride)
-            scales = builder.add(scales, builder.mul(num_groups, ir.Constant(_I64, 32)))
-            zeros = builder.add(zeros, builder.mul(num_groups, ir.Constant(_I64, 16)))
+        value, _, _, at, scales, zeros, x = arguments
+        scale = _load_scales(builder, scales)
+        zero = builder.sitofp(_load_zeros(builder, zeros, code), _COLUMN)
+        offset = builder.fmul(builder.fsub(_all_lanes(_COLUMN, 0.0), zero), scale)
+        columns = _coded_columns(builder, what, _load_words(builder, at), scale, offset)
+        for way, column in enumerate(columns):
+            first = sums.index(0, way, 0)
+            value = _add_column(builder, value, first, sums.tokens, column, x)
+            x = _offset(builder, x, 4 * sums.tokens)
         return value
 
-    signature = sums(sums, kind, zero_code, *[types.intp] * 6)
-    return signature, generate
+    return sums(sums, kind, zero_code, *[types.intp] * 4), generate
 
 
 @_operation_of_literals
@@ -361,7 +310,7 @@ def add_byte_steps(
         for panel in range(sums.panels):
             way, x_at = 0, x
             for step in range(num_steps):
-                at = _offset(builder, start, WORD_BYTES * step)
+                at = _offset(builder, start, STEP_BYTES * step)
                 if num_ahead:
                     _prefetch(builder, _offset(builder, at, num_ahead))
                 words = _load_words(builder, at)
@@ -467,7 +416,7 @@ def store_sums(_: Any, address: Any, stride: Any, sums: Any) -> Any:
                 for way in range(1, sums.ways):
                     part = builder.extract_value(value, sums.index(panel, way, token))
                     total = builder.fadd(total, part)
-                place = _offset(builder, address, WORD_BYTES * panel)
+                place = _offset(builder, address, STEP_BYTES * panel)
                 builder.store(total, _pointer(builder, place, _COLUMN), align=4)
             address = builder.add(address, stride)
         return context.get_dummy_value()
@@ -504,7 +453,7 @@ def scatter_bfloat16_pairs(_: Any, address: Any, stride: Any, vector: Any) -> An
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         address, stride, value = arguments
-        shorts = _rounded_to_bfloat16(builder, value)
+        shorts = _narrow_bfloat16(builder, value)
         words = builder.bitcast(shorts, ir.VectorType(_I32, shorts.type.count // 2))
         _scatter(builder, address, stride, words)
         return context.get_dummy_value()
@@ -564,7 +513,7 @@ def xor_of_words(_: Any, address: Any, count: Any) -> Any:
         with cgutils.for_range(builder, count) as loop:
             start = builder.add(address, builder.mul(loop.index, ir.Constant(_I64, 256)))
             for index, chain in enumerate(chains):
-                words = _load_words(builder, _offset(builder, start, WORD_BYTES * index))
+                words = _load_words(builder, _offset(builder, start, STEP_BYTES * index))
                 builder.store(builder.xor(builder.load(chain), words), chain)
         total = builder.load(chains[0])
         for chain in chains[1:]:
@@ -578,17 +527,6 @@ def xor_of_words(_: Any, address: Any, count: Any) -> Any:
 
 
 # Work shared by threads: counters in memory, kernels behind addresses.
-
-
-@_operation
-def add_atomically(_: Any, address: Any, amount: Any) -> Any:
-    """Add to the int64 at an address in one step and return what was there before."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        pointer = _pointer(builder, arguments[0], _I64)
-        return builder.atomic_rmw("add", pointer, arguments[1], "acq_rel")
-
-    return types.int64(types.intp, types.int64), generate
 
 
 @_operation

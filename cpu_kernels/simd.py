@@ -221,7 +221,12 @@ def _narrow(builder: Any, array_type: Any, value: Any) -> Any:
         if not _HAS_FLOAT16:
             return _narrow_float16(builder, value)
         return builder.bitcast(builder.fptrunc(value, ir.VectorType(ir.HalfType(), LANES)), short)
-    # the integer arithmetic of formats.to_bfloat16_bits: AVX512_BF16's instruction drops denormals
+    return _narrow_bfloat16(builder, value)
+
+
+def _narrow_bfloat16(builder: Any, value: Any) -> Any:
+    """The arithmetic of formats.to_bfloat16_bits: AVX512_BF16's instruction drops denormals."""
+    short = ir.VectorType(ir.IntType(16), LANES)
     bits = _as_bits(builder, value)
     top = builder.lshr(bits, _bits(16))
     carry = builder.add(_bits(0x7FFF), builder.and_(top, _bits(1)))

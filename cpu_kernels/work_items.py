@@ -13,43 +13,44 @@ from __future__ import annotations
 import ctypes
 
 import numba
+import numpy as np
 
-from cpu_kernels.panel_ops import add_atomically, load_atomically, relax, yield_core
+from cpu_kernels.panel_ops import load_atomically, relax, yield_core
+from cpu_kernels.simd import CACHE_LINE_BYTES, fetch_add, pointer_at
 
 # A cache line each: threads that add to one counter do not slow down readers of the others.
-_COUNTER_BYTES = 64
+_COUNTER_WORDS = CACHE_LINE_BYTES // 8
 _NEXT_ITEM, _NEXT_WORKER, _FIRST_PHASE = 0, 1, 2
 _NUM_COUNTERS = _FIRST_PHASE + 4
 _SPINS_BEFORE_YIELD = 4000
 
 # The next item, the next worker, and how many items of each of four phases are finished: the first
 # field of a call, zeros at its start.
-Counters = ctypes.c_int64 * (_NUM_COUNTERS * _COUNTER_BYTES // 8)
+Counters = ctypes.c_int64 * (_NUM_COUNTERS * _COUNTER_WORDS)
 
 
 @numba.njit(nogil=True, error_model="numpy", inline="always")
 def claim_item(counters: int) -> int:
     """Return the number of the next item; `counters` is an address."""
-    return add_atomically(counters, 1)  # type: ignore[no-any-return]
+    return fetch_add(pointer_at(counters, np.int64), _COUNTER_WORDS * _NEXT_ITEM, 1)
 
 
 @numba.njit(nogil=True, error_model="numpy", inline="always")
 def claim_worker(counters: int) -> int:
     """Return the number of the calling thread, from 0."""
-    at = counters + _COUNTER_BYTES * _NEXT_WORKER
-    return add_atomically(at, 1)  # type: ignore[no-any-return]
+    return fetch_add(pointer_at(counters, np.int64), _COUNTER_WORDS * _NEXT_WORKER, 1)
 
 
 @numba.njit(nogil=True, error_model="numpy", inline="always")
 def finish_item(counters: int, phase: int) -> None:
     """Say that an item of a phase is done, and show what it wrote."""
-    add_atomically(counters + _COUNTER_BYTES * (_FIRST_PHASE + phase), 1)
+    fetch_add(pointer_at(counters, np.int64), _COUNTER_WORDS * (_FIRST_PHASE + phase), 1)
 
 
 @numba.njit(nogil=True, error_model="numpy")
 def wait_for(counters: int, phase: int, num_items: int) -> None:
     """Wait until so many items of a phase are done, and see what they wrote."""
-    at = counters + _COUNTER_BYTES * (_FIRST_PHASE + phase)
+    at = counters + 8 * _COUNTER_WORDS * (_FIRST_PHASE + phase)
     spins = 0
     while load_atomically(at) < num_items:
         relax()
