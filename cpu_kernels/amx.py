@@ -32,16 +32,14 @@ from __future__ import annotations
 import ctypes
 import platform
 import sys
-import threading
 from functools import cache
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numba
 import numpy as np
 from numba import types
 
-from cpu_kernels import simd, tile_instructions
+from cpu_kernels.compiling import compiled_address, source_stamp
 from cpu_kernels.isa import isa
 from cpu_kernels.simd import pointer_at
 from cpu_kernels.tile_instructions import (
@@ -82,9 +80,6 @@ _XFEATURE_XTILEDATA = 18
 
 # panels, scales, zeros, x, x_scales, y; y_stride, num_columns, group_size, num_panels
 _SIGNATURE = types.void(*[types.intp] * 10)
-
-# functools.cache lets two threads both compile and then drops one result, whose code is in use
-_COMPILING = threading.Lock()
 
 
 @cache
@@ -190,15 +185,12 @@ def kernel_address(format_kind: AmxFormat, compute: AmxCompute, has_zeros: bool 
         raise ValueError(f"there is no {compute} kernel for {format_kind} weights{zeros}")
     if not is_available():
         raise RuntimeError("this process may not use AMX tiles; ask is_available() first")
-    with _COMPILING:
-        return int(_compiled_kernel(format_kind, has_zeros).address)
+    return compiled_address(_compiled_kernel, format_kind, has_zeros)
 
 
 @cache
 def _compiled_kernel(format_kind: AmxFormat, has_zeros: bool) -> Any:
-    # numba's disk cache sees changes of this file only; what a closure holds is part of its key
-    sources = (simd.__file__, tile_instructions.__file__)
-    changed_ns = max(Path(source).stat().st_mtime_ns for source in sources)
+    stamp = source_stamp()
     is_int4 = format_kind == "int4"
 
     def multiply_bfloat16(
@@ -213,7 +205,7 @@ def _compiled_kernel(format_kind: AmxFormat, has_zeros: bool) -> Any:
         group_size: int,
         num_panels: int,
     ) -> None:
-        _ = changed_ns
+        _ = stamp
         _multiply_bfloat16(
             pointer_at(panels, np.uint8),
             pointer_at(x, np.uint8),
@@ -235,7 +227,7 @@ def _compiled_kernel(format_kind: AmxFormat, has_zeros: bool) -> Any:
         group_size: int,
         num_panels: int,
     ) -> None:
-        _ = changed_ns
+        _ = stamp
         num_groups = (num_columns + group_size - 1) // group_size
         _multiply_codes(
             pointer_at(panels, np.uint8),

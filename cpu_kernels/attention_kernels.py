@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-import threading
 from functools import cache
 from typing import Any
 
@@ -33,6 +32,7 @@ from cpu_kernels.attention_ops import (
     sum_of_tokens,
     widen_two,
 )
+from cpu_kernels.compiling import compile_body, compiled_address, source_stamp
 from cpu_kernels.panel_ops import call_on_threads
 from cpu_kernels.simd import (
     LANES,
@@ -51,7 +51,6 @@ from cpu_kernels.simd import (
     subtract,
     zero_tile,
 )
-from cpu_kernels.source_stamp import source_stamp
 
 SEGMENT_TOKENS = 512
 # 32 keys of 128 float32 = 16 KB, which the first-level cache holds
@@ -126,14 +125,9 @@ def heads_at_once(group_size: int) -> int:
     return min(1 << (group_size - 1).bit_length(), LANES)
 
 
-# functools.cache lets two threads both compile and then drops one result, whose code is in use
-_COMPILING = threading.Lock()
-
-
 def attend_address(cache_dtype: np.dtype[Any], group_size: int) -> int:
     """Return the address of `void attend(AttentionCall *)` for a cache format and heads."""
-    with _COMPILING:
-        return int(_compiled_attend(cache_dtype, heads_at_once(group_size)).address)
+    return compiled_address(_compiled_attend, cache_dtype, heads_at_once(group_size))
 
 
 @cache
@@ -141,10 +135,8 @@ def _compiled_attend(cache_dtype: np.dtype[Any], num_heads: int) -> Any:
     element = CACHE_FORMATS[cache_dtype.name]
     heads = (0,) * num_heads
     stamp = source_stamp()
-    call_type = numba.from_dtype(CALL_DTYPE)
-    pointer = types.CPointer(call_type)  # type: ignore[no-untyped-call]
 
-    @numba.cfunc(types.void(pointer), cache=True, nogil=True, error_model="numpy")
+    @compile_body(AttentionCall)
     def body(call_pointer: Any) -> None:
         _ = stamp
         call = numba.carray(call_pointer, 1)[0]  # type: ignore[attr-defined]

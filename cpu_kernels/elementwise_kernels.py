@@ -19,6 +19,7 @@ from numba import types
 from numba.core.errors import TypingError
 from numba.extending import intrinsic
 
+from cpu_kernels.compiling import source_stamp
 from cpu_kernels.isa import isa
 from cpu_kernels.simd import (
     LANES,
@@ -38,7 +39,6 @@ from cpu_kernels.simd import (
     subtract,
     where_positive,
 )
-from cpu_kernels.source_stamp import source_stamp
 
 NORM_NONE, NORM_HEAD, NORM_FULL = 0, 1, 2
 _LOG2_E = np.float32(math.log2(math.e))

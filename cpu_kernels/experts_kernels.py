@@ -15,14 +15,13 @@ expert form blocks of as many tokens as a microkernel takes. Phases, each a rang
 from __future__ import annotations
 
 import ctypes
-import threading
 from functools import cache
 from typing import Any
 
 import numba
 import numpy as np
-from numba import types
 
+from cpu_kernels.compiling import compile_body, compiled_address, source_stamp
 from cpu_kernels.formats import PANEL_ROWS
 from cpu_kernels.microkernels import MAX_BLOCK_TOKENS
 from cpu_kernels.panel_ops import absolute, call_kernel, call_on_threads
@@ -39,7 +38,6 @@ from cpu_kernels.simd import (
     store_first,
     where_positive,
 )
-from cpu_kernels.source_stamp import source_stamp
 from cpu_kernels.token_blocks import write_columns
 from cpu_kernels.work_items import Counters, claim_item, claim_worker, finish_item, wait_for
 
@@ -117,19 +115,9 @@ class ExpertsCall(ctypes.Structure):
     )
 
 
-# functools.cache lets two threads both compile and then drops one result, whose code is in use
-_COMPILING = threading.Lock()
-
-
 def experts_address(x_is_bfloat16: bool) -> int:
     """Return the address of `void experts(ExpertsCall *)` for a format of x."""
-    with _COMPILING:
-        return int(_compiled_experts(x_is_bfloat16).address)
-
-
-def _call_pointer_type() -> Any:
-    call_type = numba.from_dtype(np.dtype(ExpertsCall))
-    return types.CPointer(call_type)  # type: ignore[no-untyped-call]
+    return compiled_address(_compiled_experts, x_is_bfloat16)
 
 
 @cache
@@ -137,7 +125,7 @@ def _compiled_experts(x_is_bfloat16: bool) -> Any:
     x_type = np.uint16 if x_is_bfloat16 else np.float32
     stamp = source_stamp()
 
-    @numba.cfunc(types.void(_call_pointer_type()), cache=True, nogil=True, error_model="numpy")
+    @compile_body(ExpertsCall)
     def body(call_pointer: Any) -> None:
         _ = stamp
         call = numba.carray(call_pointer, 1)[0]  # type: ignore[attr-defined]

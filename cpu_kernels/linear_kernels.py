@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import ctypes
-import threading
 from functools import cache
 from typing import Any
 
 import numba
 import numpy as np
-from numba import types
 
+from cpu_kernels.compiling import compile_body, compiled_address, source_stamp
 from cpu_kernels.formats import PANEL_ROWS
 from cpu_kernels.panel_ops import call_kernel, call_on_threads
 from cpu_kernels.simd import pointer_at
-from cpu_kernels.source_stamp import source_stamp
 from cpu_kernels.token_blocks import write_columns
 from cpu_kernels.work_items import Counters, claim_item, finish_item, wait_for
 
@@ -62,24 +60,17 @@ class LinearCall(ctypes.Structure):
     )
 
 
-# functools.cache lets two threads both compile and then drops one result, whose code is in use
-_COMPILING = threading.Lock()
-
-
 def linear_address(x_is_bfloat16: bool) -> int:
     """Return the address of `void linear(LinearCall *)` for a format of x."""
-    with _COMPILING:
-        return int(_compiled_linear(x_is_bfloat16).address)
+    return compiled_address(_compiled_linear, x_is_bfloat16)
 
 
 @cache
 def _compiled_linear(x_is_bfloat16: bool) -> Any:
     x_type = np.uint16 if x_is_bfloat16 else np.float32
     stamp = source_stamp()
-    call_type = numba.from_dtype(np.dtype(LinearCall))
-    pointer = types.CPointer(call_type)  # type: ignore[no-untyped-call]
 
-    @numba.cfunc(types.void(pointer), cache=True, nogil=True, error_model="numpy")
+    @compile_body(LinearCall)
     def body(call_pointer: Any) -> None:
         _ = stamp
         call = numba.carray(call_pointer, 1)[0]  # type: ignore[attr-defined]

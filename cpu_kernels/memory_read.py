@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-import threading
 from functools import cache
 from typing import Any
 
 import numba
 import numpy as np
-from numba import types
 from numpy.typing import NDArray
 
+from cpu_kernels.compiling import compile_body, compiled_address, source_stamp
 from cpu_kernels.panel_ops import xor_of_words
-from cpu_kernels.source_stamp import source_stamp
 from cpu_kernels.threads import fork_join
 from cpu_kernels.work_items import Counters, claim_item
 
@@ -28,10 +26,6 @@ class _ReadCall(ctypes.Structure):
         ("num_bytes", ctypes.c_int64),
         ("sink", ctypes.c_int64),
     )
-
-
-# functools.cache lets two threads both compile and then drops one result, whose code is in use
-_COMPILING = threading.Lock()
 
 
 def read_memory(words: NDArray[np.uint8], *, num_threads: int) -> None:
@@ -61,18 +55,15 @@ def read_memory(words: NDArray[np.uint8], *, num_threads: int) -> None:
         raise ValueError(f"num_threads is {num_threads} but must be at least 1")
     call = _ReadCall(start=words.ctypes.data, num_bytes=words.size)
     call.counters_at = ctypes.addressof(call)
-    with _COMPILING:
-        address = int(_compiled().address)
+    address = compiled_address(_compiled)
     fork_join(address, call.counters_at, num_threads)
 
 
 @cache
 def _compiled() -> Any:
     stamp = source_stamp()
-    call_type = numba.from_dtype(np.dtype(_ReadCall))
-    pointer = types.CPointer(call_type)  # type: ignore[no-untyped-call]
 
-    @numba.cfunc(types.void(pointer), cache=True, nogil=True, error_model="numpy")
+    @compile_body(_ReadCall)
     def body(call_pointer: Any) -> None:
         _ = stamp
         call = numba.carray(call_pointer, 1)[0]  # type: ignore[attr-defined]

@@ -22,7 +22,6 @@ How weights and x meet is the *compute*:
 from __future__ import annotations
 
 import ctypes
-import threading
 import time
 from dataclasses import dataclass
 from functools import cache
@@ -32,6 +31,7 @@ import numba
 import numpy as np
 from numba import types
 
+from cpu_kernels.compiling import compiled_address, source_stamp
 from cpu_kernels.formats import WeightFormat
 from cpu_kernels.isa import isa
 from cpu_kernels.panel_ops import (
@@ -48,7 +48,6 @@ from cpu_kernels.panel_ops import (
     store_sums,
     zero_sums,
 )
-from cpu_kernels.source_stamp import source_stamp
 
 Compute = Literal["float", "bfloat16", "int8"]
 MAX_BLOCK_TOKENS = 24
@@ -58,9 +57,6 @@ _STEP_KINDS = {"float32": FLOAT32, "bfloat16": BFLOAT16, "int8": INT8, "int4": I
 _ZERO_CODES = {"int8": 128, "int4": 8}
 # x that belongs to a step, in words of 4 bytes a token: float32 values, or pairs of bfloat16
 _X_WORDS = {FLOAT32: 1, BFLOAT16: 2, BFLOAT16_PAIRS: 1, INT8: 4, INT4: 8}
-
-# functools.cache lets two threads both compile and then drops one result, whose code is in use
-_COMPILING = threading.Lock()
 
 
 @cache
@@ -121,8 +117,7 @@ _KERNEL = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 10)
 def kernel_address(weight_format: WeightFormat, compute: Compute, num_tokens: int) -> int:
     """Return the address of the kernel for blocks of `num_tokens`; the first call compiles it."""
     kind, has_zeros = weight_format.kind, weight_format.has_zero_point
-    with _COMPILING:
-        return int(_compiled(kind, has_zeros, compute, num_tokens).address)
+    return compiled_address(_compiled, kind, has_zeros, compute, num_tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,6 @@ Arrays are as in `simd.py`; `x_at` is the index of x's start, or its address if 
 from __future__ import annotations
 
 import ctypes
-import threading
 from functools import cache
 from typing import Any
 
@@ -18,9 +17,9 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from cpu_kernels.compiling import compile_body, compiled_address, source_stamp
 from cpu_kernels.formats import PANEL_ROWS, STEP_BYTES, TOO_LARGE
 from cpu_kernels.simd import LANES, fetch_add, load, load_first, pointer_at, store, store_first
-from cpu_kernels.source_stamp import source_stamp
 
 # The whole groups of every group size; 16 rows of 256 words are 16 KB, which the first-level cache
 # holds.
@@ -66,34 +65,22 @@ class PackingCall(ctypes.Structure):
     )
 
 
-# functools.cache lets two threads both compile and then drops one result, whose code is in use
-_COMPILING = threading.Lock()
-
-
 def pack_address() -> int:
     """Return the address of `void pack(PackingCall *)`."""
-    with _COMPILING:
-        return int(_compiled_pack().address)
+    return compiled_address(_compiled_pack)
 
 
 def unpack_address() -> int:
     """Return the address of `void unpack(PackingCall *)`."""
-    with _COMPILING:
-        return int(_compiled_unpack().address)
+    return compiled_address(_compiled_unpack)
 
 
-def _call_pointer_type() -> Any:
-    call_type = numba.from_dtype(np.dtype(PackingCall))
-    return types.CPointer(call_type)  # type: ignore[no-untyped-call]
-
-
-# Two functions and not one that closes over its loop: a compiled function in a closure makes a new
-# key of numba's disk cache in every process.
+# Two functions and not one that closes over its loop: compiling.py says why.
 @cache
 def _compiled_pack() -> Any:
     stamp = source_stamp()
 
-    @numba.cfunc(types.void(_call_pointer_type()), cache=True, nogil=True, error_model="numpy")
+    @compile_body(PackingCall)
     def body(call_pointer: Any) -> None:
         _ = stamp
         _pack_panels(numba.carray(call_pointer, 1)[0])  # type: ignore[attr-defined]
@@ -105,7 +92,7 @@ def _compiled_pack() -> Any:
 def _compiled_unpack() -> Any:
     stamp = source_stamp()
 
-    @numba.cfunc(types.void(_call_pointer_type()), cache=True, nogil=True, error_model="numpy")
+    @compile_body(PackingCall)
     def body(call_pointer: Any) -> None:
         _ = stamp
         _unpack_panels(numba.carray(call_pointer, 1)[0])  # type: ignore[attr-defined]
