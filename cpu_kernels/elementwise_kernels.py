@@ -140,6 +140,14 @@ rms_norm_loop = _make_rms_norm()
 
 
 @numba.njit(nogil=True, error_model="numpy", inline="always")
+def silu(x: Any) -> Any:
+    """Return x / (1 + exp(-x)) of a vector, by an exponential that cannot overflow."""
+    size = maximum(x, multiply(x, splat(_MINUS_ONE)))
+    fall = exp2(multiply(size, splat(-_LOG2_E)))
+    return multiply(x, divide(where_positive(x, splat(_ONE), fall), add(splat(_ONE), fall)))
+
+
+@numba.njit(nogil=True, error_model="numpy", inline="always")
 def _silu_multiply(gate_up: Any, out: Any, num_tokens: int, width: int) -> None:
     for t in range(num_tokens):
         gate_at = 2 * t * width
@@ -147,10 +155,7 @@ def _silu_multiply(gate_up: Any, out: Any, num_tokens: int, width: int) -> None:
             left = width - d
             gate = _load_part(gate_up, gate_at + d, left)
             up = _load_part(gate_up, gate_at + width + d, left)
-            size = maximum(gate, multiply(gate, splat(_MINUS_ONE)))
-            fall = exp2(multiply(size, splat(-_LOG2_E)))
-            share = divide(where_positive(gate, splat(_ONE), fall), add(splat(_ONE), fall))
-            activated = round_as(gate_up, multiply(gate, share))
+            activated = round_as(gate_up, silu(gate))
             _store_part(out, t * width + d, left, multiply(activated, up))
 
 

@@ -22,32 +22,29 @@ import numba
 import numpy as np
 
 from cpu_kernels.compiling import compile_body, compiled_address, source_stamp
+from cpu_kernels.elementwise_kernels import silu
 from cpu_kernels.formats import PANEL_ROWS
 from cpu_kernels.microkernels import MAX_BLOCK_TOKENS
-from cpu_kernels.panel_ops import absolute, call_kernel, call_on_threads
+from cpu_kernels.panel_ops import call_kernel, call_on_threads
+from cpu_kernels.scratch import ALIGNMENT
 from cpu_kernels.simd import (
     LANES,
     add,
-    divide,
-    exp2,
     load,
     multiply,
     pointer_at,
     splat,
     store,
     store_first,
-    where_positive,
 )
 from cpu_kernels.token_blocks import write_columns
 from cpu_kernels.work_items import Counters, claim_item, claim_worker, finish_item, wait_for
 
-CALL_ALIGNMENT = 64
 # A block: its first choice, how many, and the address of the kernel for as many.
 BLOCK_FIELDS = 3
 # An expert that was chosen: its number, its first block, how many.
 EXPERT_FIELDS = 3
 _PREPARE, _GATE_UP, _DOWN = 0, 1, 2
-_LOG2_E = np.float32(1.4426950408889634)
 
 
 class ExpertsCall(ctypes.Structure):
@@ -149,7 +146,7 @@ CALL_DTYPE = np.dtype(ExpertsCall)
 
 @numba.njit(nogil=True, error_model="numpy", inline="always")
 def _aligned(num_bytes: int) -> int:
-    return (num_bytes + CALL_ALIGNMENT - 1) // CALL_ALIGNMENT * CALL_ALIGNMENT
+    return (num_bytes + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
 
 
 @numba.njit(nogil=True, error_model="numpy")
@@ -431,7 +428,7 @@ def _gate_up(
             at = token * stride
             # whole vectors: rows are padded to whole panels, whose padding gives zeros
             for row in range(at, at + num_panels * PANEL_ROWS, LANES):
-                store(gate, row, _silu_product(load(gate, row), load(up, row)))
+                store(gate, row, multiply(silu(load(gate, row)), load(up, row)))
             write_columns(
                 gate,
                 at,
@@ -445,15 +442,6 @@ def _gate_up(
                 h_scales,
                 h_scales + 4 * call.num_down_groups * tokens,
             )
-
-
-@numba.njit(nogil=True, error_model="numpy", inline="always")
-def _silu_product(gate: Any, up: Any) -> Any:
-    # exp2 is for exponents of at most 0: sigmoid(x) = 1 / (1 + e) or e / (1 + e), e = exp(-|x|)
-    one = splat(np.float32(1))
-    exponential = exp2(multiply(absolute(gate), splat(np.float32(-_LOG2_E))))
-    numerator = where_positive(gate, one, exponential)
-    return multiply(multiply(gate, divide(numerator, add(one, exponential))), up)
 
 
 @numba.njit(nogil=True, error_model="numpy", inline="always")

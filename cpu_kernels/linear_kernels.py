@@ -47,7 +47,6 @@ class LinearCall(ctypes.Structure):
                 "out_stride",
                 "blocks",
                 "num_blocks",
-                "num_tokens",
                 "x_blocks",
                 "x_scales",
                 "tail",
@@ -117,7 +116,6 @@ def _make_enter_linear() -> Any:
         call.out_stride = out.strides[0] // 4
         call.blocks = blocks.ctypes.data
         call.num_blocks = blocks.shape[0]
-        call.num_tokens = num_tokens
         call.x_blocks = scratch
         call.x_scales = scratch + num_tokens * call.token_bytes
         call.tail = call.x_scales + num_tokens * call.token_scale_bytes

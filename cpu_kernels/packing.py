@@ -33,7 +33,7 @@ from cpu_kernels.packing_kernels import (
     pack_address,
     unpack_address,
 )
-from cpu_kernels.simd import CACHE_LINE_BYTES
+from cpu_kernels.scratch import aligned_bytes
 from cpu_kernels.threads import fork_join
 
 _MATRIX_KINDS = {
@@ -156,14 +156,14 @@ def _run(
     rows, columns = matrix.shape
     num_workers = min(num_threads, num_panels(rows))
     counters = np.zeros(NUM_COUNTERS, np.int64)
-    scratch = np.empty(num_workers * SCRATCH_BYTES + CACHE_LINE_BYTES, np.uint8)
+    scratch = aligned_bytes(num_workers * SCRATCH_BYTES)
     blob_start = blob.ctypes.data
     call = PackingCall(
         matrix=matrix.ctypes.data,
         panels=blob_start,
         scales=blob_start + format.scales_at(rows, columns),
         zeros=blob_start + format.zeros_at(rows, columns),
-        scratch=-(-scratch.ctypes.data // CACHE_LINE_BYTES) * CACHE_LINE_BYTES,
+        scratch=scratch.ctypes.data,
         counters=counters.ctypes.data,
         num_rows=rows,
         num_columns=columns,

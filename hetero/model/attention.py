@@ -222,8 +222,8 @@ def _decode_numba(
     out_SHK = torch.empty(q_SHK.shape, dtype=torch.float32)
     decode_attention(
         q_SHK.to(torch.float32).contiguous().numpy(),
-        _array(kv.key),
-        _array(kv.value),
+        as_array(kv.key),
+        as_array(kv.value),
         step.block_tables_SB.numpy(),
         step.context_lens_S.numpy(),
         scale=q_SHK.shape[-1] ** -0.5,
@@ -235,10 +235,10 @@ def _decode_numba(
     return out_SHK.flatten(1).to(q_SHK.dtype)
 
 
-def _array(pages: Tensor) -> NDArray[Any]:
-    """Pages as numpy, which has no bfloat16: its bits."""
+def as_array(tensor: Tensor) -> NDArray[Any]:
+    """A CPU tensor as numpy, which has no bfloat16: its bits; nothing is copied."""
     array: NDArray[Any] = (
-        pages.view(torch.uint16) if pages.dtype == torch.bfloat16 else pages
+        tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor
     ).numpy()
     return array
 

@@ -27,7 +27,7 @@ from cpu_kernels.experts import run_experts
 from cpu_kernels.linear import PackedMatrix, linear
 from cpu_kernels.microkernels import fastest_compute
 from cpu_kernels.scratch import Scratch
-from hetero.model.attention import LayerKV, PromptReads, attend_pages, prompt_reads
+from hetero.model.attention import LayerKV, PromptReads, as_array, attend_pages, prompt_reads
 from hetero.model.batch import BatchTensors
 from hetero.model.moe import Routing
 from hetero.model.packed import PackedModule
@@ -257,13 +257,6 @@ def product(x: NDArray[Any], matrix: PackedMatrix, kernels: CpuKernels) -> NDArr
         out=out,
     )
     return out
-
-
-def as_array(tensor: Tensor) -> NDArray[Any]:
-    """A CPU tensor as the kernels take it: float32, or bfloat16 as uint16; nothing is copied."""
-    if tensor.dtype == torch.bfloat16:
-        tensor = tensor.view(torch.uint16)
-    return tensor.numpy()
 
 
 def as_tensor(array: NDArray[Any]) -> Tensor:

@@ -15,9 +15,15 @@ from torch import Tensor
 
 from hetero.kv_cache import BLOCK_SIZE, PagedKV
 from hetero.model import cpu_layers
-from hetero.model.attention import AttentionKernel, AttentionStep, attention_layer, attention_step
+from hetero.model.attention import (
+    AttentionKernel,
+    AttentionStep,
+    as_array,
+    attention_layer,
+    attention_step,
+)
 from hetero.model.batch import BatchTensors
-from hetero.model.cpu_layers import CpuAttentionStep, CpuKernels, CpuRouting, as_array, as_tensor
+from hetero.model.cpu_layers import CpuAttentionStep, CpuKernels, CpuRouting, as_tensor
 from hetero.model.families import TORCH_DTYPES
 from hetero.model.head import embed, head
 from hetero.model.mlp import dense_layer

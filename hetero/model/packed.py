@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cpu_kernels.experts import PackedExperts, expert_bytes
-from cpu_kernels.formats import WeightFormat
+from cpu_kernels.formats import PANEL_ROWS, WeightFormat, num_panels
 from cpu_kernels.linear import PackedMatrix
 from cpu_kernels.packing import pack_into
+from cpu_kernels.scratch import aligned_bytes
 from hetero.errors import ModelFolderError
 from hetero.model.families import ModuleLayout, TensorSlot, ViewSpec
 from planner.model_spec import QUANTIZATION_GROUP, ModelSpec, Module
@@ -24,7 +25,6 @@ from planner.model_spec import QUANTIZATION_GROUP, ModelSpec, Module
 # Reads a tensor of the checkpoint, in the format it is stored in: float32, float16, or the bits of
 # bfloat16 as uint16.
 ReadTensor = Callable[[TensorSlot], NDArray[Any]]
-_LINE_BYTES = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +79,7 @@ def pack_module(
             continue
         parts = [read(slot) for slot in slots]
         rows = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        blob = _empty(format_.packed_bytes(*view.shape))
+        blob = aligned_bytes(format_.packed_bytes(*view.shape))
         _pack(rows, format_, blob, slots[0].name, num_threads)
         matrices[view.role] = PackedMatrix(
             blob=blob, weight_format=format_, num_rows=view.shape[0], num_columns=view.shape[1]
@@ -100,7 +100,7 @@ def _pack_experts(
     slots = [slot for slot in layout.slots if len(slot.shape) == 2]
     num_experts, width = len(slots) // 3, slots[0].shape[0]
     size = expert_bytes(format_, spec.hidden_size, width)
-    blob = _empty(num_experts * size)
+    blob = aligned_bytes(num_experts * size)
     at = 0
     for slot in slots:  # gate, up and down of expert 0, of expert 1, ...
         end = at + format_.packed_bytes(*slot.shape)
@@ -153,19 +153,15 @@ def _as_float32(stored: NDArray[Any]) -> NDArray[np.float32]:
     return stored.astype(np.float32)
 
 
-def _empty(num_bytes: int) -> NDArray[np.uint8]:
-    """Memory that begins at a cache line; numpy asks for huge pages for it, torch does not."""
-    spare = np.empty(num_bytes + _LINE_BYTES, np.uint8)
-    start = -spare.ctypes.data % _LINE_BYTES
-    return spare[start : start + num_bytes]
-
-
 def embedding_rows(matrix: PackedMatrix, token_ids_T: Tensor) -> Tensor:
     """Rows of a packed embedding matrix, x_TD: where a tied head is packed, there is no other."""
     is_float32 = matrix.weight_format.kind == "float32"
     per_step = matrix.weight_format.columns_per_step
-    num_panels = -(-matrix.num_rows // 16)
     dtype = torch.float32 if is_float32 else torch.bfloat16
-    panels_NSRC = torch.from_numpy(matrix.blob).view(dtype).view(num_panels, -1, 16, per_step)
-    rows = panels_NSRC[token_ids_T // 16, :, token_ids_T % 16]
+    panels_NSRC = (
+        torch.from_numpy(matrix.blob)
+        .view(dtype)
+        .view(num_panels(matrix.num_rows), -1, PANEL_ROWS, per_step)
+    )
+    rows = panels_NSRC[token_ids_T // PANEL_ROWS, :, token_ids_T % PANEL_ROWS]
     return rows.flatten(1)[:, : matrix.num_columns].contiguous()

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from hetero.model import attention, cpu_layers, head, mlp, moe
+from hetero.model.attention import as_array
 from hetero.model.batch import BatchTensors
-from hetero.model.cpu_layers import CpuKernels, as_array, as_tensor
+from hetero.model.cpu_layers import CpuKernels, as_tensor
 from hetero.model.families import module_layout
 from hetero.model.packed import PackedModule, pack_module
 from hetero.model.rotary import rotary_frequencies
