@@ -30,7 +30,7 @@ from cpu_kernels.attention import decode_attention
 from cpu_kernels.formats import from_bfloat16_bits, to_bfloat16_bits
 from cpu_kernels.memory_read import read_memory
 from cpu_kernels.scratch import Scratch
-from cpu_kernels.threads import available_cores, openmp_parallel
+from cpu_kernels.threads import available_cores
 
 OURS, ROWS, GQA, READ = "cpu_kernels", "torch sdpa, heads as rows", "torch sdpa, enable_gqa", "read"
 BLOCK_SIZE = 16
@@ -234,7 +234,6 @@ def main() -> None:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "numba": numba.__version__,
-            "openmp": openmp_parallel() is not None,
             "first_call_s": first_call_s,
         },
         "command": sys.argv,

@@ -8,19 +8,26 @@ Arrays have no dimensions here (simd.py says what an `array` is); `x_at` is the 
 
 from __future__ import annotations
 
-import ctypes
 import math
-from functools import cache
 from typing import Any
 
 import numba
 import numpy as np
-from numba import types
-from numba.core.errors import TypingError
-from numba.extending import intrinsic
 
-from cpu_kernels.attention_ops import (
+from cpu_kernels import attention
+from cpu_kernels.attention import (
+    BAD_BLOCK,
+    BAD_LENGTH,
+    CHUNK_TOKENS,
+    FINE,
+    KEY_COLUMNS,
+    SEGMENT_TOKENS,
     TILE_TOKENS,
+    WORKER_ROWS,
+    AttentionCall,
+    PlanCall,
+)
+from cpu_kernels.attention_ops import (
     add_keys,
     add_values,
     is_split,
@@ -32,11 +39,12 @@ from cpu_kernels.attention_ops import (
     sum_of_tokens,
     widen_two,
 )
-from cpu_kernels.compiling import compile_body, compiled_address, source_stamp
-from cpu_kernels.panel_ops import call_on_threads
+from cpu_kernels.calls import DONE
+from cpu_kernels.compiling import Source
 from cpu_kernels.simd import (
     LANES,
     add,
+    call_at,
     divide,
     exp2,
     fetch_add,
@@ -51,97 +59,51 @@ from cpu_kernels.simd import (
     subtract,
     zero_tile,
 )
+from cpu_kernels.work_items import claim_item, finish_item
 
-SEGMENT_TOKENS = 512
-# 32 keys of 128 float32 = 16 KB, which the first-level cache holds
-CHUNK_TOKENS = 32
-# Columns of keys that lie side by side in float32: the rows of a tile are a constant apart.
-KEY_COLUMNS = 64
-# Rows of the cache of a worker's item, the first ones of its next, and the numbers from 0; behind
-# them what prefetches may take for a row.
-WORKER_ROWS = SEGMENT_TOKENS + 3 * CHUNK_TOKENS
-_NUMBERS = SEGMENT_TOKENS + CHUNK_TOKENS
-_NEXT_ITEM, _NEXT_WORKER, PENDING = 0, 1, 2  # places in `counters`
-# Starting a thread takes 3 us, in which another attends to 30 KB
-_THREAD_BYTES = 1 << 17
-_LOG2_E, _LN_2 = math.log2(math.e), math.log(2.0)
+_CALL, _PLAN = np.dtype(AttentionCall), np.dtype(PlanCall)
+_NUMBERS = SEGMENT_TOKENS + CHUNK_TOKENS  # where a worker's rows have the numbers from 0
+_LOG2_E, _LN_2, _SQRT_2 = math.log2(math.e), math.log(2.0), math.sqrt(2.0)
 _ZERO, _MINUS_INFINITY = np.float32(0.0), np.float32(-np.inf)
 
 # how the kernel sees each cache format: uint16 is bfloat16's bits, int16 float16's
-CACHE_FORMATS = {"float32": np.float32, "uint16": np.uint16, "float16": np.int16}
+_ELEMENTS = {"float32": np.float32, "uint16": np.uint16, "float16": np.int16}
 
-DONE, REFUSED, NEEDS_SCRATCH, NEEDS_THREADS = 0, 1, 2, 3  # what `enter_attend` returns
-
-
-class AttentionCall(ctypes.Structure):
-    """One call as its threads see it: addresses, sizes, and where each part of scratch begins."""
-
-    _fields_ = (
-        *(
-            (name, ctypes.c_int64)
-            for name in [
-                "q",
-                "key_cache",
-                "value_cache",
-                "block_tables",
-                "context_lens",
-                "sinks",
-                "out",
-                "lse",
-                "floats",
-                "counters",
-                "tails",
-                "num_seqs",
-                "num_kv_heads",
-                "group_size",
-                "key_width",
-                "value_width",
-                "block_size",
-                "max_blocks",
-                "window",
-                "has_sinks",
-                "padded_group",
-                "padded_key",
-                "padded_value",
-                "maxima_at",
-                "sums_at",
-                "workers_at",
-                "worker_size",
-                "rows_at",
-                "num_items",
-                "num_workers",
-                "scratch_bytes",
-            ]
-        ),
-        ("scale", ctypes.c_double),
-    )
+_compiled = numba.njit(nogil=True, error_model="numpy")
+_round_up, _num_segments = _compiled(attention.round_up), _compiled(attention.num_segments)
+tile_rows_of = _compiled(attention.tile_rows)
+tile_columns_of = _compiled(attention.tile_columns)
 
 
-CALL_DTYPE = np.dtype(AttentionCall)
+def make_plan() -> Source:
+    """The body of a `PlanCall`."""
 
-
-def heads_at_once(group_size: int) -> int:
-    """Return how many query heads of a KV head the kernel takes together."""
-    return min(1 << (group_size - 1).bit_length(), LANES)
-
-
-def attend_address(cache_dtype: np.dtype[Any], group_size: int) -> int:
-    """Return the address of `void attend(AttentionCall *)` for a cache format and heads."""
-    return compiled_address(_compiled_attend, cache_dtype, heads_at_once(group_size))
-
-
-@cache
-def _compiled_attend(cache_dtype: np.dtype[Any], num_heads: int) -> Any:
-    element = CACHE_FORMATS[cache_dtype.name]
-    heads = (0,) * num_heads
-    stamp = source_stamp()
-
-    @compile_body(AttentionCall)
-    def body(call_pointer: Any) -> None:
-        _ = stamp
-        call = numba.carray(call_pointer, 1)[0]  # type: ignore[attr-defined]
-        _attend(
+    def plan(address: int, item: int, worker: int) -> None:
+        found = call_at(address, _PLAN)
+        call = call_at(found.attention, _CALL)
+        _plan(
+            found,
             call,
+            pointer_at(call.context_lens, np.int32),
+            pointer_at(call.block_tables, np.int32),
+            pointer_at(call.integers, np.int64),
+        )
+
+    return Source(plan, num_arguments=3)
+
+
+def make_attend(cache_dtype: str, num_heads: int) -> Source:
+    """The body of an `AttentionCall` for a cache format and heads taken together."""
+    element = _ELEMENTS[cache_dtype]
+    heads = (0,) * num_heads
+
+    def attend(address: int, item: int, worker: int) -> None:
+        call = call_at(address, _CALL)
+        _attend(
+            address,
+            call,
+            item,
+            worker,
             pointer_at(call.q, np.float32),
             pointer_at(call.key_cache, element),
             pointer_at(call.value_cache, element),
@@ -151,160 +113,48 @@ def _compiled_attend(cache_dtype: np.dtype[Any], num_heads: int) -> Any:
             pointer_at(call.out, np.float32),
             pointer_at(call.lse, np.float32),
             pointer_at(call.floats, np.float32),
-            pointer_at(call.counters, np.int64),
+            pointer_at(call.integers, np.int64),
             pointer_at(call.tails, element),
             heads,
         )
 
-    return body
-
-
-def _address_of(formats: tuple[Any, ...], dimensions: int, *, is_written: bool) -> Any:
-    """Return an operation: array to address. With any other array the caller does not compile."""
-
-    def address(typing_context: Any, array: Any) -> Any:
-        is_plain = isinstance(array, types.Array) and array.layout == "C" and array.aligned
-        fits = is_plain and array.dtype in formats and array.ndim == dimensions
-        if not fits or (is_written and not array.mutable):
-            raise TypingError(f"{array} is no contiguous array of one of {formats}")
-        return types.int64(array), _generate_address
-
-    return intrinsic(address)
-
-
-def _generate_address(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-    data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
-    return builder.ptrtoint(data, context.get_value_type(types.int64))
-
-
-_floats_1d = _address_of((types.float32,), 1, is_written=False)
-_floats_3d = _address_of((types.float32,), 3, is_written=False)
-_outputs_2d = _address_of((types.float32,), 2, is_written=True)
-_outputs_3d = _address_of((types.float32,), 3, is_written=True)
-_cache_4d = _address_of((types.float32, types.uint16, types.int16), 4, is_written=False)
-_ints_1d = _address_of((types.int32,), 1, is_written=False)
-_ints_2d = _address_of((types.int32,), 2, is_written=False)
-
-
-@numba.njit(nogil=True, error_model="numpy")
-def _round_up(size: int, multiple: int) -> int:
-    return (size + multiple - 1) // multiple * multiple
-
-
-@numba.njit(nogil=True, error_model="numpy")
-def _num_segments(length: int, window: int) -> int:
-    return (min(length, window) + SEGMENT_TOKENS - 1) // SEGMENT_TOKENS
+    return Source(attend, num_arguments=3)
 
 
 @numba.njit(nogil=True, error_model="numpy", inline="always")
-def _plan_call(call: Any, context_lens: Any, heads_together: int, num_threads: int) -> bool:
-    """Complete the sizes of a call; False if a context length is out of range."""
-    num_segments, num_tokens = 0, 0
+def _plan(plan: Any, call: Any, context_lens: Any, block_tables: Any, integers: Any) -> None:
+    """Check what will be read, clear the counts of finished segments, and set `num_items`."""
+    plan.state, plan.num_tokens, call.num_items = FINE, 0, 0
+    if call.num_seqs == 0:
+        return
+    shortest = longest = int(context_lens[0])
+    segments, num_tokens = 0, 0
     for seq in range(call.num_seqs):
         length = int(context_lens[seq])
-        if length < 1 or length > call.max_blocks * call.block_size:
-            return False
-        num_segments += _num_segments(length, call.window)
+        shortest, longest = min(shortest, length), max(longest, length)
+        segments += _num_segments(length, call.window)
         num_tokens += min(length, call.window)
-    call.num_items = num_segments * call.num_kv_heads
-    call.padded_group = _round_up(call.group_size, heads_together)
-    call.padded_key = _round_up(call.key_width, 2 * LANES)
-    call.padded_value = _round_up(call.value_width, tile_columns_of(heads_together) * LANES)
-    row_bytes = 2 * (call.key_width + call.value_width)
-    num_bytes = num_tokens * call.num_kv_heads * row_bytes
-    call.num_workers = max(1, min(num_threads, call.num_items, num_bytes // _THREAD_BYTES))
-    # scratch, float32: partial outputs, their maxima, their sums, then each worker's queries,
-    # scores, factors and keys; int64: counters, each worker's rows; last the workers' value tails
-    states = call.num_items * (call.padded_group // heads_together) * LANES
-    call.maxima_at = call.num_items * call.padded_group * call.padded_value
-    call.sums_at = call.maxima_at + states
-    call.workers_at = call.sums_at + states
-    call.worker_size = call.padded_group * (call.padded_key + CHUNK_TOKENS) + _round_up(
-        call.padded_group, LANES
-    )
-    call.worker_size += CHUNK_TOKENS * _round_up(call.padded_key, KEY_COLUMNS)
-    call.rows_at = PENDING + call.num_seqs * call.num_kv_heads
-    num_floats = call.workers_at + call.num_workers * call.worker_size
-    num_counters = _round_up(call.rows_at + call.num_workers * WORKER_ROWS, 8)
-    tail_bytes = call.num_workers * CHUNK_TOKENS * KEY_COLUMNS * 4
-    call.scratch_bytes = 4 * num_floats + 8 * num_counters + tail_bytes
-    call.counters = 4 * num_floats
-    call.tails = call.counters + 8 * num_counters
-    return True
-
-
-@numba.njit(nogil=True, error_model="numpy")
-def tile_columns_of(heads_together: int) -> int:
-    """Return `tile_columns` of a number of heads that is known only at run time."""
-    return min(4, TILE_TOKENS // min(heads_together, TILE_TOKENS // 2))
-
-
-def _make_enter_attend() -> Any:
-    stamp = source_stamp()
-
-    @numba.njit(nogil=True, error_model="numpy", cache=True)
-    def enter_attend(
-        calls: Any,
-        q: Any,
-        keys: Any,
-        values: Any,
-        block_tables: Any,
-        context_lens: Any,
-        sinks: Any,
-        has_sinks: bool,
-        out: Any,
-        lse: Any,
-        scale: float,
-        window: int,
-        heads_together: int,
-        num_threads: int,
-        scratch: int,
-        scratch_bytes: int,
-        body: int,
-        parallel: int,
-    ) -> int:
-        """Complete a call and run it; what it returns is DONE or why it was not run."""
-        _ = stamp
-        call = calls[0]
-        call.q, call.key_cache, call.value_cache = _floats_3d(q), _cache_4d(keys), _cache_4d(values)
-        call.block_tables, call.context_lens = _ints_2d(block_tables), _ints_1d(context_lens)
-        call.sinks, call.out, call.lse = _floats_1d(sinks), _outputs_3d(out), _outputs_2d(lse)
-        num_seqs, num_heads, key_width = q.shape
-        num_blocks, num_kv_heads, block_size, value_width = values.shape
-        fits = keys.shape == (num_blocks, num_kv_heads, block_size, key_width)
-        fits = fits and block_tables.shape[0] == num_seqs and context_lens.shape[0] == num_seqs
-        fits = fits and out.shape == (num_seqs, num_heads, value_width)
-        fits = fits and lse.shape == (num_seqs, num_heads) and num_kv_heads > 0
-        fits = fits and (not has_sinks or sinks.shape[0] == num_heads)
-        if not fits or num_heads % num_kv_heads != 0 or window < 1 or num_threads < 1:
-            return REFUSED
-        call.num_seqs, call.num_kv_heads, call.block_size = num_seqs, num_kv_heads, block_size
-        call.group_size = num_heads // num_kv_heads
-        call.key_width, call.value_width = key_width, value_width
-        call.max_blocks, call.window = block_tables.shape[1], window
-        call.has_sinks, call.scale = has_sinks, scale * _LOG2_E
-        if not _plan_call(call, context_lens, heads_together, num_threads):
-            return REFUSED
-        if call.num_items == 0 or num_heads == 0:
-            return DONE
-        if call.scratch_bytes > scratch_bytes:
-            return NEEDS_SCRATCH
-        call.floats = scratch
-        call.counters += scratch
-        call.tails += scratch
-        counters = pointer_at(call.counters, np.int64)
-        for i in range(call.rows_at):
-            counters[i] = 0
-        if parallel == 0:
-            return NEEDS_THREADS
-        call_on_threads(parallel, body, calls.ctypes.data, call.num_workers)
-        return DONE
-
-    return enter_attend
-
-
-# Takes a tenth of the time of ctypes: arrays cost it 0.1 us each instead of 1.
-enter_attend = _make_enter_attend()
+    if shortest < 1 or longest > call.max_blocks * call.block_size:
+        plan.shortest, plan.longest = shortest, longest
+        plan.state = BAD_LENGTH
+        return
+    for seq in range(call.num_seqs):
+        length = int(context_lens[seq])
+        first = seq * call.max_blocks + max(0, length - call.window) // call.block_size
+        last = seq * call.max_blocks + (length - 1) // call.block_size
+        lowest = highest = int(block_tables[first])
+        for place in range(first, last + 1):
+            lowest = min(lowest, int(block_tables[place]))
+            highest = max(highest, int(block_tables[place]))
+        if lowest < 0 or highest >= plan.num_blocks:
+            plan.bad_seq, plan.bad_block = seq, lowest if lowest < 0 else highest
+            plan.state = BAD_BLOCK
+            return
+    for i in range(call.rows_at):
+        integers[i] = 0
+    plan.num_tokens = num_tokens
+    if call.group_size > 0:
+        call.num_items = segments * call.num_kv_heads
 
 
 # inline="always" on the outer functions only: LLVM builds every function once for itself and again
@@ -312,7 +162,10 @@ enter_attend = _make_enter_attend()
 # all inlined and in 4.9 with none.
 @numba.njit(nogil=True, error_model="numpy", inline="always")
 def _attend(
+    address: int,
     call: Any,
+    first_item: int,
+    worker: int,
     q: Any,
     keys: Any,
     values: Any,
@@ -322,14 +175,13 @@ def _attend(
     out: Any,
     lse: Any,
     floats: Any,
-    counters: Any,
+    integers: Any,
     tails: Any,
     heads: Any,
 ) -> None:
-    """Take items (sequence, KV head, segment) until none is left."""
+    """Do an item (sequence, KV head, segment), then claim others until none is left."""
     num_heads = len(heads)
     groups = call.padded_group // num_heads
-    worker = fetch_add(counters, _NEXT_WORKER, 1)
     query_at = call.workers_at + worker * call.worker_size
     scores_at = query_at + call.padded_group * call.padded_key
     factors_at = scores_at + call.padded_group * CHUNK_TOKENS
@@ -338,9 +190,9 @@ def _attend(
     tail_at = worker * CHUNK_TOKENS * KEY_COLUMNS
     partial_size = call.padded_group * call.padded_value
     for t in range(CHUNK_TOKENS):
-        counters[rows_at + _NUMBERS + t] = t
+        integers[rows_at + _NUMBERS + t] = t
 
-    item = fetch_add(counters, _NEXT_ITEM, 1)
+    item = first_item
     seq, seq_item, queries_of = 0, 0, -1
     while item < call.num_items:
         seq, seq_item = _sequence_of(call, context_lens, item, seq, seq_item)
@@ -350,9 +202,9 @@ def _attend(
         pair = seq * call.num_kv_heads + kv_head
         first = max(0, length - call.window) + segment * SEGMENT_TOKENS
         num_tokens = min(SEGMENT_TOKENS, length - first)
-        _find_rows(call, block_tables, seq, kv_head, first, num_tokens, counters, rows_at)
+        _find_rows(call, block_tables, seq, kv_head, first, num_tokens, integers, rows_at)
         # the start of the next item is asked for while this one ends
-        next_item = fetch_add(counters, _NEXT_ITEM, 1)
+        next_item = claim_item(address)
         if next_item < call.num_items:
             _find_next_rows(
                 call,
@@ -361,12 +213,12 @@ def _attend(
                 next_item,
                 seq,
                 seq_item,
-                counters,
+                integers,
                 rows_at + num_tokens,
             )
         else:
             for t in range(num_tokens, num_tokens + CHUNK_TOKENS):
-                counters[rows_at + t] = counters[rows_at]
+                integers[rows_at + t] = integers[rows_at]
         if pair != queries_of:
             _load_queries(
                 q,
@@ -385,7 +237,7 @@ def _attend(
         _attend_segment(
             keys,
             values,
-            counters,
+            integers,
             rows_at,
             num_tokens,
             call.key_width,
@@ -405,7 +257,7 @@ def _attend(
             tail_at,
             heads,
         )
-        if fetch_add(counters, PENDING + pair, 1) == num_segments - 1:
+        if fetch_add(integers, pair, 1) == num_segments - 1:
             of_pair = item - segment
             _merge_segments(
                 floats,
@@ -428,6 +280,8 @@ def _attend(
                 is_split(keys),
                 heads,
             )
+        if item != first_item:  # whoever called finishes that one
+            finish_item(address, DONE)
         item = next_item
 
 
@@ -713,7 +567,10 @@ def _score_chunk(
     next_width: int,
     heads: Any,
 ) -> None:
-    """Set scores[t, g] = query g . key t; rows past the end of a last tile are stale."""
+    """Set scores[t, g] = query g . key t; rows past the end of a last tile are stale.
+
+    With a `next_width` of 0 nothing is asked for ahead.
+    """
     num_heads = len(heads)
     together = LANES // num_heads
     span = max(together, KEY_COLUMNS // TILE_TOKENS)
@@ -726,8 +583,9 @@ def _score_chunk(
             key = keys_at + column * CHUNK_TOKENS + t * KEY_COLUMNS
             for d in range(0, min(KEY_COLUMNS, padded_key - column), span):
                 # the second half of the next chunk's keys, evenly over the steps
-                for _ in range(0, span * TILE_TOKENS, 2 * line_elements(next_keys)):
-                    ahead, at, end = _ask_for_line(next_keys, rows, ahead, at, end, next_width)
+                if next_width > 0:
+                    for _ in range(0, span * TILE_TOKENS, 2 * line_elements(next_keys)):
+                        ahead, at, end = _ask_for_line(next_keys, rows, ahead, at, end, next_width)
                 for e in range(d, d + span, together):
                     query = load(floats, query_at + (column + e) * num_heads)
                     tile = add_keys(tile, query, floats, key + e, KEY_COLUMNS, heads)
@@ -783,7 +641,7 @@ def _add_chunk_values(
 ) -> None:
     """Add weight[t, g] * value t to each head's outputs, tile by tile of heads and columns."""
     num_heads = len(heads)
-    tile_heads = min(num_heads, TILE_TOKENS // 2)
+    tile_heads = tile_rows_of(num_heads)
     tile_width = tile_columns_of(num_heads) * LANES
     partial = partial_at
     ahead, at = next_rows_at, rows[next_rows_at] * row_width
@@ -826,7 +684,7 @@ def _merge_segments(
 ) -> None:
     """Weigh the segments by their maxima, normalise, and write `out` and `lse` of one KV head."""
     num_heads = len(heads)
-    tile_heads = min(num_heads, TILE_TOKENS // 2)
+    tile_heads = tile_rows_of(num_heads)
     tile_width = tile_columns_of(num_heads) * LANES
     partial_size = groups * num_heads * padded_value
     for group in range(groups):
@@ -870,7 +728,23 @@ def _merge_segments(
         store(floats, maxima_at + group * LANES, largest)
         store(floats, sums_at + group * LANES, total)
         for g in range(count):
-            base_2 = floats[maxima_at + group * LANES + g] + math.log2(
+            base_2 = floats[maxima_at + group * LANES + g] + _log2(
                 floats[sums_at + group * LANES + g]
             )
             lse[lse_at + group * num_heads + g] = np.float32(base_2 * _LN_2)
+
+
+@numba.njit(nogil=True, error_model="numpy")
+def _log2(x: float) -> float:
+    """Return the logarithm of a float32 of about 1 or more, within 1e-11, without libm."""
+    rest, exponent = np.float64(x), 0
+    while rest > _SQRT_2 and exponent < 128:  # an infinite one ends too
+        rest *= 0.5
+        exponent += 1
+    # log(rest) = 2 artanh(s); |s| < 0.172, so that s**15 / 15 is 2e-13
+    s = (rest - 1.0) / (rest + 1.0)
+    square = s * s
+    series = 0.0
+    for power in (13.0, 11.0, 9.0, 7.0, 5.0, 3.0, 1.0):
+        series = series * square + 1.0 / power
+    return exponent + 2.0 * _LOG2_E * s * series

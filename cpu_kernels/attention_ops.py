@@ -22,23 +22,12 @@ from numba import types
 from numpy.typing import NDArray
 
 from cpu_kernels import simd
+from cpu_kernels.attention import TILE_TOKENS, tile_columns, tile_rows
 from cpu_kernels.simd import LANES, Tile, Vector, load
 
-# Tokens of a tile of scores.
-TILE_TOKENS = simd.TILE * simd.TILE
-_VECTORS = TILE_TOKENS
+_VECTORS = simd.TILE * simd.TILE
 
 Heads = tuple[int, ...]  # zeros; only its length counts
-
-
-def tile_rows(num_heads: int) -> int:
-    """Return how many of a group's heads one tile of outputs has."""
-    return min(num_heads, _VECTORS // 2)
-
-
-def tile_columns(num_heads: int) -> int:
-    """Return how many vectors of columns one tile of outputs has."""
-    return min(4, _VECTORS // tile_rows(num_heads))
 
 
 def _spread(builder: Any, pointer: Any, width: int) -> Any:

@@ -1,8 +1,6 @@
-"""The compiled loops of `elementwise.py`: nothing is allocated; False if sizes do not fit.
+"""The compiled loops of `elementwise.py`: they check nothing and allocate nothing.
 
-numba's dispatcher takes the arrays: 0.1 us for each of them, types and layouts compared, where
-ctypes takes 0.5 us for the address alone. Behind the checks, arrays are pointers as in simd.py;
-`x_at` is the index of x's start.
+Arrays are pointers as in simd.py; `x_at` is the index of x's start. Formats are dtype names.
 """
 
 # T tokens, D hidden, I expert width, E experts, H query heads, C KV heads, B blocks, P block size,
@@ -15,15 +13,26 @@ from typing import Any
 
 import numba
 import numpy as np
+from llvmlite import ir
 from numba import types
-from numba.core.errors import TypingError
-from numba.extending import intrinsic
 
-from cpu_kernels.compiling import source_stamp
-from cpu_kernels.isa import isa
+from cpu_kernels.compiling import Source
+from cpu_kernels.elementwise import (
+    NORM_FULL,
+    NORM_HEAD,
+    NORM_NONE,
+    AddResidualCall,
+    PrepareQkvCall,
+    RmsNormCall,
+    RouteCall,
+    SiluMultiplyCall,
+)
 from cpu_kernels.simd import (
     LANES,
+    _call,
+    _compiled_by,
     add,
+    call_at,
     divide,
     exp2,
     lane_max,
@@ -32,6 +41,7 @@ from cpu_kernels.simd import (
     load_first,
     maximum,
     multiply,
+    pointer_at,
     round_as,
     splat,
     store,
@@ -40,41 +50,120 @@ from cpu_kernels.simd import (
     where_positive,
 )
 
-NORM_NONE, NORM_HEAD, NORM_FULL = 0, 1, 2
+_RMS_NORM, _SILU_MULTIPLY = np.dtype(RmsNormCall), np.dtype(SiluMultiplyCall)
+_ADD_RESIDUAL, _ROUTE = np.dtype(AddResidualCall), np.dtype(RouteCall)
+_PREPARE_QKV = np.dtype(PrepareQkvCall)
+# what simd.py takes for an array of each format: float16 goes by its bits
+_ELEMENTS: dict[str, Any] = {"float32": np.float32, "uint16": np.uint16, "float16": np.int16}
 _LOG2_E = np.float32(math.log2(math.e))
 _ZERO, _ONE, _MINUS_ONE = np.float32(0.0), np.float32(1.0), np.float32(-1.0)
 
-isa()  # numba reads what this may set when it first compiles
+
+def make_rms_norm(x_format: str, weight_format: str, out_format: str) -> Source:
+    """The body of a `RmsNormCall`."""
+    x_type, weight_type = _ELEMENTS[x_format], _ELEMENTS[weight_format]
+    out_type = _ELEMENTS[out_format]
+
+    def rms_norm(address: int, item: int, worker: int) -> None:
+        call = call_at(address, _RMS_NORM)
+        first, last = _tokens(call, item)
+        x, weight = pointer_at(call.x, x_type), pointer_at(call.weight, weight_type)
+        _rms_norm(x, weight, call.eps, pointer_at(call.out, out_type), first, last, call.width)
+
+    return Source(rms_norm, num_arguments=3)
 
 
-def _pointer(formats: tuple[Any, ...], *, is_written: bool) -> Any:
-    """Return an operation: array to pointer. With any other array the caller does not compile."""
+def make_silu_multiply(in_format: str, out_format: str) -> Source:
+    """The body of a `SiluMultiplyCall`."""
+    in_type, out_type = _ELEMENTS[in_format], _ELEMENTS[out_format]
 
-    def pointer_to(typing_context: Any, array: Any) -> Any:
-        is_plain = isinstance(array, types.Array) and array.layout == "C" and array.aligned
-        if not is_plain or array.dtype not in formats or (is_written and not array.mutable):
-            raise TypingError(f"{array} is no contiguous array of one of {formats}")
-        return types.CPointer(array.dtype)(array), _generate_pointer  # type: ignore[no-untyped-call]
+    def silu_multiply(address: int, item: int, worker: int) -> None:
+        call = call_at(address, _SILU_MULTIPLY)
+        first, last = _tokens(call, item)
+        gate_up, out = pointer_at(call.gate_up, in_type), pointer_at(call.out, out_type)
+        bias = pointer_at(call.bias, np.float32)
+        _silu_multiply(gate_up, bias, call.bias != 0, out, first, last, call.width)
 
-    return intrinsic(pointer_to)
-
-
-def _generate_pointer(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-    return context.make_array(signature.args[0])(context, builder, arguments[0]).data
+    return Source(silu_multiply, num_arguments=3)
 
 
-_HIDDEN = (types.float32, types.uint16)
-_hidden = _pointer(_HIDDEN, is_written=False)
-_hidden_out = _pointer(_HIDDEN, is_written=True)
-_float32 = _pointer((types.float32,), is_written=False)
-_float32_out = _pointer((types.float32,), is_written=True)
-_int64 = _pointer((types.int64,), is_written=False)
-_int64_out = _pointer((types.int64,), is_written=True)
-_cache_out = _pointer((*_HIDDEN, types.int16), is_written=True)
+def make_add_residual(x_format: str) -> Source:
+    """The body of an `AddResidualCall`."""
+    x_type = _ELEMENTS[x_format]
+
+    def add_residual(address: int, item: int, worker: int) -> None:
+        call = call_at(address, _ADD_RESIDUAL)
+        first, last = _tokens(call, item)
+        x, y = pointer_at(call.x, x_type), pointer_at(call.y, np.float32)
+        bias, out = pointer_at(call.bias, np.float32), pointer_at(call.out, x_type)
+        _add_rows(x, y, bias, call.bias != 0, out, first, last, call.width)
+
+    return Source(add_residual, num_arguments=3)
+
+
+def make_route() -> Source:
+    """The body of a `RouteCall`."""
+
+    def route(address: int, item: int, worker: int) -> None:
+        call = call_at(address, _ROUTE)
+        first, last = _tokens(call, item)
+        _route(
+            pointer_at(call.logits, np.float32),
+            first,
+            last,
+            call.num_experts,
+            call.top_k,
+            call.norm_topk_prob != 0,
+            pointer_at(call.ids, np.int64),
+            pointer_at(call.weights, np.float32),
+        )
+
+    return Source(route, num_arguments=3)
+
+
+def make_prepare_qkv(q_norm_format: str, k_norm_format: str, cache_format: str) -> Source:
+    """The body of a `PrepareQkvCall`."""
+    q_norm_type, k_norm_type = _ELEMENTS[q_norm_format], _ELEMENTS[k_norm_format]
+    cache_type = _ELEMENTS[cache_format]
+
+    def prepare_qkv(address: int, item: int, worker: int) -> None:
+        call = call_at(address, _PREPARE_QKV)
+        first, last = _tokens(call, item)
+        _prepare_qkv(
+            pointer_at(call.qkv, np.float32),
+            pointer_at(call.bias, np.float32),
+            call.bias != 0,
+            pointer_at(call.cos, np.float32),
+            pointer_at(call.sin, np.float32),
+            pointer_at(call.slots, np.int64),
+            call.norm_kind,
+            pointer_at(call.q_norm, q_norm_type),
+            pointer_at(call.k_norm, k_norm_type),
+            call.eps,
+            np.float32(call.limit),
+            pointer_at(call.q_out, np.float32),
+            pointer_at(call.key_cache, cache_type),
+            pointer_at(call.value_cache, cache_type),
+            first,
+            last,
+            call.num_heads,
+            call.num_kv_heads,
+            call.head_dim,
+            call.block_size,
+        )
+
+    return Source(prepare_qkv, num_arguments=3)
+
+
+@numba.njit(nogil=True, error_model="numpy", inline="always")
+def _tokens(call: Any, item: int) -> tuple[int, int]:
+    """Return an item's first token and the one behind its last."""
+    first = item * call.tokens_per_item
+    return first, min(first + call.tokens_per_item, call.num_tokens)
 
 
 # inline="always" on the outer functions only, as in attention_kernels.py: seconds of CPU to compile
-# all five loops once, 4.6 without, 6.3 with all inlined, 4.0 like this
+# all five loops once with numba's dispatchers, 4.6 without, 6.3 with all inlined, 4.0 like this
 @numba.njit(nogil=True, error_model="numpy")
 def _load_part(array: Any, at: int, count: int) -> Any:
     """Return up to a vector of the `count` elements that are left."""
@@ -99,44 +188,42 @@ def _clip(x: Any, limit: Any) -> Any:
 
 
 @numba.njit(nogil=True, error_model="numpy")
-def _inverse_rms(x: Any, x_at: int, width: int, eps: float, limit: Any) -> Any:
-    """Return 1 / sqrt(mean(clip(x) ** 2) + eps)."""
-    total = splat(_ZERO)
-    for d in range(0, width, LANES):
-        lanes = _clip(_load_part(x, x_at + d, width - d), limit)
-        total = add(total, multiply(lanes, lanes))
-    return np.float32(1.0 / math.sqrt(lane_sum(total) / width + eps))
+def _load_biased(array: Any, at: int, bias: Any, bias_at: int, has_bias: bool, count: int) -> Any:
+    lanes = _load_part(array, at, count)
+    return add(lanes, _load_part(bias, bias_at, count)) if has_bias else lanes
+
+
+def _generate_square_root(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+    return _call(builder, "llvm.sqrt.f64", ir.DoubleType(), arguments)
+
+
+# an instruction, where numba's math.sqrt is a call of the C library
+@_compiled_by(_generate_square_root, lambda x: types.float64(types.float64))
+def _square_root(x: float | np.float32) -> float:
+    return math.sqrt(x)
+
+
+@numba.njit(nogil=True, error_model="numpy")
+def _inverse_root(square_sums: Any, width: int, eps: float) -> Any:
+    """Return 1 / sqrt(mean + eps)."""
+    return np.float32(1.0 / _square_root(lane_sum(square_sums) / width + eps))
 
 
 @numba.njit(nogil=True, error_model="numpy", inline="always")
-def _rms_norm(x: Any, weight: Any, eps: float, out: Any, num_tokens: int, width: int) -> None:
-    for t in range(num_tokens):
+def _rms_norm(x: Any, weight: Any, eps: float, out: Any, first: int, last: int, width: int) -> None:
+    """x (T, D), weight (D,), out (T, D)."""
+    for t in range(first, last):
         row = t * width
-        scale = splat(_inverse_rms(x, row, width, eps, np.float32(np.inf)))
+        sums = splat(_ZERO)
+        for d in range(0, width, LANES):
+            lanes = _load_part(x, row + d, width - d)
+            sums = add(sums, multiply(lanes, lanes))
+        scale = splat(_inverse_root(sums, width, eps))
         for d in range(0, width, LANES):
             left = width - d
             normed = round_as(x, multiply(_load_part(x, row + d, left), scale))
             scaled = multiply(normed, _load_part(weight, d, left))
             _store_part(out, row + d, left, scaled)
-
-
-def _make_rms_norm() -> Any:
-    stamp = source_stamp()
-
-    @numba.njit(nogil=True, error_model="numpy", cache=True)
-    def rms_norm(x: Any, weight: Any, eps: float, out: Any) -> bool:
-        """x (T, D), weight (D,), out (T, D)."""
-        _ = stamp
-        num_tokens, width = x.shape
-        if out.shape != x.shape or weight.shape != (width,):
-            return False
-        _rms_norm(_hidden(x), _hidden(weight), eps, _hidden_out(out), num_tokens, width)
-        return True
-
-    return rms_norm
-
-
-rms_norm_loop = _make_rms_norm()
 
 
 @numba.njit(nogil=True, error_model="numpy", inline="always")
@@ -148,69 +235,32 @@ def silu(x: Any) -> Any:
 
 
 @numba.njit(nogil=True, error_model="numpy", inline="always")
-def _silu_multiply(gate_up: Any, out: Any, num_tokens: int, width: int) -> None:
-    for t in range(num_tokens):
+def _silu_multiply(
+    gate_up: Any, bias: Any, has_bias: bool, out: Any, first: int, last: int, width: int
+) -> None:
+    """gate_up (T, 2 I), bias (2 I,), out (T, I)."""
+    for t in range(first, last):
         gate_at = 2 * t * width
+        up_at = gate_at + width
         for d in range(0, width, LANES):
             left = width - d
-            gate = _load_part(gate_up, gate_at + d, left)
-            up = _load_part(gate_up, gate_at + width + d, left)
+            gate = _load_biased(gate_up, gate_at + d, bias, d, has_bias, left)
+            up = _load_biased(gate_up, up_at + d, bias, width + d, has_bias, left)
             activated = round_as(gate_up, silu(gate))
             _store_part(out, t * width + d, left, multiply(activated, up))
 
 
-def _make_silu_multiply() -> Any:
-    stamp = source_stamp()
-
-    @numba.njit(nogil=True, error_model="numpy", cache=True)
-    def silu_multiply(gate_up: Any, out: Any) -> bool:
-        """gate_up (T, 2 I), out (T, I)."""
-        _ = stamp
-        num_tokens, width = out.shape
-        if gate_up.shape != (num_tokens, 2 * width):
-            return False
-        _silu_multiply(_hidden(gate_up), _hidden_out(out), num_tokens, width)
-        return True
-
-    return silu_multiply
-
-
-silu_multiply_loop = _make_silu_multiply()
-
-
 @numba.njit(nogil=True, error_model="numpy", inline="always")
 def _add_rows(
-    x: Any, y: Any, bias: Any, has_bias: bool, out: Any, num_tokens: int, width: int
+    x: Any, y: Any, bias: Any, has_bias: bool, out: Any, first: int, last: int, width: int
 ) -> None:
-    for t in range(num_tokens):
+    """x, y, out (T, D); bias (D,)."""
+    for t in range(first, last):
         for d in range(0, width, LANES):
             left = width - d
-            addend = _load_part(y, t * width + d, left)
-            if has_bias:
-                addend = add(addend, _load_part(bias, d, left))
+            addend = _load_biased(y, t * width + d, bias, d, has_bias, left)
             total = add(_load_part(x, t * width + d, left), addend)
             _store_part(out, t * width + d, left, total)
-
-
-def _make_add_residual() -> Any:
-    stamp = source_stamp()
-
-    @numba.njit(nogil=True, error_model="numpy", cache=True)
-    def add_residual(x: Any, y: Any, has_bias: bool, bias: Any, out: Any) -> bool:
-        """x, y, out (T, D); bias (D,), or anything if there is none."""
-        _ = stamp
-        num_tokens, width = x.shape
-        if y.shape != x.shape or out.shape != x.shape or (has_bias and bias.shape != (width,)):
-            return False
-        _add_rows(
-            _hidden(x), _float32(y), _float32(bias), has_bias, _hidden_out(out), num_tokens, width
-        )
-        return True
-
-    return add_residual
-
-
-add_residual_loop = _make_add_residual()
 
 
 @numba.njit(nogil=True, error_model="numpy")
@@ -255,14 +305,16 @@ def _take_largest(
 @numba.njit(nogil=True, error_model="numpy", inline="always")
 def _route(
     logits: Any,
-    num_tokens: int,
+    first: int,
+    last: int,
     num_experts: int,
     top_k: int,
     norm_topk_prob: bool,
     ids: Any,
     weights: Any,
 ) -> None:
-    for t in range(num_tokens):
+    """logits (T, E), ids and weights (T, top_k)."""
+    for t in range(first, last):
         at, kept_at = t * num_experts, t * top_k
         _take_largest(logits, at, num_experts, top_k, ids, weights, kept_at)
         largest = weights[kept_at]
@@ -277,39 +329,32 @@ def _route(
                 weights[j] /= kept
 
 
-def _make_route() -> Any:
-    stamp = source_stamp()
-
-    @numba.njit(nogil=True, error_model="numpy", cache=True)
-    def route(logits: Any, top_k: int, norm_topk_prob: bool, ids: Any, weights: Any) -> bool:
-        """logits (T, E), ids and weights (T, top_k)."""
-        _ = stamp
-        num_tokens, num_experts = logits.shape
-        if ids.shape != (num_tokens, top_k) or weights.shape != ids.shape:
-            return False
-        if not 1 <= top_k <= num_experts:
-            return False
-        _route(
-            _float32(logits),
-            num_tokens,
-            num_experts,
-            top_k,
-            norm_topk_prob,
-            _int64_out(ids),
-            _float32_out(weights),
-        )
-        return True
-
-    return route
-
-
-route_loop = _make_route()
+@numba.njit(nogil=True, error_model="numpy")
+def _clipped_inverse_rms(
+    qkv: Any,
+    at: int,
+    bias: Any,
+    bias_at: int,
+    has_bias: bool,
+    width: int,
+    eps: float,
+    limit: Any,
+) -> Any:
+    sums = splat(_ZERO)
+    for d in range(0, width, LANES):
+        lanes = _load_biased(qkv, at + d, bias, bias_at + d, has_bias, width - d)
+        lanes = _clip(lanes, limit)
+        sums = add(sums, multiply(lanes, lanes))
+    return _inverse_root(sums, width, eps)
 
 
 @numba.njit(nogil=True, error_model="numpy")
 def _prepared(
     qkv: Any,
     at: int,
+    bias: Any,
+    bias_at: int,
+    has_bias: bool,
     left: int,
     is_normed: bool,
     weight: Any,
@@ -319,7 +364,7 @@ def _prepared(
     then: Any,
 ) -> Any:
     """Return a vector of queries or keys, clipped to `first`, normed, clipped to `then`."""
-    lanes = _clip(_load_part(qkv, at, left), first)
+    lanes = _clip(_load_biased(qkv, at, bias, bias_at, has_bias, left), first)
     if is_normed:
         lanes = multiply(lanes, splat(scale))
         lanes = multiply(lanes, _load_part(weight, weight_at, left))
@@ -330,6 +375,9 @@ def _prepared(
 def _rotate_heads(
     qkv: Any,
     at: int,
+    bias: Any,
+    bias_at: int,
+    has_bias: bool,
     num_heads: int,
     weight: Any,
     kind: int,
@@ -351,117 +399,139 @@ def _rotate_heads(
     scale = _ONE
     weight_at = 0
     if kind == NORM_FULL:
-        scale = _inverse_rms(qkv, at, num_heads * width, eps, first)
+        size = num_heads * width
+        scale = _clipped_inverse_rms(qkv, at, bias, bias_at, has_bias, size, eps, first)
     for _ in range(num_heads):
         if kind == NORM_HEAD:
-            scale = _inverse_rms(qkv, at, width, eps, first)
+            scale = _clipped_inverse_rms(qkv, at, bias, bias_at, has_bias, width, eps, first)
         for d in range(0, half, LANES):
             e, left = half + d, half - d
-            a = _prepared(qkv, at + d, left, is_normed, weight, weight_at + d, scale, first, then)
-            b = _prepared(qkv, at + e, left, is_normed, weight, weight_at + e, scale, first, then)
+            a = _prepared(
+                qkv,
+                at + d,
+                bias,
+                bias_at + d,
+                has_bias,
+                left,
+                is_normed,
+                weight,
+                weight_at + d,
+                scale,
+                first,
+                then,
+            )
+            b = _prepared(
+                qkv,
+                at + e,
+                bias,
+                bias_at + e,
+                has_bias,
+                left,
+                is_normed,
+                weight,
+                weight_at + e,
+                scale,
+                first,
+                then,
+            )
             c, s = _load_part(cos, angles_at + d, left), _load_part(sin, angles_at + d, left)
             _store_part(out, out_at + d, left, subtract(multiply(a, c), multiply(b, s)))
             _store_part(out, out_at + e, left, add(multiply(b, c), multiply(a, s)))
         if kind == NORM_FULL:
             weight_at += width
         at += width
+        bias_at += width
         out_at += out_stride
 
 
 @numba.njit(nogil=True, error_model="numpy")
-def _copy_head(qkv: Any, at: int, width: int, limit: Any, out: Any, out_at: int) -> None:
+def _copy_head(
+    qkv: Any,
+    at: int,
+    bias: Any,
+    bias_at: int,
+    has_bias: bool,
+    width: int,
+    limit: Any,
+    out: Any,
+    out_at: int,
+) -> None:
     for d in range(0, width, LANES):
-        _store_part(out, out_at + d, width - d, _clip(_load_part(qkv, at + d, width - d), limit))
+        lanes = _load_biased(qkv, at + d, bias, bias_at + d, has_bias, width - d)
+        _store_part(out, out_at + d, width - d, _clip(lanes, limit))
 
 
-def _make_prepare_qkv() -> Any:
-    stamp = source_stamp()
-
-    @numba.njit(nogil=True, error_model="numpy", cache=True)
-    def prepare_qkv(
-        qkv: Any,
-        cos: Any,
-        sin: Any,
-        slots: Any,
-        kind: int,
-        q_norm: Any,
-        k_norm: Any,
-        eps: float,
-        clip: float,
-        q_out: Any,
-        key_cache: Any,
-        value_cache: Any,
-    ) -> bool:
-        """qkv (T, (H + 2 C) K), cos and sin (T, K / 2), q_out (T, H, K), caches (B, C, P, K)."""
-        _ = stamp
-        num_tokens, num_heads, width = q_out.shape
-        num_blocks, num_kv_heads, block_size, _ = key_cache.shape
-        half = width // 2
-        row = (num_heads + 2 * num_kv_heads) * width
-        if width % 2 or qkv.shape != (num_tokens, row) or slots.shape != (num_tokens,):
-            return False
-        if cos.shape != (num_tokens, half) or sin.shape != cos.shape:
-            return False
-        if key_cache.shape[3] != width or value_cache.shape != key_cache.shape:
-            return False
-        normed = (0, 0)
-        if kind == NORM_HEAD:
-            normed = (width, width)
-        elif kind == NORM_FULL:
-            normed = (num_heads * width, num_kv_heads * width)
-        if (q_norm.size, k_norm.size) != normed or q_norm.ndim != 1 or k_norm.ndim != 1:
-            return False
-        for t in range(num_tokens):
-            if not 0 <= slots[t] < num_blocks * block_size:
-                return False
-        source, keys, values = _float32(qkv), _cache_out(key_cache), _cache_out(value_cache)
-        q_weight, k_weight = _hidden(q_norm), _hidden(k_norm)
-        c, s, limit = _float32(cos), _float32(sin), np.float32(clip)
-        places, q = _int64(slots), _float32_out(q_out)
-        stride = block_size * width
-        for t in range(num_tokens):
-            at = t * row
-            _rotate_heads(
-                source,
-                at,
-                num_heads,
-                q_weight,
-                kind,
-                eps,
-                limit,
-                c,
-                s,
-                t * half,
-                half,
-                q,
-                t * num_heads * width,
-                width,
-            )
-            at += num_heads * width
-            block, offset = places[t] // block_size, places[t] % block_size
-            cached = block * num_kv_heads * stride + offset * width
-            _rotate_heads(
-                source,
-                at,
-                num_kv_heads,
-                k_weight,
-                kind,
-                eps,
-                limit,
-                c,
-                s,
-                t * half,
-                half,
-                keys,
-                cached,
-                stride,
-            )
-            at += num_kv_heads * width
-            for head in range(num_kv_heads):
-                _copy_head(source, at + head * width, width, limit, values, cached + head * stride)
-        return True
-
-    return prepare_qkv
-
-
-prepare_qkv_loop = _make_prepare_qkv()
+@numba.njit(nogil=True, error_model="numpy", inline="always")
+def _prepare_qkv(
+    qkv: Any,
+    bias: Any,
+    has_bias: bool,
+    cos: Any,
+    sin: Any,
+    slots: Any,
+    kind: int,
+    q_norm: Any,
+    k_norm: Any,
+    eps: float,
+    limit: Any,
+    q_out: Any,
+    key_cache: Any,
+    value_cache: Any,
+    first: int,
+    last: int,
+    num_heads: int,
+    num_kv_heads: int,
+    width: int,
+    block_size: int,
+) -> None:
+    """qkv (T, (H + 2 C) K), cos and sin (T, K / 2), q_out (T, H, K), caches (B, C, P, K)."""
+    half = width // 2
+    keys_at, values_at = num_heads * width, (num_heads + num_kv_heads) * width
+    row = values_at + num_kv_heads * width
+    stride = block_size * width
+    for t in range(first, last):
+        at = t * row
+        _rotate_heads(
+            qkv,
+            at,
+            bias,
+            0,
+            has_bias,
+            num_heads,
+            q_norm,
+            kind,
+            eps,
+            limit,
+            cos,
+            sin,
+            t * half,
+            half,
+            q_out,
+            t * num_heads * width,
+            width,
+        )
+        block, offset = slots[t] // block_size, slots[t] % block_size
+        cached = block * num_kv_heads * stride + offset * width
+        _rotate_heads(
+            qkv,
+            at + keys_at,
+            bias,
+            keys_at,
+            has_bias,
+            num_kv_heads,
+            k_norm,
+            kind,
+            eps,
+            limit,
+            cos,
+            sin,
+            t * half,
+            half,
+            key_cache,
+            cached,
+            stride,
+        )
+        for head in range(num_kv_heads):
+            value = values_at + head * width
+            place = cached + head * stride
+            _copy_head(qkv, at + value, bias, value, has_bias, width, limit, value_cache, place)

@@ -1,7 +1,8 @@
 """The compiled loops of `experts.py`: they check nothing and allocate nothing.
 
-A *choice* is one (token, chosen expert) pair. Choices are sorted by expert; neighbours of one
-expert form blocks of as many tokens as a microkernel takes. Phases, each a range of work items:
+A *choice* is one (token, chosen expert) pair. A link of its own sorts the choices by expert;
+neighbours of one expert form blocks of as many tokens as a microkernel takes. The link after it has
+four phases, each a range of work items:
 
 1. `prepare`: a block's tokens as the kernels read them,
 2. `gate_up`: some rows of one expert's gate and up for all its blocks, the activation, and the
@@ -14,22 +15,28 @@ expert form blocks of as many tokens as a microkernel takes. Phases, each a rang
 
 from __future__ import annotations
 
-import ctypes
-from functools import cache
 from typing import Any
 
 import numba
 import numpy as np
 
-from cpu_kernels.compiling import compile_body, compiled_address, source_stamp
+from cpu_kernels.compiling import Source
 from cpu_kernels.elementwise_kernels import silu
+from cpu_kernels.experts import (
+    BLOCK_FIELDS,
+    EXPERT_FIELDS,
+    NO_SUCH_EXPERT,
+    SORTED,
+    ExpertsCall,
+    SortCall,
+)
 from cpu_kernels.formats import PANEL_ROWS
 from cpu_kernels.microkernels import MAX_BLOCK_TOKENS
-from cpu_kernels.panel_ops import call_kernel, call_on_threads
-from cpu_kernels.scratch import ALIGNMENT
+from cpu_kernels.panel_ops import call_kernel
 from cpu_kernels.simd import (
     LANES,
     add,
+    call_at,
     load,
     multiply,
     pointer_at,
@@ -38,210 +45,74 @@ from cpu_kernels.simd import (
     store_first,
 )
 from cpu_kernels.token_blocks import write_columns
-from cpu_kernels.work_items import Counters, claim_item, claim_worker, finish_item, wait_for
+from cpu_kernels.work_items import finish_item, wait_for
 
-# A block: its first choice, how many, and the address of the kernel for as many.
-BLOCK_FIELDS = 3
-# An expert that was chosen: its number, its first block, how many.
-EXPERT_FIELDS = 3
+_SORT, _EXPERTS = np.dtype(SortCall), np.dtype(ExpertsCall)
 _PREPARE, _GATE_UP, _DOWN = 0, 1, 2
 
 
-class ExpertsCall(ctypes.Structure):
-    """One call as its threads see it: addresses, sizes, and where each part of scratch begins."""
+def make_sort() -> Source:
+    """The body of a `SortCall`."""
 
-    _fields_ = (
-        ("counters", Counters),
-        *(
-            (name, ctypes.c_int64)
-            for name in [
-                # shapes and formats
-                "hidden",
-                "width",
-                "num_experts",
-                "top_k",
-                "compute",
-                "group_size",
-                "panel_bytes",
-                "num_groups",
-                "down_panel_bytes",
-                "num_down_groups",
-                "token_bytes",
-                "down_token_bytes",
-                "expert_bytes",
-                "gate_scales_at",
-                "gate_zeros_at",
-                "up_at",
-                "up_scales_at",
-                "up_zeros_at",
-                "down_at",
-                "down_scales_at",
-                "down_zeros_at",
-                "rows_per_item",
-                "down_panels_per_item",
-                "kernel_sizes",
-                "num_kernel_sizes",
-                # this call
-                "counters_at",
-                "experts",
-                "num_tokens",
-                "x",
-                "x_stride",
-                "ids",
-                "weights",
-                "out",
-                # scratch
-                "order",
-                "places",
-                "starts",
-                "blocks",
-                "chosen",
-                "x_blocks",
-                "x_scales",
-                "h_blocks",
-                "h_scales",
-                "products",
-                "workers",
-                "worker_bytes",
-                # found by `sort`
-                "num_blocks",
-                "num_chosen",
-                "num_prepared",
-            ]
-        ),
-    )
+    def sort(address: int, item: int, worker: int) -> None:
+        sort_call = call_at(address, _SORT)
+        call = call_at(sort_call.experts_call, _EXPERTS)
+        first = 8 * call.first_token * call.top_k
+        ids = pointer_at(sort_call.ids + first, np.int64)
+        if _find_range(sort_call, ids, call.num_tokens * call.top_k, call.num_experts):
+            _sort(
+                call,
+                ids,
+                pointer_at(call.kernel_sizes, np.int64),
+                pointer_at(call.order, np.int64),
+                pointer_at(call.places, np.int64),
+                pointer_at(call.starts, np.int64),
+                pointer_at(call.blocks, np.int64),
+                pointer_at(call.chosen, np.int64),
+            )
+        else:
+            call.num_items = 0
+
+    return Source(sort, num_arguments=3)
 
 
-def experts_address(x_is_bfloat16: bool) -> int:
-    """Return the address of `void experts(ExpertsCall *)` for a format of x."""
-    return compiled_address(_compiled_experts, x_is_bfloat16)
-
-
-@cache
-def _compiled_experts(x_is_bfloat16: bool) -> Any:
+def make_experts(x_is_bfloat16: bool) -> Source:
+    """The body of an `ExpertsCall` for a format of x."""
     x_type = np.uint16 if x_is_bfloat16 else np.float32
-    stamp = source_stamp()
+    x_bytes = 2 if x_is_bfloat16 else 4
 
-    @compile_body(ExpertsCall)
-    def body(call_pointer: Any) -> None:
-        _ = stamp
-        call = numba.carray(call_pointer, 1)[0]  # type: ignore[attr-defined]
+    def experts(address: int, item: int, worker: int) -> None:
+        call = call_at(address, _EXPERTS)
+        first = call.first_token
         _experts(
+            address,
             call,
-            pointer_at(call.x, x_type),
-            pointer_at(call.weights, np.float32),
-            pointer_at(call.out, np.float32),
+            pointer_at(call.x + x_bytes * first * call.x_stride, x_type),
+            pointer_at(call.weights + 4 * first * call.top_k, np.float32),
+            pointer_at(call.out + 4 * first * call.hidden, np.float32),
             pointer_at(call.order, np.int64),
             pointer_at(call.places, np.int64),
             pointer_at(call.blocks, np.int64),
             pointer_at(call.chosen, np.int64),
             pointer_at(call.products, np.float32),
+            item,
+            call.workers + worker * call.worker_bytes,
         )
 
-    return body
-
-
-CALL_DTYPE = np.dtype(ExpertsCall)
+    return Source(experts, num_arguments=3)
 
 
 @numba.njit(nogil=True, error_model="numpy", inline="always")
-def _aligned(num_bytes: int) -> int:
-    return (num_bytes + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
-
-
-@numba.njit(nogil=True, error_model="numpy")
-def _lay_out_scratch(call: Any, start: int, num_threads: int) -> int:
-    """Give every part of scratch its place from `start` on; return where the last ends."""
-    num_choices = call.num_tokens * call.top_k
-    padded_hidden = (call.hidden + PANEL_ROWS - 1) // PANEL_ROWS * PANEL_ROWS
-    call.order = start
-    call.places = call.order + _aligned(8 * num_choices)
-    call.starts = call.places + _aligned(8 * num_choices)
-    call.chosen = call.starts + _aligned(8 * (call.num_experts + 1))
-    call.blocks = call.chosen + _aligned(8 * EXPERT_FIELDS * min(num_choices, call.num_experts))
-    call.x_blocks = call.blocks + _aligned(8 * BLOCK_FIELDS * num_choices)
-    call.x_scales = call.x_blocks + _aligned(num_choices * call.token_bytes)
-    call.h_blocks = call.x_scales + _aligned(num_choices * 8 * call.num_groups)
-    call.h_scales = call.h_blocks + _aligned(num_choices * call.down_token_bytes)
-    call.products = call.h_scales + _aligned(num_choices * 8 * call.num_down_groups)
-    call.workers = call.products + _aligned(num_choices * 4 * padded_hidden)
-    call.worker_bytes = 2 * 4 * MAX_BLOCK_TOKENS * call.rows_per_item
-    end: int = call.workers + num_threads * call.worker_bytes
-    return end
-
-
-def _make_scratch_bytes() -> Any:
-    stamp = source_stamp()
-
-    @numba.njit(nogil=True, error_model="numpy", cache=True)
-    def scratch_bytes(calls: Any, num_tokens: int, num_threads: int) -> int:
-        """Return the bytes of scratch that a call of so many tokens needs."""
-        _ = stamp
-        call = calls[0]
-        call.num_tokens = num_tokens
-        size: int = _lay_out_scratch(call, 0, num_threads)
-        return size
-
-    return scratch_bytes
-
-
-def _make_enter_experts() -> Any:
-    stamp = source_stamp()
-
-    @numba.njit(nogil=True, error_model="numpy", cache=True)
-    def enter_experts(
-        calls: Any,
-        blob: Any,
-        x: Any,
-        ids: Any,
-        weights: Any,
-        out: Any,
-        scratch: int,
-        body: int,
-        parallel: int,
-        num_threads: int,
-    ) -> bool:
-        """Complete a call and run it; False, and nothing done, where an array does not fit it."""
-        _ = stamp
-        call = calls[0]
-        num_tokens = x.shape[0]
-        fits = x.shape[1] == call.hidden and x.strides[1] == x.itemsize
-        fits = fits and x.strides[0] >= 0 and x.strides[0] % x.itemsize == 0
-        fits = fits and ids.shape[0] == num_tokens and ids.shape[1] == call.top_k
-        fits = fits and weights.shape[0] == num_tokens and weights.shape[1] == call.top_k
-        fits = fits and out.shape[0] == num_tokens and out.shape[1] == call.hidden
-        if not fits:
-            return False
-        call.experts = blob.ctypes.data
-        call.counters_at = calls.ctypes.data
-        call.num_tokens = num_tokens
-        call.x = x.ctypes.data
-        call.x_stride = x.strides[0] // x.itemsize
-        call.ids = ids.ctypes.data
-        call.weights = weights.ctypes.data
-        call.out = out.ctypes.data
-        _lay_out_scratch(call, scratch, num_threads)
-        if not _sort(
-            call,
-            pointer_at(call.ids, np.int64),
-            pointer_at(call.kernel_sizes, np.int64),
-            pointer_at(call.order, np.int64),
-            pointer_at(call.places, np.int64),
-            pointer_at(call.starts, np.int64),
-            pointer_at(call.blocks, np.int64),
-            pointer_at(call.chosen, np.int64),
-        ):
-            return False
-        if parallel != 0 or num_threads == 1:
-            call_on_threads(parallel, body, call.counters_at, num_threads)
-        return True
-
-    return enter_experts
-
-
-# Through numba's dispatcher, which takes an array in a tenth of the time of ctypes.
-scratch_bytes = _make_scratch_bytes()
-enter_experts = _make_enter_experts()
+def _find_range(sort_call: Any, ids: Any, num_choices: int, num_experts: int) -> bool:
+    """Set the state, the lowest and the highest id; return whether all are experts."""
+    lowest = highest = ids[0]
+    for choice in range(num_choices):
+        lowest = min(lowest, ids[choice])
+        highest = max(highest, ids[choice])
+    sort_call.lowest, sort_call.highest = lowest, highest
+    are_experts = lowest >= 0 and highest < num_experts
+    sort_call.state = SORTED if are_experts else NO_SUCH_EXPERT
+    return bool(are_experts)
 
 
 @numba.njit(nogil=True, error_model="numpy", inline="always")
@@ -254,17 +125,12 @@ def _sort(
     starts: Any,
     blocks: Any,
     chosen: Any,
-) -> bool:
-    """Sort choices by expert, in token order within one, and cut each expert's into blocks.
-
-    False where a choice is none of the experts.
-    """
+) -> None:
+    """Sort choices by expert, in token order within one, and cut each expert's into blocks."""
     num_choices = call.num_tokens * call.top_k
     for expert in range(call.num_experts + 1):
         starts[expert] = 0
     for choice in range(num_choices):
-        if ids[choice] < 0 or ids[choice] >= call.num_experts:
-            return False
         starts[ids[choice] + 1] += 1
     for expert in range(call.num_experts):
         starts[expert + 1] += starts[expert]
@@ -296,11 +162,20 @@ def _sort(
     call.num_chosen = num_chosen
     # one token is read by every expert as it is
     call.num_prepared = 1 if call.num_tokens == 1 else num_blocks
-    return True
+    row_parts, down_parts = _parts(call)
+    call.num_items = call.num_prepared + num_chosen * (row_parts + down_parts) + call.num_tokens
+
+
+@numba.njit(nogil=True, error_model="numpy", inline="always")
+def _parts(call: Any) -> tuple[int, int]:
+    """Items of one expert's gate and up, and of its down."""
+    num_panels = -(-call.hidden // PANEL_ROWS)
+    return -(-call.width // call.rows_per_item), -(-num_panels // call.down_panels_per_item)
 
 
 @numba.njit(nogil=True, error_model="numpy", inline="always")
 def _experts(
+    at: int,
     call: Any,
     x: Any,
     weights: Any,
@@ -310,42 +185,37 @@ def _experts(
     blocks: Any,
     chosen: Any,
     products: Any,
+    item: int,
+    worker_memory: int,
 ) -> None:
-    """Take items of the four phases until none is left."""
-    row_parts = -(-call.width // call.rows_per_item)
-    num_down_panels = -(-call.hidden // PANEL_ROWS)
-    down_parts = -(-num_down_panels // call.down_panels_per_item)
+    """Do an item of one of the four phases."""
+    row_parts, down_parts = _parts(call)
     num_gate_up = call.num_chosen * row_parts
     num_down = call.num_chosen * down_parts
     first_gate_up = call.num_prepared
     first_down = first_gate_up + num_gate_up
     first_combine = first_down + num_down
-    num_items = first_combine + call.num_tokens
-    counters = call.counters_at
-    worker = call.workers + claim_worker(counters) * call.worker_bytes
-    item = claim_item(counters)
-    while item < num_items:
-        if item < first_gate_up:
-            _prepare(call, x, order, blocks, item)
-            finish_item(counters, _PREPARE)
-        elif item < first_down:
-            wait_for(counters, _PREPARE, call.num_prepared)
-            index = item - first_gate_up
-            first_row = index % row_parts * call.rows_per_item
-            num_rows = min(call.rows_per_item, call.width - first_row)
-            _gate_up(call, blocks, chosen, index // row_parts, first_row, num_rows, worker)
-            finish_item(counters, _GATE_UP)
-        elif item < first_combine:
-            wait_for(counters, _GATE_UP, num_gate_up)
-            index = item - first_down
-            first_panel = index % down_parts * call.down_panels_per_item
-            num_panels = min(call.down_panels_per_item, num_down_panels - first_panel)
-            _down(call, blocks, chosen, index // down_parts, first_panel, num_panels)
-            finish_item(counters, _DOWN)
-        else:
-            wait_for(counters, _DOWN, num_down)
-            _combine(call, weights, out, places, products, item - first_combine)
-        item = claim_item(counters)
+    if item < first_gate_up:
+        _prepare(call, x, order, blocks, item)
+        finish_item(at, _PREPARE)
+    elif item < first_down:
+        wait_for(at, _PREPARE, call.num_prepared)
+        index = item - first_gate_up
+        first_row = index % row_parts * call.rows_per_item
+        num_rows = min(call.rows_per_item, call.width - first_row)
+        _gate_up(call, blocks, chosen, index // row_parts, first_row, num_rows, worker_memory)
+        finish_item(at, _GATE_UP)
+    elif item < first_combine:
+        wait_for(at, _GATE_UP, num_gate_up)
+        index = item - first_down
+        num_panels = -(-call.hidden // PANEL_ROWS)
+        first_panel = index % down_parts * call.down_panels_per_item
+        count = min(call.down_panels_per_item, num_panels - first_panel)
+        _down(call, blocks, chosen, index // down_parts, first_panel, count)
+        finish_item(at, _DOWN)
+    else:
+        wait_for(at, _DOWN, num_down)
+        _combine(call, weights, out, places, products, item - first_combine)
 
 
 @numba.njit(nogil=True, error_model="numpy", inline="always")
@@ -378,7 +248,7 @@ def _gate_up(
     index: int,
     first_row: int,
     num_rows: int,
-    worker: int,
+    worker_memory: int,
 ) -> None:
     """Set h = silu(gate) * up for some rows of one expert."""
     expert = call.experts + chosen[EXPERT_FIELDS * index] * call.expert_bytes
@@ -389,8 +259,8 @@ def _gate_up(
     scales = expert + first_panel * call.num_groups * 2 * PANEL_ROWS
     zeros = expert + first_panel * call.num_groups * PANEL_ROWS
     stride = call.rows_per_item
-    up_at = worker + 4 * MAX_BLOCK_TOKENS * stride
-    gate, up = pointer_at(worker, np.float32), pointer_at(up_at, np.float32)
+    up_at = worker_memory + 4 * MAX_BLOCK_TOKENS * stride
+    gate, up = pointer_at(worker_memory, np.float32), pointer_at(up_at, np.float32)
     for block in range(first_block, first_block + chosen[EXPERT_FIELDS * index + 2]):
         first, tokens = blocks[BLOCK_FIELDS * block], blocks[BLOCK_FIELDS * block + 1]
         kernel = blocks[BLOCK_FIELDS * block + 2]
@@ -404,7 +274,7 @@ def _gate_up(
             zeros + call.gate_zeros_at,
             x,
             x_scales,
-            worker,
+            worker_memory,
             stride,
             call.hidden,
             call.group_size,

@@ -100,7 +100,7 @@ def choose_isa(features: Mapping[str, bool], wanted: str | None, vendor: Vendor 
 
 @cache
 def isa() -> Isa:
-    """Return the rung of this process; where it is lowered, tell numba to compile for it.
+    """Return the rung of this process.
 
     Raises
     ------
@@ -118,14 +118,19 @@ def isa() -> Isa:
     features = llvmlite.binding.get_host_cpu_features() if is_x86 else {}
     # Read here and not in cli/: every process that compiles must know, a test's or a script's too.
     found = choose_isa(features, os.environ.get(ENVIRONMENT_VARIABLE), _vendor())
+    return found
+
+
+@cache
+def configure_numba() -> None:
+    """Where the rung is lowered, tell numba, which reads it when it first compiles."""
+    found = isa()
     if found.is_lowered:
         import numba
 
-        # Both are part of the key of numba's disk cache.
         settings: Any = numba.config
         settings.CPU_NAME = "generic" if found.level == "portable" else "x86-64-v2"
         settings.CPU_FEATURES = found.llvm_features
-    return found
 
 
 def _vendor() -> Vendor:

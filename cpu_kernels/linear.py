@@ -4,31 +4,65 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cpu_kernels.calls import Link, call_fields, run_link
+from cpu_kernels.compiling import code_address
 from cpu_kernels.formats import PANEL_ROWS, WeightFormat, check_blob, num_panels
-from cpu_kernels.linear_kernels import CALL_DTYPE, enter_linear, linear_address
 from cpu_kernels.microkernels import (
+    COMPUTE_NUMBERS,
     MAX_BLOCK_TOKENS,
     Compute,
     block_tokens,
     computes,
     kernel_address,
+    token_bytes,
+    token_scale_bytes,
 )
 from cpu_kernels.scratch import Scratch
-from cpu_kernels.threads import fork_join, openmp_address
-from cpu_kernels.token_blocks import COMPUTE_NUMBERS, token_bytes, token_scale_bytes
 
 # An item long enough that claiming it costs nothing, short enough that all threads end together;
 # a multiple of the panels that a kernel walks at once.
 _ITEM_BYTES = 1 << 18
 _ITEMS_PER_THREAD = 4
 _PANELS_AT_ONCE = 4
+
+
+# A block of tokens: its first token, how many, and the address of the kernel for as many.
+BLOCK_FIELDS = 3
+
+
+class LinearCall(ctypes.Structure):
+    """A product as its threads see it: addresses, sizes, and where parts of scratch begin."""
+
+    _fields_ = call_fields(
+        "panels",
+        "scales",
+        "zeros",
+        "panel_bytes",
+        "group_size",
+        "num_groups",
+        "num_rows",
+        "num_columns",
+        "compute",
+        "token_bytes",
+        "panels_per_item",
+        "x",
+        "x_stride",
+        "out",
+        "out_stride",
+        "blocks",
+        "num_blocks",
+        "x_blocks",
+        "x_scales",
+        "tail",
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,42 +142,59 @@ def linear(
     >>> out
     array([[2., 5., 0.]], dtype=float32)
     """
-    num_tokens = len(x)
-    is_plain = x.dtype in _X_DTYPES and x.ndim == 2 and out.dtype == _FLOAT32 and out.ndim == 2
-    is_plain = is_plain and out.flags.writeable and x.shape[1] == weight.num_columns
-    is_plain = is_plain and out.shape == (num_tokens, weight.num_rows)
-    if not is_plain or num_threads < 1 or compute not in computes(weight.weight_format):
-        _refuse(x, weight, compute, num_threads, out)
-    if num_tokens == 0:
-        return
+    link = linear_link(
+        x, weight, compute=compute, num_threads=num_threads, scratch=scratch, out=out
+    )
+    run_link(link, num_threads=min(num_threads, max(1, link.call.num_items)))
+
+
+def linear_link(
+    x: NDArray[Any],
+    weight: PackedMatrix,
+    *,
+    compute: Compute,
+    num_threads: int,
+    scratch: Scratch,
+    out: NDArray[np.float32],
+) -> Link:
+    """Return what `linear` would run, for a chain of up to `num_threads` threads.
+
+    `call.x` and `call.out` may be set to other arrays of the same shapes and strides.
+
+    Raises
+    ------
+    ValueError
+        As `linear`.
+    """
+    _check(x, weight, compute, num_threads, out)
     shape = _shape(weight.weight_format, weight.num_rows, weight.num_columns, compute, num_threads)
-    calls = shape.template.copy()
-    num_workers = min(num_threads, shape.num_items)
-    body, parallel = linear_address(x.dtype == _UINT16), openmp_address()
-    blocks = _blocks(weight.weight_format, compute, num_tokens)  # held until the call has ended
-    if not enter_linear(
-        calls,
-        weight.blob,
-        x,
-        out,
-        blocks,
-        scratch.address(num_tokens * shape.bytes_per_token + _TAIL_BYTES),
-        body,
-        parallel,
-        num_workers,
-    ):
-        _refuse(x, weight, compute, num_threads, out)
-    if parallel == 0 and num_workers > 1:
-        fork_join(body, calls.ctypes.data, num_workers)
+    num_tokens = len(x)
+    blocks = _blocks(weight.weight_format, compute, num_tokens)
+    memory = scratch.take(num_tokens * shape.bytes_per_token + _TAIL_BYTES)
+    call = LinearCall.from_buffer_copy(shape.template)
+    call.num_items = 0 if num_tokens == 0 else len(blocks) + shape.num_items
+    call.panels = panels = weight.blob.ctypes.data
+    call.scales = panels + shape.scales_at
+    call.zeros = panels + shape.zeros_at
+    call.x, call.x_stride = x.ctypes.data, x.strides[0] // x.itemsize
+    call.out, call.out_stride = out.ctypes.data, out.strides[0] // 4
+    call.blocks, call.num_blocks = blocks.ctypes.data, len(blocks)
+    call.x_blocks = start = memory.ctypes.data
+    call.x_scales = start + num_tokens * call.token_bytes
+    call.tail = start + num_tokens * shape.bytes_per_token
+    body = code_address("linear_kernels", "make_linear", x.dtype == _UINT16)
+    return Link(body, call, (weight, x, out, blocks, memory))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Shape:
     """What every call with matrices of one shape and format has in common."""
 
-    template: NDArray[Any]  # one record of linear_kernels.CALL_DTYPE
-    num_items: int
+    template: LinearCall
+    num_items: int  # but for the blocks of tokens
     bytes_per_token: int
+    scales_at: int
+    zeros_at: int
 
 
 @lru_cache(maxsize=4096)
@@ -156,26 +207,23 @@ def _shape(
     at_most = panels // (num_threads * _ITEMS_PER_THREAD)
     panels_per_item = min(at_most, _ITEM_BYTES // panel_bytes) // _PANELS_AT_ONCE * _PANELS_AT_ONCE
     panels_per_item = max(_PANELS_AT_ONCE, panels_per_item)
-    template = np.zeros(1, CALL_DTYPE)
-    values = {
-        "panel_bytes": panel_bytes,
-        "group_size": weight_format.group_size or 0,
-        "num_groups": num_groups,
-        "num_rows": num_rows,
-        "num_columns": num_columns,
-        "compute": COMPUTE_NUMBERS[compute],
-        "token_bytes": token_bytes(compute, num_columns),
-        "token_scale_bytes": token_scale_bytes(compute, num_groups),
-        "panels_per_item": panels_per_item,
-        "scales_at": weight_format.scales_at(num_rows, num_columns),
-        "zeros_at": weight_format.zeros_at(num_rows, num_columns),
-    }
-    for name, value in values.items():
-        template[name] = value
+    bytes_of_token = token_bytes(compute, num_columns)
+    template = LinearCall(
+        panel_bytes=panel_bytes,
+        group_size=weight_format.group_size or 0,
+        num_groups=num_groups,
+        num_rows=num_rows,
+        num_columns=num_columns,
+        compute=COMPUTE_NUMBERS[compute],
+        token_bytes=bytes_of_token,
+        panels_per_item=panels_per_item,
+    )
     return _Shape(
         template=template,
         num_items=-(-panels // panels_per_item),
-        bytes_per_token=values["token_bytes"] + values["token_scale_bytes"],
+        bytes_per_token=bytes_of_token + token_scale_bytes(compute, num_groups),
+        scales_at=weight_format.scales_at(num_rows, num_columns),
+        zeros_at=weight_format.zeros_at(num_rows, num_columns),
     )
 
 
@@ -191,14 +239,24 @@ def _blocks(weight_format: WeightFormat, compute: Compute, num_tokens: int) -> N
     return np.array(blocks, np.int64)
 
 
-def _refuse(
+def _check(
     x: NDArray[Any],
     weight: PackedMatrix,
     compute: Compute,
     num_threads: int,
     out: NDArray[np.float32],
-) -> NoReturn:
-    """Say what does not fit."""
+) -> None:
+    """Refuse what does not fit; the common case is found in few steps."""
+    is_plain = x.dtype in _X_DTYPES and x.ndim == 2 and out.dtype == _FLOAT32 and out.ndim == 2
+    is_plain = is_plain and out.flags.writeable and x.shape[1] == weight.num_columns
+    is_plain = is_plain and out.shape == (x.shape[0], weight.num_rows)
+    for array in (x, out):
+        if is_plain and array.size > 0:  # numpy gives an empty array strides of 0
+            rows_apart, columns_apart = array.strides
+            is_plain = columns_apart == array.itemsize
+            is_plain = is_plain and rows_apart >= 0 and rows_apart % array.itemsize == 0
+    if is_plain and num_threads >= 1 and compute in computes(weight.weight_format):
+        return
     if x.ndim != 2 or x.shape[1] != weight.num_columns or x.dtype.name not in ("float32", "uint16"):
         raise ValueError(
             f"x is {x.dtype} {x.shape} but must be float32 or uint16 (the bits of bfloat16), "
@@ -211,7 +269,7 @@ def _refuse(
         raise ValueError("out is read-only")
     for name, array in (("x", x), ("out", out)):
         is_odd = array.strides[0] < 0 or array.strides[0] % array.itemsize != 0
-        if array.strides[1] != array.itemsize or is_odd:
+        if array.size > 0 and (array.strides[1] != array.itemsize or is_odd):
             raise ValueError(
                 f"{name} has strides {array.strides} bytes but its columns must be neighbours, "
                 f"{array.itemsize} bytes apart"

@@ -3,29 +3,20 @@
 from __future__ import annotations
 
 import ctypes
-from functools import cache
-from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from cpu_kernels.compiling import compile_body, compiled_address, source_stamp
-from cpu_kernels.panel_ops import xor_of_words
-from cpu_kernels.threads import fork_join
-from cpu_kernels.work_items import Counters, claim_item
+from cpu_kernels.calls import Link, call_fields, run_link
+from cpu_kernels.compiling import code_address
 
-_ITEM_BYTES = 1 << 20
+ITEM_BYTES = 1 << 20
 
 
-class _ReadCall(ctypes.Structure):
-    _fields_ = (
-        ("counters", Counters),
-        ("counters_at", ctypes.c_int64),
-        ("start", ctypes.c_int64),
-        ("num_bytes", ctypes.c_int64),
-        ("sink", ctypes.c_int64),
-    )
+class ReadCall(ctypes.Structure):
+    """What is read, and `sink`, to which a number made of every item is added."""
+
+    _fields_ = call_fields("start", "num_bytes", "sink")
 
 
 def read_memory(words: NDArray[np.uint8], *, num_threads: int) -> None:
@@ -47,32 +38,27 @@ def read_memory(words: NDArray[np.uint8], *, num_threads: int) -> None:
     --------
     >>> read_memory(np.zeros(4096, np.uint8), num_threads=1)
     """
+    link = read_link(words)
+    if num_threads < 1:
+        raise ValueError(f"num_threads is {num_threads} but must be at least 1")
+    run_link(link, num_threads=num_threads)
+
+
+def read_link(words: NDArray[np.uint8]) -> Link:
+    """Return what `read_memory` would run.
+
+    `call.start` may be set to the address of another buffer of the same size.
+
+    Raises
+    ------
+    ValueError
+        If the buffer is not contiguous bytes.
+    """
     if words.dtype != np.uint8 or not words.flags.c_contiguous:
         raise ValueError(
             f"the buffer is {words.dtype} with strides {words.strides} but must be contiguous uint8"
         )
-    if num_threads < 1:
-        raise ValueError(f"num_threads is {num_threads} but must be at least 1")
-    call = _ReadCall(start=words.ctypes.data, num_bytes=words.size)
-    call.counters_at = ctypes.addressof(call)
-    address = compiled_address(_compiled)
-    fork_join(address, call.counters_at, num_threads)
-
-
-@cache
-def _compiled() -> Any:
-    stamp = source_stamp()
-
-    @compile_body(_ReadCall)
-    def body(call_pointer: Any) -> None:
-        _ = stamp
-        call = numba.carray(call_pointer, 1)[0]  # type: ignore[attr-defined]
-        total = 0
-        first = claim_item(call.counters_at) * _ITEM_BYTES
-        while first < call.num_bytes:
-            num_bytes = min(_ITEM_BYTES, call.num_bytes - first)
-            total += xor_of_words(call.start + first, num_bytes // 256)
-            first = claim_item(call.counters_at) * _ITEM_BYTES
-        call.sink = total  # so that nothing is left out as unused
-
-    return body
+    call = ReadCall(
+        num_items=-(-words.size // ITEM_BYTES), start=words.ctypes.data, num_bytes=words.size
+    )
+    return Link(code_address("memory_read_kernels", "make_read"), call, (words,))

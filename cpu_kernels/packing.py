@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cpu_kernels.calls import Link, call_fields, run_link
+from cpu_kernels.compiling import code_address
 from cpu_kernels.formats import (
     PANEL_ROWS,
     WeightFormat,
@@ -19,29 +21,48 @@ from cpu_kernels.formats import (
     check_blob,
     num_panels,
 )
-from cpu_kernels.packing_kernels import (
-    BFLOAT16,
-    FLOAT16,
-    FLOAT32,
-    INT4,
-    INT4_ZERO,
-    INT8,
-    NUM_BAD,
-    NUM_COUNTERS,
-    SCRATCH_BYTES,
-    PackingCall,
-    pack_address,
-    unpack_address,
-)
 from cpu_kernels.scratch import aligned_bytes
-from cpu_kernels.threads import fork_join
 
+# The whole groups of every group size; 16 rows of 256 words are 16 KB, which the first-level cache
+# holds.
+CHUNK_COLUMNS = 256
+# Scratch of one thread: a row of the chunk as float32 and one value more, its codes, its words.
+CODES_AT = 4 * (CHUNK_COLUMNS + PANEL_ROWS)
+WORDS_AT = CODES_AT + CHUNK_COLUMNS
+SCRATCH_BYTES = WORDS_AT + PANEL_ROWS * CHUNK_COLUMNS * 4
+
+FLOAT32, BFLOAT16, FLOAT16, INT8, INT4, INT4_ZERO = range(6)  # kinds of elements
 _MATRIX_KINDS = {
     np.dtype(np.float32): FLOAT32,
     np.dtype(np.uint16): BFLOAT16,
     np.dtype(np.float16): FLOAT16,
 }
 _WEIGHT_KINDS = {"float32": FLOAT32, "bfloat16": BFLOAT16, "int8": INT8, "int4": INT4}
+
+
+class PackingCall(ctypes.Structure):
+    """One call as its threads see it: addresses and sizes; `matrix` is the one in rows.
+
+    `num_bad` counts the weights that cannot be quantised: every run adds to it.
+    """
+
+    _fields_ = call_fields(
+        "matrix",
+        "panels",
+        "scales",
+        "zeros",
+        "scratch",
+        "num_rows",
+        "num_columns",
+        "group_size",
+        "num_groups",
+        "matrix_kind",
+        "weight_kind",
+        "columns_per_step",
+        "zero_code",
+        "scale_steps",
+        "num_bad",
+    )
 
 
 def pack_into(
@@ -90,7 +111,7 @@ def pack_into(
     scale_bytes = num_panels(rows) * format.num_groups(columns) * PANEL_ROWS * 2
     out[scales_at + scale_bytes : zeros_at] = 0
     out[zeros_at + scale_bytes // 2 :] = 0
-    num_bad = _run(pack_address(), source, out, format, num_threads)
+    num_bad = _run("make_pack", source, out, format, num_threads)
     if num_bad:
         raise cannot_quantise(num_bad)
 
@@ -128,7 +149,7 @@ def unpack_into(
     _check_matrix("out", out, (np.float32, np.uint16))
     check_blob(blob, format, *out.shape)
     _check_writeable(out)
-    _run(unpack_address(), out, blob, format, num_threads)
+    _run("make_unpack", out, blob, format, num_threads)
 
 
 def _check_matrix(name: str, matrix: NDArray[Any], dtypes: tuple[type, ...]) -> None:
@@ -145,26 +166,27 @@ def _check_writeable(out: NDArray[Any]) -> None:
 
 
 def _run(
-    body_address: int,
+    maker: str,
     matrix: NDArray[Any],
     blob: NDArray[np.uint8],
     format: WeightFormat,
     num_threads: int,
 ) -> int:
+    """Do it, panel by panel, and return how many weights cannot be quantised."""
     if num_threads < 1:
         raise ValueError(f"num_threads is {num_threads} but must be at least 1")
     rows, columns = matrix.shape
-    num_workers = min(num_threads, num_panels(rows))
-    counters = np.zeros(NUM_COUNTERS, np.int64)
+    num_items = num_panels(rows)
+    num_workers = min(num_threads, num_items)
     scratch = aligned_bytes(num_workers * SCRATCH_BYTES)
     blob_start = blob.ctypes.data
     call = PackingCall(
+        num_items=num_items,
         matrix=matrix.ctypes.data,
         panels=blob_start,
         scales=blob_start + format.scales_at(rows, columns),
         zeros=blob_start + format.zeros_at(rows, columns),
         scratch=scratch.ctypes.data,
-        counters=counters.ctypes.data,
         num_rows=rows,
         num_columns=columns,
         group_size=format.group_size or 0,
@@ -175,5 +197,7 @@ def _run(
         zero_code=format.zero_code,
         scale_steps=format.scale_steps,
     )
-    fork_join(body_address, ctypes.addressof(call), num_workers)
-    return int(counters[NUM_BAD])
+    body = code_address("packing_kernels", maker)
+    run_link(Link(body, call, (matrix, blob, scratch)), num_threads=num_workers)
+    num_bad: int = call.num_bad
+    return num_bad

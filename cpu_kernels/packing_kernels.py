@@ -7,8 +7,6 @@ Arrays are as in `simd.py`; `x_at` is the index of x's start, or its address if 
 
 from __future__ import annotations
 
-import ctypes
-from functools import cache
 from typing import Any
 
 import numba
@@ -17,87 +15,58 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from cpu_kernels.compiling import compile_body, compiled_address, source_stamp
+from cpu_kernels.compiling import Source
 from cpu_kernels.formats import PANEL_ROWS, STEP_BYTES, TOO_LARGE
-from cpu_kernels.simd import LANES, fetch_add, load, load_first, pointer_at, store, store_first
+from cpu_kernels.packing import (
+    BFLOAT16,
+    CHUNK_COLUMNS,
+    CODES_AT,
+    FLOAT32,
+    INT4_ZERO,
+    INT8,
+    SCRATCH_BYTES,
+    WORDS_AT,
+    PackingCall,
+)
+from cpu_kernels.simd import (
+    LANES,
+    call_at,
+    fetch_add,
+    load,
+    load_first,
+    pointer_at,
+    store,
+    store_first,
+)
 
-# The whole groups of every group size; 16 rows of 256 words are 16 KB, which the first-level cache
-# holds.
-CHUNK_COLUMNS = 256
-# Scratch of one thread: a row of the chunk as float32 and one value more, its codes, its words.
-_SPARE = CHUNK_COLUMNS
-_CODES_AT = 4 * (CHUNK_COLUMNS + PANEL_ROWS)
-_WORDS_AT = _CODES_AT + CHUNK_COLUMNS
-SCRATCH_BYTES = _WORDS_AT + PANEL_ROWS * CHUNK_COLUMNS * 4
-_NEXT_PANEL, _NEXT_WORKER, NUM_BAD = 0, 1, 2  # places in `counters`
-NUM_COUNTERS = 3
-
-FLOAT32, BFLOAT16, FLOAT16, INT8, INT4, INT4_ZERO = range(6)  # kinds of elements
-
+_CALL = np.dtype(PackingCall)
+_NUM_BAD_AT = PackingCall.num_bad.offset
+_SPARE = CHUNK_COLUMNS  # the one value more, read and written as bits and as a float32
 _TOO_LARGE_BITS = int(np.float32(TOO_LARGE).view(np.int32))
 # 1.5 * 2**23: adding it rounds a small float32 to an integer, to nearest and ties to even
 _ROUND = np.float32(12582912.0)
 _ONE = np.float32(1)
 
 
-class PackingCall(ctypes.Structure):
-    """One call as its threads see it: addresses and sizes; `matrix` is the one in rows."""
+def make_pack() -> Source:
+    """The body of a `PackingCall` that writes panels."""
 
-    _fields_ = tuple(
-        (name, ctypes.c_int64)
-        for name in [
-            "matrix",
-            "panels",
-            "scales",
-            "zeros",
-            "scratch",
-            "counters",
-            "num_rows",
-            "num_columns",
-            "group_size",
-            "num_groups",
-            "matrix_kind",
-            "weight_kind",
-            "columns_per_step",
-            "zero_code",
-            "scale_steps",
-        ]
-    )
+    def pack(address: int, item: int, worker: int) -> None:
+        call = call_at(address, _CALL)
+        scratch = call.scratch + worker * SCRATCH_BYTES
+        _pack_panel(call, scratch, item, pointer_at(address + _NUM_BAD_AT, np.int64))
+
+    return Source(pack, num_arguments=3)
 
 
-def pack_address() -> int:
-    """Return the address of `void pack(PackingCall *)`."""
-    return compiled_address(_compiled_pack)
+def make_unpack() -> Source:
+    """The body of a `PackingCall` that reads panels."""
 
+    def unpack(address: int, item: int, worker: int) -> None:
+        call = call_at(address, _CALL)
+        _unpack_panel(call, call.scratch + worker * SCRATCH_BYTES, item)
 
-def unpack_address() -> int:
-    """Return the address of `void unpack(PackingCall *)`."""
-    return compiled_address(_compiled_unpack)
-
-
-# Two functions and not one that closes over its loop: compiling.py says why.
-@cache
-def _compiled_pack() -> Any:
-    stamp = source_stamp()
-
-    @compile_body(PackingCall)
-    def body(call_pointer: Any) -> None:
-        _ = stamp
-        _pack_panels(numba.carray(call_pointer, 1)[0])  # type: ignore[attr-defined]
-
-    return body
-
-
-@cache
-def _compiled_unpack() -> Any:
-    stamp = source_stamp()
-
-    @compile_body(PackingCall)
-    def body(call_pointer: Any) -> None:
-        _ = stamp
-        _unpack_panels(numba.carray(call_pointer, 1)[0])  # type: ignore[attr-defined]
-
-    return body
+    return Source(unpack, num_arguments=3)
 
 
 def _turn(builder: Any, rows: list[Any]) -> list[Any]:
@@ -160,37 +129,30 @@ def _turning(*, past_caches: bool) -> Any:
 # Copy 16 x 16 words, rows to columns: (source, at, stride, target, at, stride), where a row starts
 # `stride` elements after the one before. The second needs an aligned target and does not read it
 # first: bfloat16 to bfloat16 8 to 10 GB/s a thread instead of 5. Its stores are weakly ordered; the
-# atomic addition with which a thread takes its next panel orders them.
+# atomic addition with which a thread finishes its panel orders them.
 _turn_words = _turning(past_caches=False)
 _turn_words_past_caches = _turning(past_caches=True)
 
 
 @numba.njit(nogil=True, error_model="numpy")
-def _pack_panels(call: Any) -> None:
-    """Take panels until none is left."""
-    counters = pointer_at(call.counters, np.int64)
-    scratch = call.scratch + fetch_add(counters, _NEXT_WORKER, 1) * SCRATCH_BYTES
-    words = pointer_at(scratch + _WORDS_AT, np.uint32)
+def _pack_panel(call: Any, scratch: int, panel: int, num_bad: Any) -> None:
+    """Write one panel, chunk by chunk."""
+    words = pointer_at(scratch + WORDS_AT, np.uint32)
     panels = pointer_at(call.panels, np.uint32)
     step = call.columns_per_step
-    num_steps = -(-call.num_columns // step)
-    num_panels = -(-call.num_rows // PANEL_ROWS)
-    panel = fetch_add(counters, _NEXT_PANEL, 1)
-    while panel < num_panels:
-        panel_at = panel * num_steps * PANEL_ROWS
-        done = _copy_whole_blocks(call, panel, panels, panel_at)
-        for first in range(done, call.num_columns, CHUNK_COLUMNS):
-            count = min(CHUNK_COLUMNS, call.num_columns - first)
+    panel_at = panel * -(-call.num_columns // step) * PANEL_ROWS
+    done = _copy_whole_blocks(call, panel, panels, panel_at)
+    for first in range(done, call.num_columns, CHUNK_COLUMNS):
+        count = min(CHUNK_COLUMNS, call.num_columns - first)
+        for lane in range(PANEL_ROWS):
+            _pack_row(call, scratch, panel, lane, first, count, num_bad)
+        out_at = panel_at + first // step * PANEL_ROWS
+        chunk_steps = -(-count // step)
+        whole = chunk_steps - chunk_steps % PANEL_ROWS
+        _turn_blocks(words, 0, CHUNK_COLUMNS, 1, panels, out_at, whole, call.panels)
+        for s in range(whole, chunk_steps):
             for lane in range(PANEL_ROWS):
-                _pack_row(call, scratch, panel, lane, first, count, counters)
-            out_at = panel_at + first // step * PANEL_ROWS
-            chunk_steps = -(-count // step)
-            whole = chunk_steps - chunk_steps % PANEL_ROWS
-            _turn_blocks(words, 0, CHUNK_COLUMNS, 1, panels, out_at, whole, call.panels)
-            for s in range(whole, chunk_steps):
-                for lane in range(PANEL_ROWS):
-                    panels[out_at + s * PANEL_ROWS + lane] = words[lane * CHUNK_COLUMNS + s]
-        panel = fetch_add(counters, _NEXT_PANEL, 1)
+                panels[out_at + s * PANEL_ROWS + lane] = words[lane * CHUNK_COLUMNS + s]
 
 
 @numba.njit(nogil=True, error_model="numpy")
@@ -233,13 +195,13 @@ def _turn_blocks(
 
 @numba.njit(nogil=True, error_model="numpy")
 def _pack_row(
-    call: Any, scratch: int, panel: int, lane: int, first: int, count: int, counters: Any
+    call: Any, scratch: int, panel: int, lane: int, first: int, count: int, num_bad: Any
 ) -> None:
     """Set the words of one row of the chunk, zeros where the matrix has no such row."""
     row = panel * PANEL_ROWS + lane
     at = row * call.num_columns + first
     filled = count if row < call.num_rows else 0
-    words_at = scratch + _WORDS_AT + lane * CHUNK_COLUMNS * 4
+    words_at = scratch + WORDS_AT + lane * CHUNK_COLUMNS * 4
     kind = call.weight_kind
     if kind == BFLOAT16 and call.matrix_kind == BFLOAT16:
         _copy(
@@ -257,7 +219,7 @@ def _pack_row(
     if kind == BFLOAT16:
         _round_to(pointer_at(words_at, np.uint16), 0, values, count + count % 2)
     elif kind != FLOAT32:
-        codes_at = words_at if kind == INT8 else scratch + _CODES_AT
+        codes_at = words_at if kind == INT8 else scratch + CODES_AT
         for column in range(0, count, call.group_size):
             group = (first + column) // call.group_size
             _quantise(
@@ -267,7 +229,7 @@ def _pack_row(
                 min(call.group_size, count - column),
                 pointer_at(codes_at, np.uint8),
                 (panel * call.num_groups + group) * PANEL_ROWS + lane,
-                counters,
+                num_bad,
             )
         if kind != INT8:
             _join_halves(
@@ -305,7 +267,7 @@ def _round_to(matrix: Any, at: int, values: Any, count: int) -> None:
 
 @numba.njit(nogil=True, error_model="numpy")
 def _quantise(
-    call: Any, scratch: int, start: int, count: int, codes: Any, scale_at: int, counters: Any
+    call: Any, scratch: int, start: int, count: int, codes: Any, scale_at: int, num_bad: Any
 ) -> None:
     """Set the codes, the scale and the zero point of one row of a group."""
     values, bits = pointer_at(scratch, np.float32), pointer_at(scratch, np.int32)
@@ -318,10 +280,10 @@ def _quantise(
         low, high = min(low, key), max(high, key)
     low = np.int32(~low) if low < 0 else np.int32(0)  # now bits of the magnitude
     if max(low, high) >= _TOO_LARGE_BITS:
-        num_bad: Any = 0
+        found: Any = 0
         for i in range(start, start + count):
-            num_bad += np.int32(bits[i] & 0x7FFFFFFF) >= _TOO_LARGE_BITS
-        fetch_add(counters, NUM_BAD, num_bad)
+            found += np.int32(bits[i] & 0x7FFFFFFF) >= _TOO_LARGE_BITS
+        fetch_add(num_bad, 0, found)
         low = high = np.int32(0)
     has_zero = call.weight_kind == INT4_ZERO
     bits[_SPARE] = low
@@ -356,37 +318,31 @@ def _join_halves(codes: Any, num_words: int, words: Any) -> None:
 
 
 @numba.njit(nogil=True, error_model="numpy")
-def _unpack_panels(call: Any) -> None:
-    """Take panels until none is left."""
-    counters = pointer_at(call.counters, np.int64)
-    scratch = call.scratch + fetch_add(counters, _NEXT_WORKER, 1) * SCRATCH_BYTES
-    words = pointer_at(scratch + _WORDS_AT, np.uint32)
+def _unpack_panel(call: Any, scratch: int, panel: int) -> None:
+    """Write the rows of one panel, chunk by chunk."""
+    words = pointer_at(scratch + WORDS_AT, np.uint32)
     panels = pointer_at(call.panels, np.uint32)
     step = call.columns_per_step
-    num_steps = -(-call.num_columns // step)
-    num_panels = -(-call.num_rows // PANEL_ROWS)
-    panel = fetch_add(counters, _NEXT_PANEL, 1)
-    while panel < num_panels:
-        for first in range(0, call.num_columns, CHUNK_COLUMNS):
-            count = min(CHUNK_COLUMNS, call.num_columns - first)
-            panels_at = (panel * num_steps + first // step) * PANEL_ROWS
-            chunk_steps = -(-count // step)
-            whole = chunk_steps - chunk_steps % PANEL_ROWS
-            for s in range(0, whole, PANEL_ROWS):
-                _turn_words(panels, panels_at + s * PANEL_ROWS, PANEL_ROWS, words, s, CHUNK_COLUMNS)
-            for s in range(whole, chunk_steps):
-                for lane in range(PANEL_ROWS):
-                    words[lane * CHUNK_COLUMNS + s] = panels[panels_at + s * PANEL_ROWS + lane]
-            for lane in range(min(PANEL_ROWS, call.num_rows - panel * PANEL_ROWS)):
-                _unpack_row(call, scratch, panel, lane, first, count)
-        panel = fetch_add(counters, _NEXT_PANEL, 1)
+    panel_at = panel * -(-call.num_columns // step) * PANEL_ROWS
+    for first in range(0, call.num_columns, CHUNK_COLUMNS):
+        count = min(CHUNK_COLUMNS, call.num_columns - first)
+        at = panel_at + first // step * PANEL_ROWS
+        chunk_steps = -(-count // step)
+        whole = chunk_steps - chunk_steps % PANEL_ROWS
+        for s in range(0, whole, PANEL_ROWS):
+            _turn_words(panels, at + s * PANEL_ROWS, PANEL_ROWS, words, s, CHUNK_COLUMNS)
+        for s in range(whole, chunk_steps):
+            for lane in range(PANEL_ROWS):
+                words[lane * CHUNK_COLUMNS + s] = panels[at + s * PANEL_ROWS + lane]
+        for lane in range(min(PANEL_ROWS, call.num_rows - panel * PANEL_ROWS)):
+            _unpack_row(call, scratch, panel, lane, first, count)
 
 
 @numba.njit(nogil=True, error_model="numpy")
 def _unpack_row(call: Any, scratch: int, panel: int, lane: int, first: int, count: int) -> None:
     """Write one row of the chunk from its words."""
     at = (panel * PANEL_ROWS + lane) * call.num_columns + first
-    words_at = scratch + _WORDS_AT + lane * CHUNK_COLUMNS * 4
+    words_at = scratch + WORDS_AT + lane * CHUNK_COLUMNS * 4
     kind = call.weight_kind
     if kind == BFLOAT16 and call.matrix_kind == BFLOAT16:
         stored, matrix = pointer_at(words_at, np.uint16), pointer_at(call.matrix, np.uint16)
@@ -400,7 +356,7 @@ def _unpack_row(call: Any, scratch: int, panel: int, lane: int, first: int, coun
     elif kind != FLOAT32:
         codes_at = words_at
         if kind != INT8:
-            codes_at = scratch + _CODES_AT
+            codes_at = scratch + CODES_AT
             _split_halves(
                 pointer_at(words_at, np.uint32), -(-count // 8), pointer_at(codes_at, np.uint32)
             )

@@ -589,23 +589,12 @@ def call_kernel(
 
 
 @_operation
-def call_on_threads(_: Any, parallel: Any, body: Any, argument: Any, num_threads: Any) -> Any:
-    """Run `void body(void *)` on threads by the address of GOMP_parallel; on one, just call it."""
-    pointer = _I8.as_pointer()
+def call_body(_: Any, body: Any, call: Any, item: Any, worker: Any) -> Any:
+    """Call `void body(call *, item, worker)` by its address."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        parallel, body, argument, num_threads = arguments
-        body_type = ir.FunctionType(ir.VoidType(), [pointer])
-        start_type = ir.FunctionType(ir.VoidType(), [pointer, pointer, _I32, _I32])
-        data = builder.inttoptr(argument, pointer)
-        is_alone = builder.icmp_signed("==", num_threads, ir.Constant(_I64, 1))
-        with builder.if_else(is_alone) as (then, otherwise):
-            with then:
-                builder.call(_pointer(builder, body, body_type), [data])
-            with otherwise:
-                count = builder.trunc(num_threads, _I32)
-                operands = [builder.inttoptr(body, pointer), data, count, ir.Constant(_I32, 0)]
-                builder.call(_pointer(builder, parallel, start_type), operands)
+        function = ir.FunctionType(ir.VoidType(), [_I64] * 3)
+        builder.call(_pointer(builder, arguments[0], function), arguments[1:])
         return context.get_dummy_value()
 
-    return types.none(types.intp, types.intp, types.intp, types.intp), generate
+    return types.none(*[types.intp] * 4), generate

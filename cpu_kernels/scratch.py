@@ -46,6 +46,14 @@ class Scratch:
         """Bytes held."""
         return self._num_bytes
 
+    def take(self, num_bytes: int) -> NDArray[np.uint8]:
+        """Return at least `num_bytes` of any contents that begin at a cache line.
+
+        Whoever holds the array may use it after the buffer has grown elsewhere.
+        """
+        self.address(num_bytes)
+        return self._bytes
+
     def address(self, num_bytes: int) -> int:
         """Return the address of at least `num_bytes` of any contents, at a cache line's start."""
         if num_bytes > self._num_bytes:

@@ -26,14 +26,15 @@ from numba.core.typing.templates import infer_global, make_intrinsic_template
 from numba.extending import models, register_model
 from numpy.typing import NDArray
 
+from cpu_kernels.calls import CACHE_LINE_BYTES
 from cpu_kernels.formats import from_bfloat16_bits, to_bfloat16_bits
-from cpu_kernels.isa import isa
+from cpu_kernels.isa import configure_numba, isa
+
+configure_numba()  # before any kernel on vectors is compiled
 
 # A tile of 16-lane vectors fits the 32 registers of AVX-512; elsewhere it would be twice the file.
-# Asked here, `isa` has also told numba what to compile for before any kernel on vectors is.
 LANES = 16 if isa().has("avx512") else 8
 TILE = 4
-CACHE_LINE_BYTES = 64
 
 Vector = NDArray[np.float32]  # (LANES,) in the Python twins
 Tile = NDArray[np.float32]  # (TILE, TILE, LANES) in the Python twins
@@ -634,4 +635,10 @@ def _pointer_type(address: Any, dtype: Any) -> Any:
 @_compiled_by(_generate_pointer_at, _pointer_type)
 def pointer_at(address: int, dtype: Any) -> Any:
     """Return an address as what compiled code takes for an array; there is no Python form."""
+    raise NotImplementedError(f"address {address} of {dtype} outside compiled code")
+
+
+@_compiled_by(_generate_pointer_at, lambda address, dtype: dtype.dtype(types.int64, dtype))
+def call_at(address: int, dtype: Any) -> Any:
+    """Return the structure of a numpy dtype at an address; there is no Python form."""
     raise NotImplementedError(f"address {address} of {dtype} outside compiled code")

@@ -1,29 +1,16 @@
-"""How many cores a process may use, pinning, and running one C function on several threads at once.
-
-Kernels run on the OpenMP runtime that is already in the process: torch brings one and keeps its
-threads spinning for a moment after each of its operations, so that ours start on threads that are
-awake, and no second set of threads competes with them. `GOMP_parallel` is what a compiled `#pragma
-omp parallel` calls, in libgomp and in LLVM's libomp; every calling thread has its own team, so it
-may be called from several at once.
-
-Microseconds alone, and added to a torch operation just before, on two busy cores: this 2.7 and 3;
-numba's prange 2 and 2 on its OpenMP layer (a second libgomp beside torch's), 31 and 130 on its
-default layer, which aborts when two threads use it; Python threads 16 and 23.
-"""
+"""How many cores a process may use, which threads go where, and pinning."""
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from collections.abc import Iterable
 from pathlib import Path
 
 import psutil
 
+_TOPOLOGY = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
 _CGROUP_OF_PROCESS = Path("/proc/self/cgroup")
 
@@ -67,15 +54,15 @@ def physical_cores() -> int:
     """
     machine_cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
     if sys.platform == "linux":
-        machine_cores = _num_sibling_groups(os.sched_getaffinity(0)) or machine_cores
+        machine_cores = len(_sibling_groups(os.sched_getaffinity(0))) or machine_cores
     return min(machine_cores, available_cores())
 
 
 def pin_current_thread(cores: Iterable[int]) -> bool:
     """Let the calling thread run on these logical cores only.
 
-    OpenMP threads inherit the mask of the thread that starts them, so a thread that is to use
-    several cores must not be pinned to one before its first parallel call.
+    Threads inherit the mask of the thread that starts them: one that is to start threads for
+    several cores must not be pinned to one before.
 
     Parameters
     ----------
@@ -103,67 +90,25 @@ def pin_current_thread(cores: Iterable[int]) -> bool:
     return True
 
 
-def fork_join(body_address: int, argument_address: int, num_threads: int) -> None:
-    """Call `body(argument)` on up to `num_threads` threads and return when all calls have.
+def placement(num_threads: int) -> list[frozenset[int]]:
+    """Return for each of so many threads the logical cores that it is to keep to.
 
-    The body takes its share of the work from a shared counter, so that it is right for any number
-    of calls: OpenMP may give fewer threads than asked. With one thread it is a plain call.
-
-    Parameters
-    ----------
-    body_address
-        Address of a C function `void body(void *)`, for instance `numba.cfunc(...).address`.
-    argument_address
-        What every call gets.
-    num_threads
-        At least 1.
+    A physical core each, both its hyperthreads allowed, as long as there are enough; then a logical
+    core each; with more threads than cores, or where the system cannot pin, anywhere.
 
     Examples
     --------
-    >>> counter = (ctypes.c_int64 * 1)()
-    >>> @ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-    ... def body(argument):
-    ...     ctypes.c_int64.from_address(argument).value += 1
-    >>> fork_join(ctypes.cast(body, ctypes.c_void_p).value, ctypes.addressof(counter), 1)
-    >>> counter[0]
-    1
+    >>> len(placement(3))
+    3
     """
-    if num_threads == 1:
-        _call_body(body_address, argument_address)
-        return
-    openmp = openmp_parallel()
-    if openmp is not None:
-        openmp(body_address, argument_address, num_threads, 0)
-        return
-    others = [
-        _python_threads().submit(_call_body, body_address, argument_address)
-        for _ in range(num_threads - 1)
-    ]
-    _call_body(body_address, argument_address)
-    for other in others:
-        other.result()
-
-
-@cache
-def openmp_parallel() -> Callable[[int, int, int, int], None] | None:
-    """Return GOMP_parallel(body, argument, num_threads, flags), None where there is no OpenMP."""
-    # None is the process itself: finds the runtime that torch has loaded for everyone
-    for library in (None, "libgomp.so.1", "libomp.so.5", "libomp.so"):
-        try:
-            function = ctypes.CDLL(library).GOMP_parallel
-        except (OSError, AttributeError, TypeError):  # Windows says TypeError for the process
-            continue
-        function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-        function.restype = None
-        return function
-    return None
-
-
-@cache
-def openmp_address() -> int:
-    """Return the address of GOMP_parallel for compiled code, 0 where there is no OpenMP."""
-    function = openmp_parallel()
-    return 0 if function is None else ctypes.cast(function, ctypes.c_void_p).value or 0  # type: ignore[arg-type]
+    if sys.platform != "linux":
+        return [frozenset(range(os.cpu_count() or 1))] * num_threads
+    cores = sorted(os.sched_getaffinity(os.getpid()))  # the process's: this thread may be pinned
+    groups = [group & set(cores) for group in _sibling_groups(cores)]
+    for sets in (groups, [{core} for core in cores]):
+        if num_threads <= len(sets):
+            return [frozenset(each) for each in sets[:num_threads]]
+    return [frozenset(cores)] * num_threads
 
 
 def cgroup_quota_cores(root: Path, of_process: Path) -> float | None:
@@ -204,20 +149,17 @@ def _quota_v1(folder: Path) -> float | None:
     return None if quota <= 0 else quota / int(period_file.read_text())
 
 
-def _num_sibling_groups(cores: Iterable[int]) -> int:
-    topology = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
-    files = [Path(topology.format(core)) for core in cores]
-    return len({file.read_text() for file in files if file.is_file()})
+def _sibling_groups(cores: Iterable[int]) -> list[set[int]]:
+    """The logical cores of each physical core, in the order of the first of each."""
+    files = [Path(_TOPOLOGY.format(core)) for core in cores]
+    texts = dict.fromkeys(file.read_text().strip() for file in files if file.is_file())
+    return [_core_list(text) for text in texts]
 
 
-def _call_body(body_address: int, argument_address: int) -> None:
-    # ctypes lets go of the GIL during the call
-    _BODY(body_address)(argument_address)
-
-
-_BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-
-
-@cache
-def _python_threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="cpu_kernels")
+def _core_list(text: str) -> set[int]:
+    """The numbers of a list like "0-3,8"."""
+    found: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        found.update(range(int(first), int(last or first) + 1))
+    return found

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import time
+from collections.abc import Callable, Iterator
 
 import torch
 from msgspec.structs import replace
 
+from cpu_kernels.compiling import listening
 from hetero.checkpoint import Checkpoint
 from hetero.engine import Engine
 from hetero.errors import MemoryBudgetError
@@ -64,12 +67,9 @@ def load_engine(
     where = ", ".join(f"{size / 1e9:.2f} GB on the {device}" for device, size in sizes)
     say(f"loading {spec.name} as {plan.placement.name}: {where}")
     torch.set_num_threads(hardware.cpu.num_threads)
-    decoder = Decoder.create(
-        spec,
-        load_weights(spec, checkpoint, plan.placement, accelerator),
-        accelerator,
-        num_threads=hardware.cpu.num_threads,
-    )
+    with _told_of_compilation(say):
+        weights = load_weights(spec, checkpoint, plan.placement, accelerator)
+    decoder = Decoder.create(spec, weights, accelerator, num_threads=hardware.cpu.num_threads)
     engine = Engine(
         decoder=decoder,
         placement=plan.placement,
@@ -85,8 +85,26 @@ def load_engine(
         max_model_len=max_model_len,
         overlap=overlap,
     )
-    engine.warm_up()
+    with _told_of_compilation(say):
+        engine.warm_up()
     return engine
+
+
+@contextlib.contextmanager
+def _told_of_compilation(say: Callable[[str], None]) -> Iterator[None]:
+    """Say when kernels are compiled, which takes long once and never again on this machine."""
+    names: list[str] = []
+
+    def hear(name: str) -> None:
+        if not names:
+            say("compiling CPU kernels for this processor; they are kept for the next time")
+        names.append(name)
+
+    begin_s = time.perf_counter()
+    with listening(hear):
+        yield
+    if names:
+        say(f"compiled {len(names)} kernels in {time.perf_counter() - begin_s:.0f} s")
 
 
 def _concurrency(

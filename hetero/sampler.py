@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -237,14 +238,16 @@ def sample(logits_RV: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]
     assert logits_RV.shape[0] == len(rows) and logits_RV.dtype == torch.float32
     if not rows:
         return []
-    # A NaN is both least and most. Two reductions are five times as fast as torch.aminmax.
-    is_valid_R = logits_RV.amin(dim=1).isfinite() & logits_RV.amax(dim=1).isfinite()
+    # By numpy, whose reductions take 5 us a row; torch's wait for its threads. A NaN is both least
+    # and most.
+    logits = logits_RV.numpy()
+    is_valid_R = np.isfinite(logits.min(axis=1)) & np.isfinite(logits.max(axis=1))
     allowed_RV = _forbid(logits_RV, rows)
     if allowed_RV is not logits_RV:
-        is_valid_R &= allowed_RV.amax(dim=1) > -math.inf
+        is_valid_R &= allowed_RV.numpy().max(axis=1) > -math.inf
     is_valid: list[bool] = is_valid_R.tolist()
 
-    token_ids: list[int] = allowed_RV.argmax(dim=1).tolist()
+    token_ids: list[int] = allowed_RV.numpy().argmax(axis=1).tolist()
     drawing = [r for r, row in enumerate(rows) if is_valid[r] and not row.params.is_greedy]
     if drawing:
         drawn = draw_tokens(

@@ -20,9 +20,11 @@ from tests.machines import toy_machine
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # `hetero run` points numba at the user's cache unless told otherwise; a test must not, and a
+    # `hetero run` keeps kernels in the user's cache unless told otherwise; a test must not, and a
     # fresh folder each time would compile for half a minute.
-    os.environ.setdefault("NUMBA_CACHE_DIR", str(config.rootpath / ".pytest_cache" / "numba"))
+    folder = config.rootpath / ".pytest_cache" / "kernels"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    os.environ.setdefault("HETERO_KERNEL_CACHE", str(folder))
 
 
 def pytest_report_header() -> str:

@@ -21,6 +21,9 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 ACCELERATORS = ("auto", "none", "cuda", "emulated")
 STRATEGIES = ("gpu", "cpu", "offload", "split", "experts-on-cpu")
 
+# of cpu_kernels.compiling, which takes 0.1 s to import
+_KERNEL_CACHE = "HETERO_KERNEL_CACHE"
+
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
@@ -85,12 +88,12 @@ def say(line: str) -> None:
     click.echo(one_line(line), err=True)
 
 
-def use_numba_cache() -> None:
-    """Let numba keep compiled kernels in hetero's own cache; before numba is imported."""
-    from hetero.measure.store import default_cache_dir, numba_cache_dir
+def use_kernel_cache() -> None:
+    """Keep compiled kernels in hetero's own cache; an error where that is not safe."""
+    from hetero.measure.store import default_cache_dir, kernel_cache_dir
 
-    if "NUMBA_CACHE_DIR" not in os.environ:
-        os.environ["NUMBA_CACHE_DIR"] = str(numba_cache_dir(default_cache_dir(os.environ)))
+    if _KERNEL_CACHE not in os.environ:
+        os.environ[_KERNEL_CACHE] = str(kernel_cache_dir(default_cache_dir(os.environ)))
 
 
 def read_profile(name: str | None, progress: Callable[[str], None] = say) -> HardwareProfile:
@@ -99,7 +102,7 @@ def read_profile(name: str | None, progress: Callable[[str], None] = say) -> Har
     from hetero.planning import base_profile
 
     if name is None:
-        use_numba_cache()
+        use_kernel_cache()
     return base_profile(name, default_cache_dir(os.environ), progress)
 
 

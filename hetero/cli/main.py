@@ -61,18 +61,18 @@ class _Commands(click.Group):
 def _load(name: str) -> click.Command:
     command: click.Command = getattr(import_module(f"hetero.cli.{name}"), name)
     if name in _WITH_NUMBA and command.callback is not None:
-        command.callback = _with_numba_cache(command.callback)
+        command.callback = _with_kernel_cache(command.callback)
     return command
 
 
-def _with_numba_cache(body: Callable[..., Any]) -> Callable[..., Any]:
-    """The body of a command, after numba was told where to keep what it compiles."""
+def _with_kernel_cache(body: Callable[..., Any]) -> Callable[..., Any]:
+    """The body of a command, once there is a folder for compiled kernels."""
 
     @functools.wraps(body)
     def prepared(*args: Any, **options: Any) -> Any:
-        from hetero.cli.machine import use_numba_cache
+        from hetero.cli.machine import use_kernel_cache
 
-        use_numba_cache()
+        use_kernel_cache()
         return body(*args, **options)
 
     return prepared

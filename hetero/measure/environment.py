@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from cpu_kernels.isa import ENVIRONMENT_VARIABLE, Isa, isa
-from cpu_kernels.threads import available_cores, openmp_parallel, physical_cores
+from cpu_kernels.threads import available_cores, physical_cores
 from hetero.errors import EnvironmentProblemError
 from hetero.measure.fingerprint import cpu_flags, cpu_model, nvidia_gpus, package_version
 from hetero.measure.memory_limit import (
@@ -65,7 +65,6 @@ def check_environment(cache_dir: Path) -> tuple[Check, ...]:
         check_python(),
         *check_torch(),
         check_numba(),
-        check_threads(),
         check_cpu(),
         check_instructions(),
         check_cores(),
@@ -129,17 +128,6 @@ def check_numba() -> Check:
             fix="pip install --upgrade numba numpy",
         )
     return Check(name="numba", status="ok", text=version)
-
-
-def check_threads() -> Check:
-    if openmp_parallel() is None:
-        return Check(
-            name="threads",
-            status="warn",
-            text="no OpenMP runtime found: our kernels hand work to Python threads, 100 us a call",
-            fix="install libgomp (Debian: apt install libgomp1)",
-        )
-    return Check(name="threads", status="ok", text="our kernels run on torch's OpenMP threads")
 
 
 def check_cpu() -> Check:

@@ -47,12 +47,12 @@ def default_cache_dir(environ: Mapping[str, str]) -> Path:
     return Path(home) / ".cache" / "hetero"
 
 
-def numba_cache_dir(cache_dir: Path) -> Path:
-    """Where numba is to keep compiled kernels (NUMBA_CACHE_DIR); made if missing.
+def kernel_cache_dir(cache_dir: Path) -> Path:
+    """Where compiled kernels are kept (HETERO_KERNEL_CACHE); made if missing.
 
-    numba loads code from there, which is why it must be nobody else's.
+    Code is loaded from there, which is why it must be nobody else's.
     """
-    return private_folder(private_folder(cache_dir) / "numba")
+    return private_folder(private_folder(cache_dir) / "kernels")
 
 
 def private_folder(path: Path) -> Path:

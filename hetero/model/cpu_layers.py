@@ -5,8 +5,8 @@ head.py do with torch."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,40 +14,29 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cpu_kernels.attention import decode_attention
+from cpu_kernels.attention import decode_attention_links
+from cpu_kernels.calls import Link
 from cpu_kernels.elementwise import (
-    add_residual,
-    prepare_qkv,
-    rms_norm,
+    add_residual_link,
+    prepare_qkv_link,
+    rms_norm_link,
     rotary_tables,
-    route,
-    silu_multiply,
+    route_link,
+    silu_multiply_link,
 )
-from cpu_kernels.experts import run_experts
-from cpu_kernels.linear import PackedMatrix, linear
+from cpu_kernels.experts import experts_links
+from cpu_kernels.linear import PackedMatrix, linear_link
 from cpu_kernels.microkernels import fastest_compute
-from cpu_kernels.scratch import Scratch
 from hetero.model.attention import LayerKV, PromptReads, as_array, attend_pages, prompt_reads
 from hetero.model.batch import BatchTensors
+from hetero.model.cpu_workspace import CpuKernels, Workspace
 from hetero.model.moe import Routing
 from hetero.model.packed import PackedModule
 from planner.model_spec import ModelSpec
 
-
-@dataclass(slots=True, kw_only=True)
-class CpuKernels:
-    """How the CPU computes: threads, and memory that calls use again. One step at a time."""
-
-    num_threads: int
-    inv_freq_F: NDArray[np.float32]
-    scratch: Scratch = field(default_factory=Scratch)
-    pages: dict[int, tuple[LayerKV, NDArray[Any], NDArray[Any]]] = field(default_factory=dict)
-
-    def pages_of(self, kv: LayerKV) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Keys and values of a layer as arrays, made once: a view costs 10 us."""
-        if id(kv) not in self.pages:
-            self.pages[id(kv)] = (kv, as_array(kv.key), as_array(kv.value))
-        return self.pages[id(kv)][1:]
+# Block tables grow by so many blocks at a time: the chains of all layers are built anew for it.
+_TABLE_STEP = 32
+_Links = tuple[Sequence[Link], Sequence[Link], Sequence[Link]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +67,7 @@ class CpuRouting:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CpuAttentionStep:
-    """What the attention of all layers shares in a step on the CPU."""
+    """What the attention of all layers shares in a step on the CPU; the next step overwrites it."""
 
     cos_TF: NDArray[np.float32]
     sin_TF: NDArray[np.float32]
@@ -96,10 +85,18 @@ def cpu_attention_step(
     windows: Collection[int | None],
 ) -> CpuAttentionStep:
     """Rotations, indices and masks of a step, for layers with any of `windows`."""
-    positions_T = batch.positions_T.numpy()
-    shape = (len(positions_T), len(kernels.inv_freq_F))
-    cos_TF, sin_TF = np.empty(shape, np.float32), np.empty(shape, np.float32)
-    rotary_tables(positions_T, kernels.inv_freq_F, cos_TF, sin_TF)
+    space, num_tokens = kernels.workspace(batch.num_tokens), batch.num_tokens
+    shape = (num_tokens, len(kernels.inv_freq_F))
+    cos_TF, sin_TF = (space.array(name, shape, np.float32) for name in ("cos", "sin"))
+    rotary_tables(batch.positions_T.numpy(), kernels.inv_freq_F, cos_TF, sin_TF)
+    slots_T = space.array("slots", (num_tokens,), np.int64)
+    slots_T[:] = batch.slots_T.numpy()
+    lens_S = space.array("lens", (batch.num_seqs,), np.int32)
+    lens_S[:] = batch.context_lens_S.numpy()
+    tables = batch.block_tables_SB.numpy()
+    width = -(-tables.shape[1] // _TABLE_STEP) * _TABLE_STEP
+    tables_SB = space.array("tables", (batch.num_seqs, width), np.int32)
+    tables_SB[:, : tables.shape[1]] = tables
     prompts: dict[int | None, tuple[PromptReads, ...]] = {}
     if batch.phase == "prefill":
         for window in set(windows):
@@ -110,9 +107,9 @@ def cpu_attention_step(
     return CpuAttentionStep(
         cos_TF=cos_TF,
         sin_TF=sin_TF,
-        slots_T=batch.slots_T.numpy(),
-        block_tables_SB=batch.block_tables_SB.numpy(),
-        context_lens_S=batch.context_lens_S.numpy(),
+        slots_T=slots_T,
+        block_tables_SB=tables_SB,
+        context_lens_S=lens_S,
         prompts=prompts,
     )
 
@@ -127,35 +124,61 @@ def attention_layer(
     window: int | None,
 ) -> NDArray[Any]:
     """x + attention of the normed x; writes the new keys and values into their pages."""
-    num_tokens, num_threads = x_TD.shape[0], kernels.num_threads
-    normed_TD = _normed(x_TD, weights.vectors["input_norm"], spec.norm_eps, num_threads)
-    qkv = product(normed_TD, weights.matrices["qkv"], kernels)
-    if "qkv_bias" in weights.vectors:
-        qkv += weights.vectors["qkv_bias"]
-    q_THK = np.empty((num_tokens, spec.num_heads, spec.head_dim), np.float32)
+    space, num_tokens = kernels.workspace(len(x_TD)), len(x_TD)
+    out_TD = np.empty_like(x_TD)
     key_cache, value_cache = kernels.pages_of(kv)
-    prepare_qkv(
-        qkv,
-        step.cos_TF,
-        step.sin_TF,
-        step.slots_T,
-        qk_norm=spec.qk_norm,
-        q_norm=weights.vectors.get("q_norm"),
-        k_norm=weights.vectors.get("k_norm"),
-        norm_eps=spec.norm_eps,
-        clip=spec.clip_qkv,
-        q_out=q_THK,
-        key_cache=key_cache,
-        value_cache=value_cache,
-        num_threads=num_threads,
-    )
+    row = spec.num_heads * spec.head_dim
+    q_THK = space.array("q", (num_tokens, spec.num_heads, spec.head_dim), np.float32)
+    keeps = (weights, kv, step.slots_T, step.cos_TF, q_THK)
+
+    def project() -> tuple[Link, ...]:
+        norm, normed_TD = _norm(x_TD, weights, "input_norm", space, spec.norm_eps)
+        product, qkv = _product(normed_TD, weights.matrices["qkv"], "qkv", space, kernels)
+        prepare = prepare_qkv_link(
+            qkv,
+            step.cos_TF,
+            step.sin_TF,
+            step.slots_T,
+            qk_norm=spec.qk_norm,
+            q_norm=weights.vectors.get("q_norm"),
+            k_norm=weights.vectors.get("k_norm"),
+            norm_eps=spec.norm_eps,
+            clip=spec.clip_qkv,
+            q_out=q_THK,
+            key_cache=key_cache,
+            value_cache=value_cache,
+            bias=weights.vectors.get("qkv_bias"),
+        )
+        return norm, product, prepare
+
+    def output(attended: NDArray[np.float32]) -> tuple[Link, Link]:
+        product, y_TD = _product(attended, weights.matrices["o"], "y", space, kernels)
+        return product, add_residual_link(x_TD, y_TD, weights.vectors.get("o_bias"), out_TD)
+
+    key = (id(weights), x_TD.dtype.num)
     if step.prompts:
+
+        def before() -> _Links:
+            links = project()
+            return links, links[:1], ()
+
+        space.program(("project", *key), keeps, before).run(x_TD, out_TD)
         q = torch.from_numpy(q_THK)
         parts = [attend_pages(q, kv, reads) for reads in step.prompts[window]]
-        attended = (parts[0] if len(parts) == 1 else torch.cat(parts)).numpy()
-    else:
-        out_THK = np.empty_like(q_THK)
-        decode_attention(
+        joined = (parts[0] if len(parts) == 1 else torch.cat(parts)).numpy()
+        attended = space.array("attended", (num_tokens, row), np.float32)
+        np.copyto(attended, joined)
+
+        def after() -> _Links:
+            product, add = output(attended)
+            return (product, add), (add,), (add,)
+
+        return space.program(("output", *key), (weights, attended), after).run(x_TD, out_TD)
+
+    def everything() -> _Links:
+        attended = space.array("attended", (num_tokens, row), np.float32)
+        before = project()
+        attend = decode_attention_links(
             q_THK,
             key_cache,
             value_cache,
@@ -163,92 +186,132 @@ def attention_layer(
             step.context_lens_S,
             scale=spec.head_dim**-0.5,
             window=window,
-            num_threads=num_threads,
+            num_threads=kernels.num_threads,
             scratch=kernels.scratch,
-            out=out_THK,
-            lse=np.empty(q_THK.shape[:2], np.float32),
+            out=attended.reshape(q_THK.shape),
+            lse=space.array("lse", q_THK.shape[:2], np.float32),
         )
-        attended = out_THK.reshape(num_tokens, -1)
-    y_TD = product(attended, weights.matrices["o"], kernels)
-    return _residual(x_TD, y_TD, weights.vectors.get("o_bias"), num_threads)
+        product, add = output(attended)
+        return (*before, *attend, product, add), (before[0], add), (add,)
+
+    tables = (step.block_tables_SB, step.context_lens_S)
+    return space.program(("attend", *key), (*keeps, *tables), everything).run(x_TD, out_TD)
 
 
 def route_layer(
     x_TD: NDArray[Any], weights: PackedModule, kernels: CpuKernels, spec: ModelSpec, top_k: int
 ) -> CpuRouting:
-    """The `top_k` most probable experts of each token of the normed x."""
-    num_tokens, num_threads = x_TD.shape[0], kernels.num_threads
-    normed_TD = _normed(x_TD, weights.vectors["norm"], spec.norm_eps, num_threads)
-    logits_TE = product(normed_TD, weights.matrices["gate"], kernels)
-    ids_Tk = np.empty((num_tokens, top_k), np.int64)
-    weights_Tk = np.empty((num_tokens, top_k), np.float32)
-    route(logits_TE, top_k, spec.norm_topk_prob, ids_Tk, weights_Tk, num_threads=num_threads)
+    """The `top_k` most probable experts of each token of the normed x; for this layer only.
+
+    The next layer's routing is written to the same memory.
+    """
+    space, num_tokens = kernels.workspace(len(x_TD)), len(x_TD)
+    normed_TD = space.array("routed", x_TD.shape, x_TD.dtype)
+    ids_Tk = space.array("ids", (num_tokens, top_k), np.int64)
+    weights_Tk = space.array("weights", (num_tokens, top_k), np.float32)
+
+    def build() -> _Links:
+        norm = rms_norm_link(x_TD, weights.vectors["norm"], spec.norm_eps, normed_TD)
+        product, logits_TE = _product(normed_TD, weights.matrices["gate"], "gate", space, kernels)
+        choose = route_link(logits_TE, top_k, spec.norm_topk_prob, ids_Tk, weights_Tk)
+        return (norm, product, choose), (norm,), ()
+
+    key = ("route", id(weights), x_TD.dtype.num)
+    space.program(key, (weights, normed_TD, ids_Tk), build).run(x_TD, x_TD)
     return CpuRouting(normed_TD=normed_TD, expert_ids_Tk=ids_Tk, expert_weights_Tk=weights_Tk)
 
 
 def experts_layer(
     routing: CpuRouting, weights: PackedModule, kernels: CpuKernels
 ) -> NDArray[np.float32]:
-    """y_TD: what the chosen experts give, weighted and added in the order of choice."""
+    """y_TD: what the chosen experts give, weighted and added in the order of choice.
+
+    For this layer only: the next layer's is written to the same memory.
+    """
     assert weights.experts is not None
-    y_TD = np.empty(routing.normed_TD.shape, np.float32)
-    run_experts(
-        routing.normed_TD,
-        weights.experts,
-        routing.expert_ids_Tk,
-        routing.expert_weights_Tk,
-        compute=fastest_compute(weights.experts.weight_format),
-        num_threads=kernels.num_threads,
-        scratch=kernels.scratch,
-        out=y_TD,
-    )
-    return y_TD
+    x_TD = routing.normed_TD
+    space = kernels.workspace(len(x_TD))
+    y_TD = space.array("expert_output", x_TD.shape, np.float32)
+    arrays = (routing.expert_ids_Tk, routing.expert_weights_Tk)
+
+    def build() -> _Links:
+        links = _experts(x_TD, *arrays, weights, kernels, y_TD)
+        return links, (), ()
+
+    key = ("experts", id(weights), x_TD.dtype.num)
+    return space.program(key, (weights, x_TD, *arrays), build).run(x_TD, y_TD)
 
 
 def combine(x_TD: NDArray[Any], y_TD: NDArray[np.float32], kernels: CpuKernels) -> NDArray[Any]:
     """Add what the experts gave to the residual."""
-    return _residual(x_TD, y_TD, None, kernels.num_threads)
+    space, out_TD = kernels.workspace(len(x_TD)), np.empty_like(x_TD)
+
+    def build() -> _Links:
+        add = add_residual_link(x_TD, y_TD, None, out_TD)
+        return (add,), (add,), (add,)
+
+    return space.program(("combine", x_TD.dtype.num), (y_TD,), build).run(x_TD, out_TD)
 
 
 def dense_layer(
     x_TD: NDArray[Any], weights: PackedModule, kernels: CpuKernels, spec: ModelSpec
 ) -> NDArray[Any]:
     """x + down(silu(gate) * up) of the normed x."""
-    num_tokens, num_threads = x_TD.shape[0], kernels.num_threads
-    normed_TD = _normed(x_TD, weights.vectors["norm"], spec.norm_eps, num_threads)
-    if weights.experts is not None:
-        everything = CpuRouting(
-            normed_TD=normed_TD,
-            expert_ids_Tk=np.zeros((num_tokens, 1), np.int64),
-            expert_weights_Tk=np.ones((num_tokens, 1), np.float32),
-        )
-        return _residual(x_TD, experts_layer(everything, weights, kernels), None, num_threads)
-    gate_up = product(normed_TD, weights.matrices["gate_up"], kernels)
-    gate_up += weights.vectors["gate_up_bias"]
-    h_TI = np.empty((num_tokens, gate_up.shape[1] // 2), np.float32)
-    silu_multiply(gate_up, h_TI, num_threads=num_threads)
-    y_TD = product(h_TI, weights.matrices["down"], kernels)
-    return _residual(x_TD, y_TD, weights.vectors["down_bias"], num_threads)
+    space, num_tokens = kernels.workspace(len(x_TD)), len(x_TD)
+    out_TD = np.empty_like(x_TD)
+
+    def build() -> _Links:
+        norm, normed_TD = _norm(x_TD, weights, "norm", space, spec.norm_eps)
+        if weights.experts is not None:  # an expert that all choose
+            y_TD = space.array("y", x_TD.shape, np.float32)
+            ids = np.zeros((num_tokens, 1), np.int64)
+            ones = np.ones((num_tokens, 1), np.float32)
+            links = _experts(normed_TD, ids, ones, weights, kernels, y_TD)
+        else:
+            gate_up, both = _product(
+                normed_TD, weights.matrices["gate_up"], "gate_up", space, kernels
+            )
+            h_TI = space.array("h", (num_tokens, both.shape[1] // 2), np.float32)
+            activate = silu_multiply_link(both, h_TI, bias=weights.vectors["gate_up_bias"])
+            down, y_TD = _product(h_TI, weights.matrices["down"], "y", space, kernels)
+            links = (gate_up, activate, down)
+        add = add_residual_link(x_TD, y_TD, weights.vectors.get("down_bias"), out_TD)
+        return (norm, *links, add), (norm, add), (add,)
+
+    key = ("dense", id(weights), x_TD.dtype.num)
+    return space.program(key, (weights,), build).run(x_TD, out_TD)
 
 
 def head_layer(
     x_LD: NDArray[Any], weights: PackedModule, kernels: CpuKernels, norm_eps: float
 ) -> Tensor:
-    """Final norm and output matrix: float32 logits_LV."""
-    normed_LD = _normed(x_LD, weights.vectors["norm"], norm_eps, kernels.num_threads)
-    return torch.from_numpy(product(normed_LD, weights.matrices["weight"], kernels))
+    """Final norm and output matrix: float32 logits_LV, until the next step's are written."""
+    space = kernels.workspace(len(x_LD))
+    matrix = weights.matrices["weight"]
+    logits_LV = space.array("logits", (len(x_LD), matrix.num_rows), np.float32)
+
+    def build() -> _Links:
+        norm, normed_LD = _norm(x_LD, weights, "norm", space, norm_eps)
+        product, _ = _product(normed_LD, matrix, "logits", space, kernels)
+        return (norm, product), (norm,), ()
+
+    key = ("head", id(weights), x_LD.dtype.num)
+    return torch.from_numpy(space.program(key, (weights, logits_LV), build).run(x_LD, logits_LV))
 
 
-def _normed(x: NDArray[Any], weight: NDArray[Any], eps: float, num_threads: int) -> NDArray[Any]:
-    out = np.empty_like(x)
-    rms_norm(x, weight, eps, out, num_threads=num_threads)
-    return out
+def _norm(
+    x: NDArray[Any], weights: PackedModule, name: str, space: Workspace, eps: float
+) -> tuple[Link, NDArray[Any]]:
+    normed = space.array("normed", x.shape, x.dtype)
+    return rms_norm_link(x, weights.vectors[name], eps, normed), normed
 
 
-def product(x: NDArray[Any], matrix: PackedMatrix, kernels: CpuKernels) -> NDArray[np.float32]:
-    """x W^T in float32."""
-    out = np.empty((x.shape[0], matrix.num_rows), np.float32)
-    linear(
+def _product(
+    x: NDArray[Any], matrix: PackedMatrix, name: str, space: Workspace, kernels: CpuKernels
+) -> tuple[Link, NDArray[np.float32]]:
+    """x W^T in float32, in the array `name`."""
+    out = space.array(name, (len(x), matrix.num_rows), np.float32)
+    link = linear_link(
         x,
         matrix,
         compute=fastest_compute(matrix.weight_format),
@@ -256,21 +319,31 @@ def product(x: NDArray[Any], matrix: PackedMatrix, kernels: CpuKernels) -> NDArr
         scratch=kernels.scratch,
         out=out,
     )
-    return out
+    return link, out
+
+
+def _experts(
+    x_TD: NDArray[Any],
+    ids_Tk: NDArray[np.int64],
+    weights_Tk: NDArray[np.float32],
+    weights: PackedModule,
+    kernels: CpuKernels,
+    y_TD: NDArray[np.float32],
+) -> tuple[Link, ...]:
+    assert weights.experts is not None
+    return experts_links(
+        x_TD,
+        weights.experts,
+        ids_Tk,
+        weights_Tk,
+        compute=fastest_compute(weights.experts.weight_format),
+        num_threads=kernels.num_threads,
+        scratch=kernels.scratch,
+        out=y_TD,
+    )
 
 
 def as_tensor(array: NDArray[Any]) -> Tensor:
     """The same memory as a tensor; uint16 is bfloat16."""
     tensor = torch.from_numpy(array)
     return tensor.view(torch.bfloat16) if tensor.dtype == torch.uint16 else tensor
-
-
-def _residual(
-    x_TD: NDArray[Any],
-    y_TD: NDArray[np.float32],
-    bias_D: NDArray[np.float32] | None,
-    num_threads: int,
-) -> NDArray[Any]:
-    out = np.empty_like(x_TD)
-    add_residual(x_TD, y_TD, bias_D, out, num_threads=num_threads)
-    return out

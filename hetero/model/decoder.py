@@ -23,7 +23,8 @@ from hetero.model.attention import (
     attention_step,
 )
 from hetero.model.batch import BatchTensors
-from hetero.model.cpu_layers import CpuAttentionStep, CpuKernels, CpuRouting, as_tensor
+from hetero.model.cpu_layers import CpuAttentionStep, CpuRouting, as_tensor
+from hetero.model.cpu_workspace import CpuKernels
 from hetero.model.families import TORCH_DTYPES
 from hetero.model.head import embed, head
 from hetero.model.mlp import dense_layer

@@ -16,6 +16,7 @@ from torch import Tensor
 from cpu_kernels.experts import PackedExperts, expert_bytes
 from cpu_kernels.formats import PANEL_ROWS, WeightFormat, num_panels
 from cpu_kernels.linear import PackedMatrix
+from cpu_kernels.microkernels import load_kernels
 from cpu_kernels.packing import pack_into
 from cpu_kernels.scratch import aligned_bytes
 from hetero.errors import ModelFolderError
@@ -79,6 +80,7 @@ def pack_module(
             continue
         parts = [read(slot) for slot in slots]
         rows = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        load_kernels(format_)
         blob = aligned_bytes(format_.packed_bytes(*view.shape))
         _pack(rows, format_, blob, slots[0].name, num_threads)
         matrices[view.role] = PackedMatrix(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from hetero.runtime.lanes import LaneEvent, LaneRunner
 from planner.step_graph import Lane, Op, StepGraph
@@ -75,7 +76,7 @@ class Executor:
         try:
             for op in order:
                 after = [events[dep] for dep in op.deps]
-                event = self._lanes[op.lane].submit(lambda op=op: perform(op), after)  # type: ignore[misc]
+                event = self._lanes[op.lane].submit(partial(perform, op), after)
                 events[op.index] = event
                 if not self._overlap:
                     event.wait()

@@ -1,11 +1,11 @@
-"""The AMX kernels: their source on a model of the tiles, their machine code, and both together.
+"""Tiles of AMX: the emulator, products on it, the machine code, and when they are used.
 
-Few machines have AMX. The Python source of the kernels runs anywhere on `Tiles`, and so does their
-code compiled for any machine with calls of `Tiles` in place of tile instructions. The code for such
-a processor is made in a process of its own and read; it runs only where it may.
+Few machines have AMX. The kernels' code runs anywhere with tile_emulator.py in place of the tile
+instructions, in processes of their own; the code with the instructions is made in another and read.
+Where there is AMX, it runs too, and the tests of products run on it.
 """
 
-# T tokens, N rows of the weights, K columns, G groups
+# M tokens, N rows of the weights
 
 from __future__ import annotations
 
@@ -15,385 +15,251 @@ import platform
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import llvmlite.binding
-import numba
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from cpu_kernels import amx, simd, tile_instructions
-from cpu_kernels.amx import TOKENS, AmxCompute, AmxFormat, padded_columns
-from cpu_kernels.formats import from_bfloat16_bits, to_bfloat16_bits
-from cpu_kernels.isa import Isa
-
-KINDS: list[tuple[AmxFormat, bool]] = [
-    ("bfloat16", False),
-    ("int8", False),
-    ("int4", False),
-    ("int4", True),
-]
-needs_amx = pytest.mark.skipif(not amx.is_available(), reason="needs a processor with AMX")
-
-
-class Tiles:
-    """Eight tiles of at most 16 x 64 bytes, and what Intel's manual says of the instructions.
-
-    An access that the processor would refuse, or outside the array, is an error.
-    """
-
-    def __init__(self) -> None:
-        self.tiles: list[NDArray[np.uint8] | None] = [None] * 8
-
-    def ldtilecfg(self, config: NDArray[np.uint8]) -> None:
-        """Give every tile its rows and bytes, and zeros."""
-        assert config.size == 64
-        row_bytes = config[16:32].view(np.uint16)
-        rows = config[48:56]
-        assert config[0] == 1, "the palette"
-        assert not config[1:16].any() and not config[32:48].any() and not config[56:].any()
-        assert rows.min() >= 1 and rows.max() <= 16
-        assert row_bytes.min() >= 1 and row_bytes.max() <= 64 and not (row_bytes % 4).any()
-        self.tiles = [np.zeros((rows[t], row_bytes[t]), np.uint8) for t in range(8)]
-
-    def tilerelease(self) -> None:
-        """Forget tiles and configuration."""
-        self.tiles = [None] * 8
-
-    def tile(self, number: int) -> NDArray[np.uint8]:
-        """Return a configured tile."""
-        tile = self.tiles[number]
-        assert tile is not None, "not configured"
-        return tile
-
-    def tilezero(self, number: int) -> None:
-        """Zero a tile."""
-        self.tile(number)[:] = 0
-
-    def _rows(self, number: int, array: NDArray[Any], index: int, stride: int) -> Any:
-        tile = self.tile(number)
-        memory = array.view(np.uint8)
-        starts = index * array.itemsize + stride * np.arange(tile.shape[0])
-        assert starts[0] >= 0 and starts[-1] + tile.shape[1] <= memory.size, "outside the array"
-        return tile, memory, starts[:, None] + np.arange(tile.shape[1])
-
-    def tileloadd(self, number: int, array: NDArray[Any], index: int, stride: int) -> None:
-        """Read rows `stride` bytes apart."""
-        tile, memory, places = self._rows(number, array, index, stride)
-        tile[:] = memory[places]
-
-    def tilestored(self, number: int, array: NDArray[Any], index: int, stride: int) -> None:
-        """Write rows `stride` bytes apart."""
-        tile, memory, places = self._rows(number, array, index, stride)
-        memory[places] = tile
-
-    def _operands(self, sums: int, x: int, weights: int) -> list[NDArray[np.uint8]]:
-        assert len({sums, x, weights}) == 3
-        tiles = [self.tile(number) for number in (sums, x, weights)]
-        (rows, words), (x_rows, x_bytes), (steps, weight_words) = [t.shape for t in tiles]
-        assert (x_rows, 4 * steps, weight_words) == (rows, x_bytes, words)
-        return tiles
-
-    def tdpbf16ps(self, sums: int, x: int, weights: int) -> None:
-        """Add pairs of bfloat16 products to float32."""
-        c, a, b = self._operands(sums, x, weights)
-        pairs_a, pairs_b = (
-            from_bfloat16_bits(tile.view(np.uint16)).reshape(len(tile), -1, 2) for tile in (a, b)
-        )
-        c.view(np.float32)[:] += np.einsum("tkp,knp->tn", pairs_a, pairs_b)
-
-    def tdpbsud(self, sums: int, x: int, weights: int) -> None:
-        """Add four products of signed by unsigned bytes to int32."""
-        c, a, b = self._operands(sums, x, weights)
-        signed = a.view(np.int8).reshape(len(a), -1, 4).astype(np.int32)
-        unsigned = b.reshape(len(b), -1, 4).astype(np.int32)
-        c.view(np.int32)[:] += np.einsum("tkq,knq->tn", signed, unsigned)
-
-
-INSTRUCTIONS = [name for name in vars(Tiles) if not name.startswith("_") and name != "tile"]
-
-
-@pytest.fixture(scope="module")
-def python_kernels() -> Any:
-    """The kernels as plain Python over a model of the tiles."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in list(vars(amx).items()):
-            if isinstance(value, numba.core.registry.CPUDispatcher):
-                patch.setattr(amx, name, value.py_func)
-        tiles = Tiles()
-        for name in INSTRUCTIONS:
-            patch.setattr(amx, name, getattr(tiles, name))
-        yield amx
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Product:
-    """Packed weights, a block of x, and their product in float64."""
-
-    panels: NDArray[np.uint8]
-    scales: NDArray[np.uint16]
-    zeros: NDArray[np.uint8]
-    x: NDArray[np.uint8]
-    x_scales: NDArray[np.float32]
-    expected: NDArray[np.float64]
-    magnitude: NDArray[np.float64]  # what rounding errors are relative to: sums of |x| * |w|
-    num_columns: int
-    group_size: int
-    num_panels: int
-
-
-def _padded(values: NDArray[Any], multiple: int, fill: Any) -> NDArray[Any]:
-    extra = -values.shape[-1] % multiple
-    return np.pad(values, [(0, 0), (0, extra)], constant_values=fill)
-
-
-def _panels(columns: NDArray[Any], step: int) -> NDArray[np.uint8]:
-    """(N, K) with K whole steps -> [N/16][K/step][16][step], as bytes."""
-    num_rows, num_columns = columns.shape
-    steps = columns.reshape(num_rows // 16, 16, num_columns // step, step).transpose(0, 2, 1, 3)
-    return np.ascontiguousarray(steps).reshape(-1).view(np.uint8)
-
-
-def _as_panel_rows(values: NDArray[Any]) -> NDArray[Any]:
-    """(N, G) -> [N/16][G][16], flat."""
-    num_rows, num_groups = values.shape
-    rows = values.reshape(num_rows // 16, 16, num_groups).transpose(0, 2, 1)
-    return np.ascontiguousarray(rows).reshape(-1)
-
-
-def _x_rows(x: NDArray[Any], step: int, compute: AmxCompute) -> NDArray[np.uint8]:
-    """Rows of x: zeros to the end of the last step, and behind it what must not be read."""
-    whole = _padded(x, step, 0)
-    rows = np.full((TOKENS, padded_columns(x.shape[1], compute)), 0x7FC1 if step == 2 else 99)
-    rows = rows.astype(x.dtype)
-    rows[:, : whole.shape[1]] = whole
-    return rows.reshape(-1).view(np.uint8)
-
-
-def bfloat16_product(num_panels: int, num_columns: int) -> Product:
-    """Random bfloat16 weights and x."""
-    rng = np.random.default_rng(num_columns)
-    w = to_bfloat16_bits(rng.standard_normal((16 * num_panels, num_columns)).astype(np.float32))
-    x = to_bfloat16_bits(rng.standard_normal((TOKENS, num_columns)).astype(np.float32))
-    wide_w, wide_x = (from_bfloat16_bits(bits).astype(np.float64) for bits in (w, x))
-    return Product(
-        panels=_panels(_padded(w, 2, 0), 2),
-        scales=np.empty(0, np.uint16),
-        zeros=np.empty(0, np.uint8),
-        x=_x_rows(x, 2, "amx-bfloat16"),
-        x_scales=np.empty(0, np.float32),
-        expected=wide_x @ wide_w.T,
-        magnitude=np.abs(wide_x) @ np.abs(wide_w).T,
-        num_columns=num_columns,
-        group_size=32,
-        num_panels=num_panels,
-    )
-
-
-def codes_product(
-    kind: AmxFormat, has_zeros: bool, num_panels: int, num_columns: int, group_size: int
-) -> Product:
-    """Random codes and scales of weights, random rounded x."""
-    rng = np.random.default_rng(num_columns)
-    shape = (16 * num_panels, -(-num_columns // group_size))
-    columns = np.arange(num_columns) // group_size
-    scales = to_bfloat16_bits(rng.uniform(0.1, 1.0, shape).astype(np.float32))
-    low, high, zero = {"int8": (1, 256, 128), "int4": (1, 16, 8)}[kind]
-    zeros = rng.integers(0, 16, shape) if has_zeros else np.full(shape, zero)
-    codes = rng.integers(0 if has_zeros else low, high, (shape[0], num_columns))
-    weights = from_bfloat16_bits(scales).astype(np.float64)[:, columns]
-    weights = weights * (codes - zeros[:, columns])
-
-    x = rng.integers(-127, 128, (TOKENS, num_columns)).astype(np.int8)
-    x_scales = rng.uniform(0.001, 0.1, (shape[1], TOKENS)).astype(np.float32)
-    starts = np.arange(0, num_columns, group_size)
-    x_sums = np.add.reduceat(x, starts, axis=1, dtype=np.int32).T
-    wide_x = x * x_scales.T.astype(np.float64)[:, columns]
-
-    step = 4 if kind == "int8" else 8
-    codes = np.pad(codes, [(0, 0), (0, -num_columns % step)])
-    codes[:, num_columns:] = zeros[:, -1:]
-    if kind == "int4":
-        halves = codes.reshape(shape[0], -1, 2, 4)
-        codes = (halves[:, :, 0] | halves[:, :, 1] << 4).reshape(shape[0], -1)
-    return Product(
-        panels=_panels(codes.astype(np.uint8), 4),
-        scales=_as_panel_rows(scales),
-        zeros=_as_panel_rows(zeros.astype(np.uint8)) if has_zeros else np.empty(0, np.uint8),
-        x=_x_rows(x, step, "amx-int8"),
-        x_scales=np.concatenate([x_scales.reshape(-1), x_sums.reshape(-1).view(np.float32)]),
-        expected=wide_x @ weights.T,
-        magnitude=np.abs(wide_x) @ np.abs(weights).T,
-        num_columns=num_columns,
-        group_size=group_size,
-        num_panels=num_panels,
-    )
-
-
-def random_product(
-    kind: AmxFormat, has_zeros: bool, num_panels: int, num_columns: int, group_size: int
-) -> Product:
-    """Random weights of a format and x."""
-    if kind == "bfloat16":
-        return bfloat16_product(num_panels, num_columns)
-    return codes_product(kind, has_zeros, num_panels, num_columns, group_size)
-
-
-def check_result(product: Product, y: NDArray[np.float32], y_stride: int) -> None:
-    """Compare y, NaN before the call, with the product; what lies between its rows stays."""
-    rows = y.reshape(TOKENS, y_stride)
-    num_rows = 16 * product.num_panels
-    # float32 sums: an error of 6e-8 for each of some additions
-    error = np.abs(rows[:, :num_rows] - product.expected)
-    assert (error <= 1e-6 * product.magnitude).all()
-    assert np.isnan(rows[:, num_rows:]).all()
-
-
-def run_in_python(kernels: Any, kind: AmxFormat, has_zeros: bool, product: Product) -> None:
-    """Run a kernel's source on the model of the tiles and check the result."""
-    y_stride = 16 * product.num_panels + 3
-    y = np.full(TOKENS * y_stride, np.nan, np.float32)
-    num_columns, num_panels = product.num_columns, product.num_panels
-    if kind == "bfloat16":
-        kernels._multiply_bfloat16(product.panels, product.x, y, y_stride, num_columns, num_panels)
-    else:
-        num_x_scales = product.x_scales.size // 2
-        kernels._multiply_codes(
-            product.panels,
-            product.scales,
-            product.zeros,
-            product.x,
-            product.x_scales[:num_x_scales],
-            product.x_scales[num_x_scales:].view(np.int32),
-            y,
-            y_stride,
-            num_columns,
-            product.group_size,
-            num_panels,
-            kind == "int4",
-            has_zeros,
-        )
-    check_result(product, y, y_stride)
-
-
-# One column, around a step and a tile (32 and 64 columns), around groups, several tiles and a rest.
-COLUMNS = [1, 2, 7, 31, 32, 33, 64, 65, 127, 128, 130, 250]
-SHAPES = [(1, 32), (2, 64), (3, 128), (5, 32)]  # panels, group size
-
-
-@pytest.mark.parametrize(("kind", "has_zeros"), KINDS)
-@pytest.mark.parametrize("num_columns", COLUMNS)
-def test_source_multiplies_on_model_of_tiles(
-    python_kernels: Any, kind: AmxFormat, has_zeros: bool, num_columns: int
-) -> None:
-    """Packed weights times x is the float64 product, for any rest of panels, tiles and groups."""
-    for num_panels, group_size in SHAPES:
-        product = random_product(kind, has_zeros, num_panels, num_columns, group_size)
-        run_in_python(python_kernels, kind, has_zeros, product)
-
-
-@settings(deadline=None, max_examples=40)
-@given(
-    kind_and_zeros=st.sampled_from(KINDS),
-    num_panels=st.integers(1, 9),
-    num_columns=st.integers(1, 300),
-    group_size=st.sampled_from([32, 64, 128]),
-)
-def test_source_multiplies_any_shape(
-    python_kernels: Any,
-    kind_and_zeros: tuple[AmxFormat, bool],
-    num_panels: int,
-    num_columns: int,
-    group_size: int,
-) -> None:
-    """The product is right for shapes nobody chose."""
-    product = random_product(*kind_and_zeros, num_panels, num_columns, group_size)
-    run_in_python(python_kernels, *kind_and_zeros, product)
-
-
-def test_largest_codes_do_not_overflow(python_kernels: Any) -> None:
-    """128 columns of the largest bytes are summed and centred exactly."""
-    x = np.full(TOKENS * 128, -127, np.int8)
-    x_scales = np.ones(TOKENS, np.float32)
-    x_sums = np.full(TOKENS, -127 * 128, np.int32)
-    panels = np.full(16 * 128, 255, np.uint8)
-    scales = to_bfloat16_bits(np.ones(16, np.float32))
-    y = np.full(TOKENS * 16, np.nan, np.float32)
-
-    python_kernels._multiply_codes(
-        panels,
-        scales,
-        np.empty(0, np.uint8),
-        x.view(np.uint8),
-        x_scales,
-        x_sums,
-        y,
-        16,
-        128,
-        128,
-        1,
-        False,
-        False,
-    )
-
-    assert set(y.tolist()) == {-127.0 * 127 * 128}
-
-
-_CROSS_COMPILE = """
 from cpu_kernels import amx
-for kind, has_zeros in {kinds}:
-    kernel = amx._compiled_kernel(kind, has_zeros)
-    print("kernel", kind, has_zeros)
-    print(kernel._library.get_asm_str())
-"""
+from cpu_kernels.amx import EMULATION_VARIABLE, multiplies_right, tile_kernel_address
+from cpu_kernels.formats import WeightFormat, from_bfloat16_bits, to_bfloat16_bits
+from cpu_kernels.isa import Isa
+from cpu_kernels.scratch import aligned_bytes
+from cpu_kernels.tile_emulator import EMULATED_TILES, STATE_BYTES
+
+ROOT = Path(__file__).parents[2]
+KINDS = [("bfloat16", False), ("int8", False), ("int4", False), ("int4", True)]
+TOKENS = [4, 8, 16, 32]
+FORMATS = [WeightFormat(kind="bfloat16"), WeightFormat(kind="int8", group_size=32)]
+needs_amx = pytest.mark.skipif(amx.tiles() != "processor", reason="needs a processor with AMX")
+
+_SUMS, _X, _WEIGHTS = 0, 3, 7
 
 
-@pytest.fixture(scope="module")
-def machine_code(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool], Counter[str]]:
-    """How often each instruction stands in each kernel's code for a processor with AMX."""
-    if sys.platform != "linux" or platform.machine() != "x86_64":
-        pytest.skip("the processor to compile for is not of this machine's kind")
-    features = Isa(level="amx", highest="amx", vendor="intel").llvm_features
-    environment = os.environ | {
-        "NUMBA_CPU_NAME": "sapphirerapids",
-        "NUMBA_CPU_FEATURES": features,
-        "NUMBA_CACHE_DIR": str(tmp_path_factory.mktemp("numba")),
-    }
-    environment.pop("HETERO_ISA", None)
-    finished = subprocess.run(
-        [sys.executable, "-c", _CROSS_COMPILE.format(kinds=KINDS)],
-        env=environment,
-        cwd=Path(__file__).parents[2],
+def in_process(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run Python from the root of the repository."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env=os.environ | environment,
+        cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
     )
-    assert finished.returncode == 0, finished.stderr
-    counts: dict[tuple[str, bool], Counter[str]] = {}
-    for text in finished.stdout.split("kernel ")[1:]:
+
+
+class Emulator:
+    """The state of emulated tiles, and arrays that go in and out."""
+
+    def __init__(self, sizes: dict[int, tuple[int, int]], *, palette: int = 1) -> None:
+        """Configure tiles of (rows, bytes of a row)."""
+        self.memory = aligned_bytes(STATE_BYTES)
+        self.state = self.memory.ctypes.data
+        config = np.zeros(64, np.uint8)
+        config[0] = palette
+        for tile, (rows, row_bytes) in sizes.items():
+            config[16 + 2 * tile] = row_bytes
+            config[48 + tile] = rows
+        EMULATED_TILES.configure(self.state, config.ctypes.data)
+
+    def load(self, tile: int, array: NDArray[Any]) -> None:
+        """Read the rows of an array."""
+        EMULATED_TILES.load(self.state, tile, array.ctypes.data, array.strides[0])
+
+    def sums(self, dtype: Any) -> NDArray[Any]:
+        """The sums, 16 x 16, and what was there where the tile has none: 55."""
+        found = np.full((16, 16), 55, dtype)
+        EMULATED_TILES.store(self.state, _SUMS, found.ctypes.data, 64)
+        return found
+
+
+SHAPES = [(16, 16, 16), (4, 16, 16), (16, 3, 16), (7, 5, 9), (1, 1, 1)]  # rows, steps, words
+
+
+def emulator(rows: int, steps: int, words: int) -> Emulator:
+    """Tiles for one product."""
+    sizes = {_SUMS: (rows, 4 * words), _X: (rows, 4 * steps), _WEIGHTS: (steps, 4 * words)}
+    return Emulator(sizes)
+
+
+@pytest.mark.parametrize(("rows", "steps", "words"), SHAPES)
+def test_emulated_bytes_are_signed_times_unsigned(rows: int, steps: int, words: int) -> None:
+    """Four products a word, added to what was there; nothing outside the tile's size."""
+    rng = np.random.default_rng(rows)
+    x = rng.integers(-128, 128, (rows, 80)).astype(np.int8)
+    weights = rng.integers(0, 256, (steps, 64)).astype(np.uint8)
+    before = rng.integers(-(2**31), 2**31, (rows, 16)).astype(np.int32)
+    tiles = emulator(rows, steps, words)
+    tiles.load(_SUMS, before)
+    tiles.load(_X, x)
+    tiles.load(_WEIGHTS, weights)
+
+    EMULATED_TILES.multiply_bytes(tiles.state, _SUMS, _X, _WEIGHTS)
+
+    x_fours = x[:, : 4 * steps].reshape(rows, steps, 4).astype(np.int64)
+    w_fours = weights[:, : 4 * words].reshape(steps, words, 4).astype(np.int64)
+    products = np.einsum("tkq,knq->tn", x_fours, w_fours)
+    expected = np.full((16, 16), 55, np.int32)
+    expected[:rows, :words] = (before[:, :words] + products).astype(np.int32)
+    np.testing.assert_array_equal(tiles.sums(np.int32), expected)
+
+
+@pytest.mark.parametrize(("rows", "steps", "words"), SHAPES)
+def test_emulated_bfloat16_is_summed_in_float32(rows: int, steps: int, words: int) -> None:
+    """Two products a word: even and odd columns apart, step by step, then with what was there."""
+    rng = np.random.default_rng(rows)
+    x = to_bfloat16_bits(rng.standard_normal((rows, 40)).astype(np.float32))
+    weights = to_bfloat16_bits(rng.standard_normal((steps, 32)).astype(np.float32))
+    before = rng.standard_normal((rows, 16)).astype(np.float32)
+    tiles = emulator(rows, steps, words)
+    tiles.load(_SUMS, before)
+    tiles.load(_X, x)
+    tiles.load(_WEIGHTS, weights)
+
+    EMULATED_TILES.multiply_bfloat16(tiles.state, _SUMS, _X, _WEIGHTS)
+
+    wide_x = from_bfloat16_bits(x[:, : 2 * steps]).reshape(rows, steps, 2)
+    wide_w = from_bfloat16_bits(weights[:, : 2 * words]).reshape(steps, words, 2)
+    sums = np.zeros((rows, words, 2), np.float32)
+    for step in range(steps):
+        sums += wide_x[:, step, None, :] * wide_w[None, step]
+    expected = np.full((16, 16), 55, np.float32)
+    expected[:rows, :words] = before[:, :words] + (sums[:, :, 0] + sums[:, :, 1])
+    np.testing.assert_array_equal(tiles.sums(np.float32), expected)
+
+
+def test_emulated_tiles_are_zeroed_and_released() -> None:
+    """By `zero` and by a configuration; a released tile stores nothing."""
+    tiles = emulator(16, 16, 16)
+    assert (tiles.sums(np.int32) == 0).all()
+    tiles.load(_SUMS, np.ones((16, 16), np.int32))
+    assert (tiles.sums(np.int32) == 1).all()
+    EMULATED_TILES.zero(tiles.state, _SUMS)
+    assert (tiles.sums(np.int32) == 0).all()
+    EMULATED_TILES.release(tiles.state)
+    assert (tiles.sums(np.int32) == 55).all()
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {_SUMS: (16, 64), _X: (16, 64)},
+        {_SUMS: (16, 64), _X: (15, 64), _WEIGHTS: (16, 64)},
+        {_SUMS: (16, 64), _X: (16, 60), _WEIGHTS: (16, 64)},
+        {_SUMS: (16, 60), _X: (16, 64), _WEIGHTS: (16, 64)},
+    ],
+)
+def test_what_a_processor_refuses_spoils_emulated_sums(sizes: dict[int, tuple[int, int]]) -> None:
+    """Tiles that are not configured or do not fit."""
+    for multiply in (EMULATED_TILES.multiply_bfloat16, EMULATED_TILES.multiply_bytes):
+        tiles = Emulator(sizes)
+        multiply(tiles.state, _SUMS, _X, _WEIGHTS)
+        spoilt = tiles.sums(np.float32)[:, :15]
+        assert np.isnan(spoilt).all()
+
+
+@pytest.mark.parametrize(
+    "sizes", [{_SUMS: (17, 64)}, {_SUMS: (16, 68)}, {_SUMS: (16, 62)}, {_SUMS: (0, 64)}]
+)
+def test_an_impossible_configuration_configures_nothing(sizes: dict[int, tuple[int, int]]) -> None:
+    """Larger than a tile, half a word, rows without bytes; another palette."""
+    assert (Emulator({4: (16, 64)} | sizes).sums(np.int32) == 55).all()
+    assert (Emulator({_SUMS: (16, 64)}, palette=2).sums(np.int32) == 55).all()
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.kind)
+def test_the_first_product_is_right_on_emulated_tiles(format: WeightFormat) -> None:
+    """What a process with AMX multiplies before it relies on it."""
+    assert multiplies_right(format, is_emulated=True)
+
+
+# 600 s: where no kernel is on disk yet, some fifty are compiled first, for 2 s each.
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "name", ["tile_products", "test_linear", "test_experts", "test_microkernels"]
+)
+def test_products_are_right_on_emulated_tiles(name: str) -> None:
+    """All tests of products in a process that calls tile kernels."""
+    done = in_process(
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        f"tests/cpu_kernels/{name}.py",
+        **{EMULATION_VARIABLE: "1"},
+    )
+
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr
+
+
+_WITHOUT_NUMBA = """
+import sys
+from cpu_kernels.amx import multiplies_right, tiles
+from cpu_kernels.formats import WeightFormat
+assert multiplies_right(WeightFormat(kind="bfloat16"), is_emulated=True)
+print(tiles(), "numba" in sys.modules)
+"""
+
+
+def test_kernels_on_disk_need_no_numba() -> None:
+    """After the first process has compiled them."""
+    assert multiplies_right(FORMATS[0], is_emulated=True)
+
+    done = in_process("-c", _WITHOUT_NUMBA, **{EMULATION_VARIABLE: "1"})
+
+    assert (done.stdout, done.stderr) == ("emulated False\n", "")
+
+
+_CROSS_COMPILE = """
+from cpu_kernels.compiling import assembly
+for kind, has_zeros in {kinds}:
+    for tokens in {tokens}:
+        print("kernel", kind, has_zeros, tokens)
+        print(assembly("amx_kernels", "make_tile_kernel", kind, has_zeros, tokens, False))
+"""
+
+
+@pytest.fixture(scope="module")
+def machine_code() -> dict[tuple[str, bool, int], Counter[str]]:
+    """How often each instruction stands in each kernel's code for a processor with AMX."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        pytest.skip("the processor to compile for is not of this machine's kind")
+    features = Isa(level="amx", highest="amx", vendor="intel").llvm_features
+    done = in_process(
+        "-c",
+        _CROSS_COMPILE.format(kinds=KINDS, tokens=TOKENS),
+        NUMBA_CPU_NAME="sapphirerapids",
+        NUMBA_CPU_FEATURES=features,
+        HETERO_ISA="",
+    )
+    assert done.returncode == 0, done.stderr
+    counts: dict[tuple[str, bool, int], Counter[str]] = {}
+    for text in done.stdout.split("kernel ")[1:]:
         first, *lines = text.splitlines()
-        kind, has_zeros = first.split()
+        kind, has_zeros, tokens = first.split()
         words = [line.split()[0] for line in lines if line.startswith("\t") and line.strip()]
-        counts[kind, has_zeros == "True"] = Counter(words)
+        counts[kind, has_zeros == "True", int(tokens)] = Counter(words)
     return counts
 
 
+@pytest.mark.parametrize("num_tokens", TOKENS)
 @pytest.mark.parametrize(("kind", "has_zeros"), KINDS)
 def test_machine_code_has_the_tile_instructions(
-    machine_code: dict[tuple[str, bool], Counter[str]], kind: AmxFormat, has_zeros: bool
+    machine_code: dict[tuple[str, bool, int], Counter[str]],
+    kind: str,
+    has_zeros: bool,
+    num_tokens: int,
 ) -> None:
     """Cross-compiled, a kernel configures once, multiplies tiles, and spills none."""
-    code = machine_code[kind, has_zeros]
+    code = machine_code[kind, has_zeros, num_tokens]
     product, other = ("tdpbf16ps", "tdpbsud") if kind == "bfloat16" else ("tdpbsud", "tdpbf16ps")
 
     assert (code["ldtilecfg"], code["tilerelease"], code["sttilecfg"]) == (1, 1, 0)
-    # whole tiles and the last one, four panels each; loops may be unrolled
+    # whole tiles and the last one, four sums each; loops may be unrolled
     assert code[product] >= 8 and code[product] % 4 == 0
     assert code[other] == 0
     assert code["tilezero"] >= 4 and code["tilestored"] >= 4
@@ -401,120 +267,104 @@ def test_machine_code_has_the_tile_instructions(
     assert set(code) & {"tdpbssd", "tdpbusd", "tdpbuud"} == set()
 
 
-def run_compiled(address: int, product: Product) -> None:
-    """Call a kernel through its address and check the result."""
-    kernel: Callable[..., None] = ctypes.CFUNCTYPE(
-        None, *[ctypes.c_void_p] * 6, *[ctypes.c_int64] * 4
-    )(address)
-    y_stride = 16 * product.num_panels + 3
-    y = np.full(TOKENS * y_stride, np.nan, np.float32)
-    inputs = (product.panels, product.scales, product.zeros, product.x, product.x_scales)
-    kernel(
-        *(array.ctypes.data for array in inputs),
-        y.ctypes.data,
-        y_stride,
-        product.num_columns,
-        product.group_size,
-        product.num_panels,
-    )
-    check_result(product, y, y_stride)
-
-
-def compile_on_emulated_tiles() -> None:
-    """Compile the kernels with calls of `Tiles` for tile instructions, and run them.
-
-    In a process of its own: what numba has compiled stays.
-    """
-    tiles = Tiles()
-
-    def on_memory(instruction: Callable[..., None]) -> Callable[[int, int, int], None]:
-        def act(number: int, start: int, stride: int) -> None:
-            rows, row_bytes = tiles.tile(number).shape
-            memory = (ctypes.c_uint8 * ((rows - 1) * stride + row_bytes)).from_address(start)
-            instruction(number, np.ctypeslib.as_array(memory), 0, stride)
-
-        return act
-
-    def configure(start: int) -> None:
-        tiles.ldtilecfg(np.ctypeslib.as_array((ctypes.c_uint8 * 64).from_address(start)))
-
-    number, address, stride = ctypes.c_uint8, ctypes.c_void_p, ctypes.c_int64
-    callbacks = {
-        "ldtilecfg": ctypes.CFUNCTYPE(None, address)(configure),
-        "tilerelease": ctypes.CFUNCTYPE(None)(tiles.tilerelease),
-        "tilezero": ctypes.CFUNCTYPE(None, number)(tiles.tilezero),
-        "tdpbf16ps": ctypes.CFUNCTYPE(None, *[number] * 3)(tiles.tdpbf16ps),
-        "tdpbsud": ctypes.CFUNCTYPE(None, *[number] * 3)(tiles.tdpbsud),
-        "tileloadd64": ctypes.CFUNCTYPE(None, number, address, stride)(on_memory(tiles.tileloadd)),
-        "tilestored64": ctypes.CFUNCTYPE(None, number, address, stride)(
-            on_memory(tiles.tilestored)
-        ),
-    }
-    for name, callback in callbacks.items():
-        place = ctypes.cast(callback, ctypes.c_void_p).value
-        llvmlite.binding.add_symbol(f"emulated_{name}", place)
-    call = simd._call
-
-    def call_emulated(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
-        return call(builder, name.replace("llvm.x86.", "emulated_"), result, arguments)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tile_instructions, "_call", call_emulated)
-        for kind, has_zeros in KINDS:
-            address_of_kernel = amx._compiled_kernel(kind, has_zeros).address
-            for num_columns in COLUMNS:
-                for num_panels, group_size in SHAPES:
-                    product = random_product(kind, has_zeros, num_panels, num_columns, group_size)
-                    run_compiled(address_of_kernel, product)
-
-
-def test_compiled_kernels_multiply_on_emulated_tiles(tmp_path: Path) -> None:
-    """All but the tile instructions compiled for this machine, the product is the float64 one."""
-    finished = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "from tests.cpu_kernels import test_amx; test_amx.compile_on_emulated_tiles()",
-        ],
-        env=os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-    # an error in a callback is printed and nothing else
-    assert (finished.returncode, finished.stderr) == (0, "")
-
-
 @needs_amx
+@pytest.mark.parametrize("num_tokens", TOKENS)
 @pytest.mark.parametrize(("kind", "has_zeros"), KINDS)
-def test_compiled_kernels_multiply(kind: AmxFormat, has_zeros: bool) -> None:
-    """On a processor with AMX the machine code gives the float64 product."""
-    compute: AmxCompute = "amx-bfloat16" if kind == "bfloat16" else "amx-int8"
-    address = amx.kernel_address(kind, compute, has_zeros)
-    for num_columns in COLUMNS:
-        for num_panels, group_size in SHAPES:
-            product = random_product(kind, has_zeros, num_panels, num_columns, group_size)
-            run_compiled(address, product)
+def test_the_processor_gives_the_bits_of_the_emulator(
+    kind: str, has_zeros: bool, num_tokens: int
+) -> None:
+    """Any bytes that are codes, any x in range: what the manual says is what it does."""
+    rng = np.random.default_rng(num_tokens)
+    num_columns, num_panels, group_size = 202, 5, 64
+    panels = rng.integers(0, 256, num_panels * 64 * num_columns).astype(np.uint8)
+    x = rng.integers(-127, 128, num_tokens * 512).astype(np.int8).view(np.uint8)
+    if kind == "bfloat16":
+        values = rng.standard_normal((panels.size + x.size) // 2).astype(np.float32)
+        bits = to_bfloat16_bits(values).view(np.uint8)
+        panels, x = bits[: panels.size], bits[panels.size :]
+    scales = to_bfloat16_bits(rng.uniform(0.1, 1, num_panels * 4 * 16).astype(np.float32))
+    zeros = rng.integers(0, 16, num_panels * 4 * 16).astype(np.uint8)
+    x_scales = rng.uniform(0.001, 0.1, (8, num_tokens)).astype(np.float32)
+    x_scales.view(np.int32)[4:] = rng.integers(-8000, 8000, (4, num_tokens))
+    y = np.full((2, num_tokens, 16 * num_panels), np.nan, np.float32)
+    for is_emulated in (False, True):
+        address = tile_kernel_address(kind, has_zeros, num_tokens, is_emulated=is_emulated)
+        ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 10)(address)(
+            *(array.ctypes.data for array in (panels, scales, zeros, x, x_scales)),
+            y[int(is_emulated)].ctypes.data,
+            16 * num_panels,
+            num_columns,
+            group_size,
+            num_panels,
+        )
+
+    assert not np.isnan(y).any()
+    np.testing.assert_array_equal(y[0], y[1])
 
 
-def test_lowered_isa_turns_tiles_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Below `amx` on the ladder no permission is asked for and no kernel is given out."""
-    monkeypatch.setattr(amx, "isa", lambda: Isa(level="avx512-bf16", highest="amx", vendor="intel"))
+# without what they remember of this process
+_WHY_NO_TILES, _IS_EMULATED = amx.why_no_tiles.__wrapped__, amx._is_emulated.__wrapped__
+
+
+def machine(monkeypatch: pytest.MonkeyPatch, level: Any, highest: Any) -> None:
+    """A process on such a machine, whose permission is not asked for and products are right."""
+    monkeypatch.delenv(EMULATION_VARIABLE, raising=False)
+    monkeypatch.setattr(amx, "isa", lambda: Isa(level=level, highest=highest, vendor="intel"))
     monkeypatch.setattr(amx, "request_permission", lambda: pytest.fail("asked for permission"))
+    monkeypatch.setattr(amx, "multiplies_right", lambda *_, **__: True)
+    monkeypatch.setattr(amx, "why_no_tiles", _WHY_NO_TILES)
+    monkeypatch.setattr(amx, "_is_emulated", _IS_EMULATED)
 
-    assert not amx.is_available()
-    with pytest.raises(RuntimeError, match="is_available"):
-        amx.kernel_address("int8", "amx-int8")
+
+def test_a_processor_without_tiles_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor one that HETERO_ISA has lowered."""
+    machine(monkeypatch, "avx512-bf16", "avx512-bf16")
+    assert amx.tiles() is None
+    assert amx.why_no_tiles() == "the processor has no AMX"
+    machine(monkeypatch, "avx512", "amx")
+    assert amx.tiles() is None
+    assert amx.why_no_tiles() == "AMX is turned off: HETERO_ISA is avx512"
 
 
-def test_refused_permission_turns_tiles_off(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_permission_and_a_right_product_turn_tiles_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """A processor with tiles is not enough."""
-    monkeypatch.setattr(amx, "isa", lambda: Isa(level="amx", highest="amx", vendor="intel"))
+    machine(monkeypatch, "amx", "amx")
     monkeypatch.setattr(amx, "request_permission", lambda: False)
+    assert amx.tiles() is None
+    assert "does not let this process" in str(amx.why_no_tiles())
+    monkeypatch.setattr(amx, "request_permission", lambda: True)
+    assert amx.tiles() == "processor"
+    assert amx.why_no_tiles() is None
 
-    assert not amx.is_available()
+
+@pytest.mark.parametrize("wrong", ["bfloat16", "int8"])
+def test_a_wrong_product_turns_tiles_off(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
+    """And the reason names the format."""
+    machine(monkeypatch, "amx", "amx")
+    monkeypatch.setattr(amx, "request_permission", lambda: True)
+    monkeypatch.setattr(amx, "multiplies_right", lambda format, **_: format.kind != wrong)
+
+    assert amx.tiles() is None
+    assert f"products of {wrong} weights" in str(amx.why_no_tiles())
+
+
+def test_a_kernel_that_does_nothing_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the first product would be where tiles come out as zeros."""
+
+    nothing = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 10)(lambda *_: None)
+    address = ctypes.cast(nothing, ctypes.c_void_p).value
+    monkeypatch.setattr(amx, "tile_kernel_address", lambda *_, **__: address)
+
+    assert not multiplies_right(FORMATS[0], is_emulated=False)
+
+
+def test_emulation_is_no_claim_of_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels are chosen as with tiles, and the system is asked for nothing."""
+    machine(monkeypatch, "avx2", "avx2")
+    monkeypatch.setenv(EMULATION_VARIABLE, "1")
+
+    assert amx.tiles() == "emulated"
+    assert amx.why_no_tiles() == "the processor has no AMX"
 
 
 def test_permission_needs_linux_on_x86(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -522,19 +372,3 @@ def test_permission_needs_linux_on_x86(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
 
     assert not amx.request_permission.__wrapped__()
-
-
-@pytest.mark.parametrize(
-    ("kind", "compute", "has_zeros"),
-    [
-        ("bfloat16", "amx-int8", False),
-        ("int4", "amx-bfloat16", False),
-        ("int8", "amx-int8", True),
-        ("float32", "amx-bfloat16", False),
-        ("int8", "int8", False),
-    ],
-)
-def test_kernels_that_do_not_exist_are_refused(kind: Any, compute: Any, has_zeros: bool) -> None:
-    """Only formats and computes that go together have kernels."""
-    with pytest.raises(ValueError, match="there is no"):
-        amx.kernel_address(kind, compute, has_zeros)

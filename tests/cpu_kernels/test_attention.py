@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +17,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from cpu_kernels import attention, attention_kernels
-from cpu_kernels.attention import decode_attention, merge_attention
+from cpu_kernels import attention, attention_kernels, compiling, simd
+from cpu_kernels.attention import (
+    BAD_BLOCK,
+    BAD_LENGTH,
+    FINE,
+    check_attention,
+    decode_attention,
+    decode_attention_links,
+    merge_attention,
+)
+from cpu_kernels.calls import DONE, Chain, Link
+from cpu_kernels.compiling import code_address
 from cpu_kernels.formats import from_bfloat16_bits, to_bfloat16_bits
 from cpu_kernels.scratch import Scratch
 
@@ -45,7 +57,7 @@ class Case:
         num_blocks = num_seqs * max_blocks
         self.context_lens = np.array(context_lens, np.int32)
         tables = rng.permutation(num_blocks).reshape(num_seqs, max_blocks).astype(np.int32)
-        self.block_tables = tables
+        self.block_tables: NDArray[np.int32] = tables
         self.q = rng.standard_normal((num_seqs, heads, key_width)).astype(np.float32)
         self.caches = []
         self.exact = []
@@ -89,23 +101,47 @@ class Case:
         self, window: int | None = None, num_threads: int = 1
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Run the kernel on NaN-filled outputs."""
-        out = np.full(self.out_shape, np.nan, np.float32)
-        lse = np.full(self.out_shape[:2], np.nan, np.float32)
-        decode_attention(
-            self.q,
-            self.caches[0],
-            self.caches[1],
-            self.block_tables,
-            self.context_lens,
-            scale=self.scale,
-            window=window,
-            num_threads=num_threads,
-            out=out,
-            lse=lse,
-            sinks=self.sinks,
-            scratch=self.scratch,
-        )
+        out, lse = self.outputs()
+        decode_attention(**self.arguments(out, lse, window, num_threads))
         return out, lse
+
+    def links(
+        self,
+        out: NDArray[np.float32],
+        lse: NDArray[np.float32],
+        window: int | None = None,
+        num_threads: int = 1,
+    ) -> tuple[Link, Link]:
+        """What `attend` would run."""
+        return decode_attention_links(**self.arguments(out, lse, window, num_threads))
+
+    def outputs(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Arrays for the results, full of NaN."""
+        out = np.full(self.out_shape, np.nan, np.float32)
+        return out, np.full(self.out_shape[:2], np.nan, np.float32)
+
+    def arguments(
+        self,
+        out: NDArray[np.float32],
+        lse: NDArray[np.float32],
+        window: int | None,
+        num_threads: int,
+    ) -> dict[str, Any]:
+        """Of `decode_attention`."""
+        return {
+            "q": self.q,
+            "key_cache": self.caches[0],
+            "value_cache": self.caches[1],
+            "block_tables": self.block_tables,
+            "context_lens": self.context_lens,
+            "scale": self.scale,
+            "window": window,
+            "num_threads": num_threads,
+            "out": out,
+            "lse": lse,
+            "sinks": self.sinks,
+            "scratch": self.scratch,
+        }
 
     def assert_right(self, window: int | None = None, num_threads: int = 1) -> None:
         """Compare the kernel with float64."""
@@ -253,23 +289,167 @@ def test_calls_from_two_threads_at_once_do_not_disturb_each_other() -> None:
     assert wrong == []
 
 
-def test_first_calls_from_two_threads_share_one_compilation() -> None:
+def test_first_calls_from_two_threads_share_one_compilation(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Both get the same code, so that neither's can be dropped while it runs."""
-    attention_kernels._compiled_attend.cache_clear()
-    dtype = np.dtype(np.float32)
+    tmp_path.chmod(0o700)
+    monkeypatch.setenv(compiling.FOLDER_VARIABLE, str(tmp_path))
     addresses: list[int] = []
-    callers = [
-        threading.Thread(
-            target=lambda: addresses.append(attention_kernels.attend_address(dtype, 1))
-        )
-        for _ in range(2)
-    ]
-    for caller in callers:
-        caller.start()
-    for caller in callers:
-        caller.join()
+    compiled: list[str] = []
 
-    assert addresses[0] == addresses[1]
+    def first_call() -> None:
+        # few others take 8 heads of float16 together: most likely nothing is loaded yet
+        addresses.append(code_address("attention_kernels", "make_attend", "float16", 8))
+
+    callers = [threading.Thread(target=first_call) for _ in range(2)]
+    with compiling.listening(compiled.append):
+        for caller in callers:
+            caller.start()
+        for caller in callers:
+            caller.join()
+
+    assert compiled in ([], ["attention_kernels-make_attend-float16-8"])
+    assert len(addresses) == 2 and addresses[0] == addresses[1] != 0
+
+
+def test_links_run_again_follow_contexts_and_blocks() -> None:
+    """Built for one token, run for more: the lengths and the table are read at each run."""
+    case = Case([1300, 3, 700])
+    lens, tables = case.context_lens.copy(), case.block_tables.copy()
+    expected = []
+    for step in range(4):
+        case.context_lens[:] = np.maximum(lens - [9 * step, 0, 300 * step // 3], 1)
+        expected.append(case.attend())
+    case.context_lens[:] = 1
+    case.block_tables[:, 1:] = 2**30
+    out, lse = case.outputs()
+    links = case.links(out, lse, num_threads=2)
+    chain = Chain(links, num_threads=2)
+    chain.run()
+    check_attention(links)
+    case.block_tables[:] = tables
+
+    for step in (3, 1, 1, 0, 2):
+        case.context_lens[:] = np.maximum(lens - [9 * step, 0, 300 * step // 3], 1)
+        out[:], lse[:] = np.nan, np.nan
+        chain.run()
+
+        check_attention(links)
+        for actual, wanted in zip((out, lse), expected[step], strict=True):
+            np.testing.assert_array_equal(actual, wanted)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+def test_links_of_several_layers_run_as_one_chain(num_threads: int) -> None:
+    """They share scratch, one reads what another wrote, and all give the bits of single calls."""
+    first, other = Case([1300, 40, 600], seed=1), Case([90, 513, 2], seed=2, kv_heads=1)
+    out, lse = first.outputs()
+    decode_attention(**first.arguments(out, lse, None, 1))
+    second = Case([1300, 40, 600], seed=3, cache_format="bfloat16")
+    second.q = out
+    wanted = [*first.attend(), *other.attend(100), *second.attend()]
+    first.scratch = other.scratch = second.scratch = Scratch()
+    actual = [*first.outputs(), *other.outputs(), *second.outputs()]
+    second.q = actual[0]
+    links = [
+        *first.links(actual[0], actual[1], num_threads=num_threads),
+        *other.links(actual[2], actual[3], 100, num_threads),
+        *second.links(actual[4], actual[5], num_threads=num_threads),
+    ]
+    chain = Chain(links, num_threads=num_threads)
+
+    for _ in range(20):
+        for array in actual:
+            array[:] = np.nan
+        chain.run()
+        for found, expected in zip(actual, wanted, strict=True):
+            np.testing.assert_array_equal(found, expected)
+
+
+def test_addresses_of_links_may_be_exchanged() -> None:
+    """Queries, both sides of the cache, and both outputs."""
+    case, other = Case([70, 5]), Case([70, 5], seed=1)
+    other.block_tables = case.block_tables = case.block_tables.clip(max=0)
+    case.context_lens[:] = other.context_lens[:] = 3
+    wanted = other.attend()
+    links = case.links(*case.outputs())
+    out, lse = other.outputs()
+    call = links[1].call
+
+    call.q, call.out, call.lse = other.q.ctypes.data, out.ctypes.data, lse.ctypes.data
+    call.key_cache, call.value_cache = (cache.ctypes.data for cache in other.caches)
+    Chain(links, num_threads=1).run()
+
+    np.testing.assert_array_equal(out, wanted[0])
+    np.testing.assert_array_equal(lse, wanted[1])
+
+
+def test_a_chain_leaves_out_what_it_may_not_read() -> None:
+    """A length or a block that is none writes nothing and is named; the next run is right."""
+    case = Case([20, 33], block_size=16)
+    out, lse = case.outputs()
+    links = case.links(out, lse)
+    chain = Chain(links, num_threads=1)
+    for length in (0, -5, 65, 2**31 - 1):
+        case.context_lens[1] = length
+        chain.run()
+        assert links[0].call.state == BAD_LENGTH
+        with pytest.raises(ValueError, match=f"{max(length, 20)} but must be 1 to 64"):
+            check_attention(links)
+    case.context_lens[1] = 33
+    right = case.block_tables[1, 2]
+    for number in (-1, 8, 2**31 - 1, -(2**31)):
+        case.block_tables[1, 2] = number
+        chain.run()
+        assert links[0].call.state == BAD_BLOCK
+        with pytest.raises(ValueError, match=f"block {number} for sequence 1 .* 8 blocks"):
+            check_attention(links)
+    assert np.isnan(out).all() and np.isnan(lse).all()
+    case.block_tables[1, 2] = right
+    chain.run()
+
+    assert links[0].call.state == FINE
+    check_attention(links)
+    for actual, expected in zip((out, lse), case.attend(), strict=True):
+        np.testing.assert_array_equal(actual, expected)
+
+
+def test_blocks_before_the_window_may_be_anything() -> None:
+    """They are not read, so that a cache may have given them away; the first one read may not."""
+    case = Case([100], block_size=16)
+    expected = case.attend(window=20)[0]
+    case.block_tables[0, :5] = -1
+
+    np.testing.assert_array_equal(case.attend(window=20)[0], expected)
+    with pytest.raises(ValueError, match="block -1 for sequence 0 but the cache has 8 blocks"):
+        case.attend(window=21)
+
+
+def test_the_driver_knows_the_vectors_of_the_kernels() -> None:
+    """It sizes scratch without numba, which the module of the vectors needs."""
+    assert attention.num_lanes() == simd.LANES
+    assert simd.TILE**2 == attention.TILE_TOKENS
+
+
+def test_attention_runs_without_numba_once_it_is_compiled() -> None:
+    """Object code is on disk: numba takes longer to import than a step."""
+    script = """
+import sys
+import numpy as np
+from cpu_kernels.attention import decode_attention
+cache = np.ones((2, 1, 16, 8), np.float32)
+out, lse = np.empty((1, 2, 8), np.float32), np.empty((1, 2), np.float32)
+decode_attention(np.zeros((1, 2, 8), np.float32), cache, cache, np.array([[1]], np.int32),
+    np.array([3], np.int32), scale=1.0, window=None, num_threads=1, out=out, lse=lse)
+assert np.allclose(out, 1) and np.allclose(lse, np.log(3)), (out, lse)
+print("numba" in sys.modules)
+"""
+    for _ in range(2):
+        result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        assert result.stderr == ""
+
+    assert result.stdout == "False\n"
 
 
 def test_read_only_queries_are_accepted() -> None:
@@ -292,43 +472,89 @@ def test_the_kernel_is_right_in_plain_python(monkeypatch: pytest.MonkeyPatch) ->
     """The same functions, not compiled, over the Python twins of the vector operations."""
     case = Case([3, 37], key_width=20, value_width=18, heads=3, kv_heads=1, cache_format="bfloat16")
     case.sinks = np.array([-1, 0, 1], np.float32)
-    case.attend()  # compiles what the public function is entered by
+    out, lse = case.outputs()
+    plan, attend = case.links(out, lse)
+    call = attend.call
     names = [name for name, value in vars(attention_kernels).items() if hasattr(value, "py_func")]
     for name in names:
         monkeypatch.setattr(attention_kernels, name, getattr(attention_kernels, name).py_func)
+    unclaimed, finished = itertools.count(), []
+    monkeypatch.setattr(attention_kernels, "claim_item", lambda address: next(unclaimed))
+    monkeypatch.setattr(attention_kernels, "finish_item", lambda *item: finished.append(item))
+    integers = _array(np.int64, call.integers, call.rows_at + attention.WORKER_ROWS)
+    kernels: Any = attention_kernels
 
-    python_attend: Any = attention_kernels._attend
-
-    def in_python(body_address: int, argument_address: int, num_threads: int) -> None:
-        call = attention_kernels.AttentionCall.from_address(argument_address)
-        sizes = {
-            "q": (np.float32, case.q.size),
-            "key_cache": (np.uint16, case.caches[0].size),
-            "value_cache": (np.uint16, case.caches[1].size),
-            "block_tables": (np.int32, case.block_tables.size),
-            "context_lens": (np.int32, case.context_lens.size),
-            "sinks": (np.float32, 3),
-            "out": (np.float32, int(np.prod(case.out_shape))),
-            "lse": (np.float32, int(np.prod(case.out_shape[:2]))),
-            "floats": (np.float32, call.workers_at + call.num_workers * call.worker_size),
-            "counters": (np.int64, call.rows_at + call.num_workers * attention_kernels.WORKER_ROWS),
-            "tails": (np.uint16, 32 * 64),
-        }
-        arrays = []
-        for name, (dtype, size) in sizes.items():
-            memory = (ctypes.c_char * (size * np.dtype(dtype).itemsize)).from_address(
-                getattr(call, name)
-            )
-            arrays.append(np.frombuffer(memory, dtype))
-        with np.errstate(all="ignore"):  # stale scratch in the padding of a last tile
-            python_attend(call, *arrays, (0,) * 4)
-
-    monkeypatch.setattr(attention, "fork_join", in_python)
-    monkeypatch.setattr(attention, "openmp_address", lambda: 0)
-    monkeypatch.setattr(attention, "attend_address", lambda cache_dtype, group_size: 0)
+    kernels._plan(plan.call, call, case.context_lens, case.block_tables.reshape(-1), integers)
+    assert plan.call.state == FINE
+    with np.errstate(all="ignore"):  # stale scratch in the padding of a last tile
+        kernels._attend(
+            7,
+            call,
+            next(unclaimed),
+            0,
+            case.q.reshape(-1),
+            case.caches[0].reshape(-1),
+            case.caches[1].reshape(-1),
+            case.block_tables.reshape(-1),
+            case.context_lens,
+            case.sinks,
+            out.reshape(-1),
+            lse.reshape(-1),
+            _array(np.float32, call.floats, call.workers_at + call.worker_size),
+            integers,
+            _array(np.uint16, call.tails, 32 * 64),
+            (0,) * 4,
+        )
 
     assert len(names) >= 7
-    case.assert_right()
+    assert finished == [(7, DONE)] * (call.num_items - 1)
+    for actual, expected in zip((out, lse), case.expected(None), strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=_TOLERANCE, atol=_TOLERANCE)
+
+
+def _array(dtype: type[Any], address: int, size: int) -> NDArray[Any]:
+    memory = (ctypes.c_uint8 * (size * np.dtype(dtype).itemsize)).from_address(address)
+    found: NDArray[Any] = np.ctypeslib.as_array(memory).view(dtype)
+    return found
+
+
+def test_scoring_asks_for_nothing_where_nothing_is_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With wide keys it would go past a worker's rows: lines of no width are a row each.
+
+    As Python, where the array of rows ends after those that may be read.
+    """
+    num_heads, width = simd.LANES, 256
+    scores_at = num_heads * width + width * 32
+    floats = np.ones(scores_at + 32 * num_heads, np.float32)
+    kernels: Any = attention_kernels
+    monkeypatch.setattr(kernels, "_ask_for_line", kernels._ask_for_line.py_func)
+
+    kernels._score_chunk.py_func(
+        floats,
+        0,
+        num_heads * width,
+        32,
+        width,
+        scores_at,
+        np.ones(width, np.float32),
+        np.zeros(17, np.int64),
+        0,
+        0,
+        (0,) * num_heads,
+    )
+
+    np.testing.assert_array_equal(floats[scores_at:], width)
+
+
+@pytest.mark.parametrize("x", [1.0, 0.75, 1.25, np.pi, 512.0, 3e7, np.float32(2) ** 40])
+def test_logarithms_need_no_library(x: float) -> None:
+    """Of numbers as sums of weights are; NaN stays, and infinity ends."""
+    kernels: Any = attention_kernels
+    for one in (np.float32(x), np.nextafter(np.float32(x), np.float32(2))):
+        actual = kernels._log2(one)
+        np.testing.assert_allclose(actual, np.log2(np.float64(one)), rtol=1e-10, atol=1e-12)
+    assert np.isnan(kernels._log2(np.float32(np.nan)))
+    assert not np.isfinite(kernels._log2(np.float32(np.inf)))
 
 
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="names an x86-64 CPU")
@@ -365,9 +591,31 @@ def test_wrong_arguments_are_named() -> None:
     case.context_lens[0] = 100
     with pytest.raises(ValueError, match=r"100 .* 1 to 48"):
         case.attend()
+    case.context_lens[0] = 0
+    with pytest.raises(ValueError, match=r"0 to 0 but must be 1 to 48"):
+        case.attend()
     case = Case([20])
     with pytest.raises(ValueError, match="window is 0"):
         case.attend(window=0)
+    case = Case([20])
+    with pytest.raises(ValueError, match="num_threads 0"):
+        case.attend(num_threads=0)
+    case = Case([20])
+    case.caches = [cache.astype(">f4") for cache in case.caches]
+    with pytest.raises(ValueError, match="keys are >f4"):
+        case.attend()
+    case = Case([20])
+    case.block_tables = case.block_tables.reshape(-1)
+    with pytest.raises(ValueError, match=r"block_tables is int32 \(3,\).*\(1, 3\)"):
+        case.attend()
+    case = Case([20])
+    case.caches = [cache[:, :0] for cache in case.caches]
+    with pytest.raises(ValueError, match="4 query heads do not divide by 0 KV heads"):
+        case.attend()
+    case = Case([20])
+    case.block_tables[0, 1] = 3
+    with pytest.raises(ValueError, match="block 3 for sequence 0 but the cache has 3 blocks"):
+        case.attend()
 
 
 @given(

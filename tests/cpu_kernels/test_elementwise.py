@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numba
@@ -16,15 +19,24 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from cpu_kernels import elementwise, elementwise_kernels, simd
+from cpu_kernels.calls import Chain, Link, run_link
+from cpu_kernels.compiling import Source
 from cpu_kernels.elementwise import (
     add_residual,
+    add_residual_link,
     prepare_qkv,
+    prepare_qkv_link,
     rms_norm,
+    rms_norm_link,
     rotary_tables,
     route,
+    route_link,
     silu_multiply,
+    silu_multiply_link,
 )
-from cpu_kernels.formats import from_bfloat16_bits, to_bfloat16_bits
+from cpu_kernels.formats import WeightFormat, from_bfloat16_bits, pack, to_bfloat16_bits
+from cpu_kernels.linear import PackedMatrix, linear, linear_link
+from cpu_kernels.scratch import Scratch
 from cpu_kernels.simd import LANES
 from hetero.model import norm, rotary
 from hetero.model.mlp import gated
@@ -168,6 +180,31 @@ class TestSiluMultiply:
         silu_multiply(short, short_out)
         _assert_within_one_step(short_out, _bits(gated(_tensor(short))))
 
+    @given(_tokens, _widths, _hidden, _seeds)
+    @settings(max_examples=40, deadline=None)
+    def test_a_bias_is_added_first(
+        self, tokens: int, width: int, out_format: str, seed: int
+    ) -> None:
+        """The same bits as of numpy's sum in float32."""
+        gate_up, bias = _random(seed, tokens, 2 * width) * 5, _random(seed + 1, 2 * width) * 5
+        out, expected = _nan(out_format, tokens, width), _nan(out_format, tokens, width)
+        silu_multiply(gate_up, out, bias=bias)
+        silu_multiply(gate_up + bias, expected)
+
+        np.testing.assert_array_equal(out, expected)
+
+    def test_a_bias_that_does_not_fit_is_refused(self) -> None:
+        """One of another width or format, and any with bfloat16, which is rounded already."""
+        gate_up, out = np.ones((2, 6), np.float32), np.full((2, 3), 7, np.float32)
+        with pytest.raises(ValueError, match=r"bias is float32 \(3,\).* must be .*float32 \(6\)"):
+            silu_multiply(gate_up, out, bias=gate_up[0, :3].copy())
+        with pytest.raises(ValueError, match=r"bias is float64 \(6,\).* must be .*float32 \(6\)"):
+            silu_multiply(gate_up, out, bias=np.ones(6))  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"gate_up is uint16 \(2, 6\) but must be float32"):
+            silu_multiply(to_bfloat16_bits(gate_up), out, bias=gate_up[0])
+
+        assert (out == 7).all()
+
     def test_extremes_are_those_of_torch(self) -> None:
         """Infinities, NaN, huge gates and zeros."""
         gate = np.array([np.inf, -np.inf, np.nan, 1e30, -1e30, 0.0, 89.0, -80.0], np.float32)
@@ -308,6 +345,7 @@ class QkvCase:
         clip: float | None = None,
         weight_format: str = "float32",
         cache_format: str = "float32",
+        has_bias: bool = False,
         seed: int = 0,
     ) -> None:
         rng = np.random.default_rng(seed)
@@ -315,6 +353,7 @@ class QkvCase:
         self.qk_norm: QkNorm = qk_norm
         self.clip, self.cache_format = clip, cache_format
         self.qkv = _random(seed, tokens, (heads + 2 * kv_heads) * width)
+        self.bias = _random(seed + 3, self.qkv.shape[1]) if has_bias else None
         self.block_size, self.num_blocks = 5, tokens + 1
         self.slots = rng.permutation(self.block_size * self.num_blocks)[:tokens]
         sizes = {"none": (0, 0), "head": (width, width)}.get(
@@ -335,27 +374,34 @@ class QkvCase:
 
     def prepare(self, num_threads: int = 1) -> None:
         """Run the kernel."""
-        prepare_qkv(
-            self.qkv,
-            self.cos,
-            self.sin,
-            self.slots,
-            qk_norm=self.qk_norm,
-            q_norm=self.norms[0],
-            k_norm=self.norms[1],
-            norm_eps=1e-5,
-            clip=self.clip,
-            q_out=self.q_out,
-            key_cache=self.caches[0],
-            value_cache=self.caches[1],
-            num_threads=num_threads,
-        )
+        prepare_qkv(*self.step(), **self.keywords(), num_threads=num_threads)
+
+    def link(self) -> Link:
+        """What `prepare` runs."""
+        return prepare_qkv_link(*self.step(), **self.keywords())
+
+    def step(self) -> tuple[NDArray[Any], ...]:
+        """The arguments that differ between steps."""
+        return self.qkv, self.cos, self.sin, self.slots
+
+    def keywords(self) -> dict[str, Any]:
+        """The others."""
+        return {
+            "qk_norm": self.qk_norm,
+            "q_norm": self.norms[0],
+            "k_norm": self.norms[1],
+            "norm_eps": 1e-5,
+            "clip": self.clip,
+            "q_out": self.q_out,
+            "key_cache": self.caches[0],
+            "value_cache": self.caches[1],
+            "bias": self.bias,
+        }
 
     def expected(self) -> list[NDArray[np.float64]]:
         """Queries, keys and values by token, in float64."""
-        heads = self.qkv.astype(np.float64).reshape(
-            *self.q_out.shape[:1], self.heads + 2 * self.kv_heads, self.width
-        )
+        biased = self.qkv.astype(np.float64) + (0 if self.bias is None else self.bias)
+        heads = biased.reshape(*self.q_out.shape[:1], self.heads + 2 * self.kv_heads, self.width)
         parts = np.split(heads, [self.heads, self.heads + self.kv_heads], axis=1)
         limit = np.inf if self.clip is None else self.clip
         for i, weight in enumerate(self.norms):
@@ -404,9 +450,11 @@ class TestPrepareQkv:
         st.sampled_from([None, 0.8]),
         _hidden,
         st.sampled_from(["float32", "bfloat16", "float16"]),
+        st.booleans(),
         _seeds,
     )
-    @example(2, (32, 4), 64, "head", None, "bfloat16", "bfloat16", 0)
+    @example(2, (32, 4), 64, "head", None, "bfloat16", "bfloat16", True, 0)
+    @example(2, (32, 4), 64, "full", 0.8, "bfloat16", "bfloat16", True, 0)
     @settings(max_examples=60, deadline=None)
     def test_it_equals_float64(
         self,
@@ -417,9 +465,10 @@ class TestPrepareQkv:
         clip: float | None,
         weight_format: str,
         cache_format: str,
+        has_bias: bool,
         seed: int,
     ) -> None:
-        """Every norm, with and without clip, odd half widths, every cache format."""
+        """Every norm, with and without clip and bias, odd half widths, every cache format."""
         QkvCase(
             tokens,
             *heads,
@@ -428,8 +477,37 @@ class TestPrepareQkv:
             clip=clip,
             weight_format=weight_format,
             cache_format=cache_format,
+            has_bias=has_bias,
             seed=seed,
         ).assert_right()
+
+    @pytest.mark.parametrize("qk_norm", ["none", "head", "full"])
+    def test_a_bias_is_added_first(self, qk_norm: QkNorm) -> None:
+        """The same bits as of numpy's sum in float32, and qkv stays as it was."""
+        case = QkvCase(3, 4, 2, 2 * LANES + 6, qk_norm=qk_norm, clip=0.7, has_bias=True)
+        other = QkvCase(3, 4, 2, 2 * LANES + 6, qk_norm=qk_norm, clip=0.7)
+        before = case.qkv.copy()
+        case.prepare()
+        other.qkv += np.asarray(case.bias)
+        other.prepare()
+
+        assert np.array_equal(case.qkv, before)
+        for actual, expected in zip(
+            [case.q_out, *case.rows()], [other.q_out, *other.rows()], strict=True
+        ):
+            assert np.array_equal(actual, expected)
+
+    def test_a_link_checks_its_slots_when_it_is_built(self) -> None:
+        """A link of slots outside the cache is not made; slots of later steps are its user's."""
+        case = QkvCase(2, 1, 1, 4)
+        link = case.link()
+        case.slots[:] = [14, 0]
+        run_link(link, num_threads=1)
+        assert np.isfinite(case.caches[0][[2, 0], 0, [4, 0]]).all()
+
+        case.slots[1] = 15
+        with pytest.raises(ValueError, match="slots are 14 to 15 but must be 0 to 14"):
+            case.link()
 
     def test_it_equals_the_model(self) -> None:
         """The model's norm of heads and rotary in float32, within 1e-6 of values up to 6."""
@@ -499,11 +577,205 @@ class TestPrepareQkv:
         case.sin = case.sin[:1]
         with pytest.raises(ValueError, match=r"sin is float32 \(1, 4\)"):
             case.prepare()
+        case = QkvCase(2, 4, 2, 8, has_bias=True)
+        case.bias = np.asarray(case.bias)[:-1]
+        with pytest.raises(ValueError, match=r"bias is float32 \(63,\).* must be .*float32 \(64\)"):
+            case.prepare()
+        case.bias = _stored(np.ones(64), "bfloat16")
+        with pytest.raises(ValueError, match=r"bias is uint16 \(64,\).* must be .*float32 \(64\)"):
+            case.prepare()
         case = QkvCase(2, 2, 2, 4)
         case.q_out = np.empty((2, 2, 3), np.float32)
         case.caches = [np.zeros((1, 2, 5, 3), np.float32) for _ in range(2)]
         with pytest.raises(ValueError, match="heads are 3 wide"):
             case.prepare()
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A link with its arrays by the names that its call has for them."""
+
+    link: Link
+    inputs: dict[str, NDArray[Any]]
+    outputs: dict[str, NDArray[Any]]
+
+    def run(self) -> list[NDArray[Any]]:
+        """What a run writes into outputs of ones."""
+        for array in self.outputs.values():
+            array.fill(1)
+        run_link(self.link, num_threads=2)
+        return [array.copy() for array in self.outputs.values()]
+
+
+def _rms_norm_step(seed: int) -> Step:
+    x, weight = to_bfloat16_bits(_random(seed, 5, 50)), _random(seed + 1, 50)
+    out = np.empty((5, 50), np.float32)
+    link = rms_norm_link(x, weight, 1e-6, out)
+    return Step(link, {"x": x, "weight": weight}, {"out": out})
+
+
+def _silu_multiply_step(seed: int) -> Step:
+    gate_up, bias = _random(seed, 5, 100), _random(seed + 1, 100)
+    out = np.empty((5, 50), np.uint16)
+    link = silu_multiply_link(gate_up, out, bias=bias)
+    return Step(link, {"gate_up": gate_up, "bias": bias}, {"out": out})
+
+
+def _add_residual_step(seed: int) -> Step:
+    x, y, bias = to_bfloat16_bits(_random(seed, 5, 50)), _random(seed, 5, 50), _random(seed, 50)
+    out = np.empty((5, 50), np.uint16)
+    return Step(add_residual_link(x, y, bias, out), {"x": x, "y": y, "bias": bias}, {"out": out})
+
+
+def _route_step(seed: int) -> Step:
+    logits = _random(seed, 5, 50)
+    ids, weights = np.empty((5, 4), np.int64), np.empty((5, 4), np.float32)
+    link = route_link(logits, 4, True, ids, weights)
+    return Step(link, {"logits": logits}, {"ids": ids, "weights": weights})
+
+
+def _prepare_qkv_step(seed: int) -> Step:
+    case = QkvCase(5, 4, 2, 22, qk_norm="full", cache_format="float16", has_bias=True, seed=seed)
+    inputs = dict(zip(("qkv", "cos", "sin", "slots"), case.step(), strict=True))
+    names = ("q_norm", "k_norm", "bias")
+    inputs |= {name: np.asarray(case.keywords()[name]) for name in names}
+    outputs = {name: case.keywords()[name] for name in ("q_out", "key_cache", "value_cache")}
+    return Step(case.link(), inputs, outputs)
+
+
+every_step = pytest.mark.parametrize(
+    "make_step",
+    [_rms_norm_step, _silu_multiply_step, _add_residual_step, _route_step, _prepare_qkv_step],
+)
+
+
+class TestLinks:
+    """Links of all steps."""
+
+    @every_step
+    def test_a_link_can_run_many_times(self, make_step: Callable[[int], Step]) -> None:
+        """The same bits each time, and those of new numbers in the same arrays."""
+        step, other = make_step(0), make_step(1)
+        first, second = step.run(), step.run()
+        for name, array in step.inputs.items():
+            array[:] = other.inputs[name]
+        third = step.run()
+
+        for actual, expected in zip([*second, *third], [*first, *other.run()], strict=True):
+            assert np.array_equal(actual, expected)
+
+    @every_step
+    def test_addresses_can_be_exchanged(self, make_step: Callable[[int], Step]) -> None:
+        """The other arrays are read and written, those of before are not."""
+        step, other = make_step(0), make_step(1)
+        before, expected = step.run(), other.run()
+        for name, array in (other.inputs | other.outputs).items():
+            setattr(step.link.call, name, array.ctypes.data)
+            if name in other.outputs:
+                array.fill(1)
+        run_link(step.link, num_threads=1)
+
+        assert all(map(np.array_equal, other.outputs.values(), expected))
+        assert all(map(np.array_equal, step.outputs.values(), before))
+        assert not all(map(np.array_equal, before, expected))
+
+    @pytest.mark.parametrize("make_step", [_silu_multiply_step, _add_residual_step])
+    def test_a_bias_of_0_is_none(self, make_step: Callable[[int], Step]) -> None:
+        """As a bias of zeros gives."""
+        step = make_step(0)
+        step.link.call.bias = 0
+        actual = step.run()
+        step.inputs["bias"].fill(0)
+        step.link.call.bias = step.inputs["bias"].ctypes.data
+
+        assert all(map(np.array_equal, actual, step.run()))
+
+    @pytest.mark.parametrize("num_threads", [1, 2, 3])
+    def test_a_chain_is_the_calls_one_after_the_other(
+        self, num_threads: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Norm, product, activation, product, sum, routing; items of two tokens; run twice."""
+        monkeypatch.setattr(elementwise, "ITEM_ELEMENTS", 1)
+        monkeypatch.setattr(elementwise, "FEW_TOKENS", 2)
+        weight_format = WeightFormat(kind="bfloat16")
+        matrices = [
+            PackedMatrix(
+                blob=pack(_random(rows, rows, columns), weight_format),
+                weight_format=weight_format,
+                num_rows=rows,
+                num_columns=columns,
+            )
+            for rows, columns in ((60, 40), (40, 30))
+        ]
+        x, weight, bias = to_bfloat16_bits(_random(0, 9, 40)), _random(1, 40), _random(2, 60)
+
+        def arrays() -> list[NDArray[Any]]:
+            shapes = [(9, 40), (9, 60), (9, 30), (9, 40), (9, 40), (9, 3), (9, 3)]
+            types = [np.uint16, *[np.float32] * 3, np.uint16, np.int64, np.float32]
+            return [np.zeros(s, t) for s, t in zip(shapes, types, strict=True)]
+
+        normed, gate_up, h, y, total, ids, shares = expected = arrays()
+        how: Any = {"compute": "float", "num_threads": num_threads}
+        rms_norm(x, weight, 1e-6, normed)
+        linear(normed, matrices[0], **how, scratch=Scratch(), out=gate_up)
+        silu_multiply(gate_up, h, bias=bias)
+        linear(h, matrices[1], **how, scratch=Scratch(), out=y)
+        add_residual(x, y, None, total)
+        route(y, 3, True, ids, shares)
+
+        normed, gate_up, h, y, total, ids, shares = actual = arrays()
+        links = [
+            rms_norm_link(x, weight, 1e-6, normed),
+            linear_link(normed, matrices[0], **how, scratch=Scratch(), out=gate_up),
+            silu_multiply_link(gate_up, h, bias=bias),
+            linear_link(h, matrices[1], **how, scratch=Scratch(), out=y),
+            add_residual_link(x, y, None, total),
+            route_link(y, 3, True, ids, shares),
+        ]
+        chain = Chain(links, num_threads=num_threads)
+        for _ in range(2):
+            for array in actual:
+                array.fill(0)
+            chain.run()
+            assert all(map(np.array_equal, actual, expected))
+
+    def test_a_small_step_is_one_item_and_a_prefill_is_many(self) -> None:
+        """4 tokens of any width, 16 of 2048 elements; 512 of them are 32 items of 16."""
+        weight = np.ones(2048, np.float32)
+        counts = []
+        for tokens in (0, 1, 16, 17, 512):
+            x = np.zeros((tokens, 2048), np.float32)
+            counts.append(rms_norm_link(x, weight, 0.0, x).call.num_items)
+        assert counts == [0, 1, 1, 2, 32]
+
+        gate_up, out = np.zeros((5, 80000), np.float32), np.zeros((5, 40000), np.float32)
+        few, more = silu_multiply_link(gate_up[:4], out[:4]), silu_multiply_link(gate_up, out)
+        assert few.call.num_items == 1
+        assert more.call.num_items == 2
+
+    def test_they_need_no_numba_once_compiled(self) -> None:
+        """The second process finds all code on disk."""
+        script = """
+import sys
+import numpy as np
+from cpu_kernels.elementwise import *
+x, y = np.ones((2, 8), np.float32), np.ones((2, 4), np.float32)
+cache, line = np.zeros((1, 1, 2, 2), np.float32), np.ones((2, 1), np.float32)
+rms_norm(x, x[0], 0.0, x)
+silu_multiply(x, y, bias=x[0])
+add_residual(x, x, None, x, num_threads=2)
+route(y, 2, True, np.empty((2, 2), np.int64), np.empty((2, 2), np.float32))
+prepare_qkv(
+    x, line, line, np.array([0, 1]), qk_norm="none", q_norm=None, k_norm=None, norm_eps=0.0,
+    clip=None, q_out=np.empty((2, 2, 2), np.float32), key_cache=cache, value_cache=cache.copy(),
+)
+print("numba" in sys.modules, float(x.sum()))
+"""
+        for _ in range(2):
+            result = subprocess.run(
+                [sys.executable, "-c", script], capture_output=True, text=True, check=True
+            )
+        assert result.stdout == "False 32.0\n"
 
 
 def test_strides_formats_and_sizes_that_do_not_fit_are_named() -> None:
@@ -558,7 +830,8 @@ def test_results_do_not_depend_on_threads(
     num_threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each function has the same bits when its tokens are split over threads."""
-    monkeypatch.setattr(elementwise, "SPLIT_ELEMENTS", 1)
+    monkeypatch.setattr(elementwise, "ITEM_ELEMENTS", 1)
+    monkeypatch.setattr(elementwise, "FEW_TOKENS", 1)
     x, y, weight = to_bfloat16_bits(_random(0, 37, 96)), _random(1, 37, 96), _random(2, 96)
 
     def run(num_threads: int) -> list[NDArray[Any]]:
@@ -577,9 +850,8 @@ def test_results_do_not_depend_on_threads(
         assert np.array_equal(actual, expected)
 
 
-def test_threads_below_one_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_below_one_are_refused() -> None:
     """And mistakes in shapes are found with threads as well."""
-    monkeypatch.setattr(elementwise, "SPLIT_ELEMENTS", 1)
     x = np.ones((4, 6), np.float32)
     with pytest.raises(ValueError, match="num_threads is 0"):
         add_residual(x, x, None, x, num_threads=0)
@@ -630,17 +902,35 @@ def test_vectors_are_stored_rounded_to_nearest_even(dtype: Any) -> None:
     np.testing.assert_array_equal(results[0][2], results[1][2])
 
 
+def _memory_at(address: int, dtype: Any, count: int = 1 << 20) -> Any:
+    """Elements from an address on, also behind what is there: a pointer knows no end."""
+    size = np.dtype(dtype).itemsize * count if address else 0
+    memory: Any = (ctypes.c_char * size).from_address(int(address)) if address else b""
+    return np.frombuffer(memory, dtype).view(np.recarray if count == 1 else np.ndarray)
+
+
 def test_the_loops_are_right_in_plain_python(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same functions, not compiled, over the Python twins of the vector operations."""
     names = [name for name, value in vars(elementwise_kernels).items() if hasattr(value, "py_func")]
     for name in names:
         function = getattr(elementwise_kernels, name).py_func
         monkeypatch.setattr(elementwise_kernels, name, function)
-        if name.endswith("_loop"):
-            monkeypatch.setattr(elementwise, name, function)
-    for name in ("hidden", "hidden_out", "float32", "float32_out", "int64", "int64_out"):
-        monkeypatch.setattr(elementwise_kernels, f"_{name}", np.ravel)
-    monkeypatch.setattr(elementwise_kernels, "_cache_out", np.ravel)
+    sources: list[Source] = []
+
+    def body(module: str, maker: str, *arguments: Any) -> int:
+        sources.append(getattr(elementwise_kernels, maker)(*arguments))
+        return len(sources) - 1
+
+    def run(link: Link, *, num_threads: int) -> None:
+        for item in range(link.call.num_items):
+            sources[link.body].function(ctypes.addressof(link.call), item, 0)
+
+    monkeypatch.setattr(elementwise, "code_address", body)
+    monkeypatch.setattr(elementwise, "run_link", run)
+    monkeypatch.setattr(elementwise_kernels, "pointer_at", _memory_at)
+    monkeypatch.setattr(
+        elementwise_kernels, "call_at", lambda address, dtype: _memory_at(address, dtype, 1)[0]
+    )
 
     assert len(names) >= 15
     TestRmsNorm().test_it_equals_the_model()
@@ -648,8 +938,12 @@ def test_the_loops_are_right_in_plain_python(monkeypatch: pytest.MonkeyPatch) ->
         TestSiluMultiply().test_extremes_are_those_of_torch()
     TestAddResidual().test_it_equals_the_model()
     TestRoute().test_it_equals_the_model(True)
+    TestSiluMultiply().test_it_equals_the_model()
     for qk_norm in ("none", "head", "full"):
-        QkvCase(2, 4, 2, 6, qk_norm=qk_norm, clip=1.0, cache_format="bfloat16").assert_right()
+        for has_bias in (False, True):
+            form: Any = {"clip": 1.0, "cache_format": "bfloat16", "has_bias": has_bias}
+            QkvCase(2, 4, 2, 6, qk_norm=qk_norm, **form).assert_right()
+    assert len(sources) >= 9
 
 
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="names an x86-64 CPU")

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -12,8 +14,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from cpu_kernels.experts import PackedExperts, expert_bytes, run_experts
+from cpu_kernels import experts as experts_module
+from cpu_kernels.calls import Chain, Link
+from cpu_kernels.elementwise import route, route_link
+from cpu_kernels.experts import (
+    PackedExperts,
+    check_experts,
+    expert_bytes,
+    experts_links,
+    run_experts,
+)
 from cpu_kernels.formats import WeightFormat
+from cpu_kernels.linear import linear, linear_link
 from cpu_kernels.microkernels import Compute
 from cpu_kernels.scratch import Scratch
 from tests.cpu_kernels.exact_products import (
@@ -73,6 +85,21 @@ class Layer:
             out=out,
         )
         return out
+
+    def links(
+        self, out: NDArray[np.float32], num_threads: int = 2, scratch: Scratch | None = None
+    ) -> tuple[Link, ...]:
+        """What writes the layer's output into an array."""
+        return experts_links(
+            self.x,
+            self.experts.packed,
+            self.ids,
+            self.weights,
+            compute=self.compute,
+            num_threads=num_threads,
+            scratch=scratch or Scratch(),
+            out=out,
+        )
 
     def assert_right(self, num_threads: int = 1) -> None:
         expected = expert_layer(self.x, self.experts, self.ids, self.weights, self.compute)
@@ -138,15 +165,32 @@ def test_a_token_may_choose_every_expert_and_one_twice(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", [cases(KINDS)[0], cases(KINDS)[-1]], ids=case_name)
-@pytest.mark.parametrize("num_tokens", [1365, 1366, 2730, 2732])
-def test_long_prompts_are_done_in_parts(case: Case, num_tokens: int) -> None:
-    """Of 4096 choices: one part, one token more, two parts, two and two tokens."""
+@pytest.mark.parametrize("num_tokens", [600, 601, 1000])
+def test_long_prompts_are_done_in_parts(
+    monkeypatch: pytest.MonkeyPatch, case: Case, num_tokens: int
+) -> None:
+    """Each within the bound on scratch, all about as long, the last one perhaps shorter."""
+    monkeypatch.setattr(experts_module, "_PART_BYTES", 200_000)
     layer = Layer(case, num_tokens=num_tokens, num_experts=5, top_k=3, hidden=9, width=5)
+    scratch = Scratch()
 
-    whole = layer.run(num_threads=2)
+    parts = layer.links(np.empty(layer.x.shape, np.float32), scratch=scratch)[1::2]
 
-    expected = expert_layer(layer.x, layer.experts, layer.ids, layer.weights, layer.compute)
-    assert_within(whole, expected)
+    sizes = [part.call.num_tokens for part in parts]
+    assert len(sizes) > 1 and sum(sizes) == num_tokens
+    assert sizes[0] - sizes[-1] < len(sizes)
+    # 24 tokens * 128 rows * 8 bytes for each of two threads; cache lines; and a quarter more
+    assert scratch.num_bytes <= 1.25 * (200_000 + 2 * 24 * 128 * 8 + 1000)
+    layer.assert_right(num_threads=2)
+
+
+def test_a_part_may_be_one_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never none, however little scratch there may be."""
+    monkeypatch.setattr(experts_module, "_PART_BYTES", 1)
+    layer = Layer(cases(KINDS)[0], num_tokens=3)
+
+    assert len(layer.links(np.empty(layer.x.shape, np.float32))) == 2 * 3
+    layer.assert_right()
 
 
 @every_kind
@@ -157,8 +201,12 @@ def test_wide_layers_are_right(case: Case) -> None:
 
 @every_kind
 @pytest.mark.parametrize("num_tokens", [1, 7, 40])
-def test_any_number_of_threads_gives_the_same_bits(case: Case, num_tokens: int) -> None:
-    """One thread, two and three."""
+@pytest.mark.parametrize("part_bytes", [1 << 28, 40_000])
+def test_any_number_of_threads_gives_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch, case: Case, num_tokens: int, part_bytes: int
+) -> None:
+    """One thread, two and three; in one part and in several."""
+    monkeypatch.setattr(experts_module, "_PART_BYTES", part_bytes)
     layer = Layer(case, num_tokens=num_tokens, hidden=70, width=300)
 
     one = layer.run()
@@ -292,3 +340,133 @@ def test_a_blob_of_another_size_is_refused() -> None:
         PackedExperts(blob=np.zeros(4 * size, np.uint8)[::2], **whole)
     with pytest.raises(ValueError, match="int8"):
         PackedExperts(blob=np.zeros(2 * size, np.int8), **whole)
+
+
+def test_links_run_again_read_their_arrays_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same twice; then other tokens, choices and weights in the same arrays, in parts too."""
+    layer = Layer(cases(KINDS)[0], num_tokens=40, num_experts=6)
+    for part_bytes in (1 << 28, 30_000):
+        monkeypatch.setattr(experts_module, "_PART_BYTES", part_bytes)
+        out = np.full(layer.x.shape, np.nan, np.float32)
+        links = layer.links(out)
+        assert (len(links) > 2) is (part_bytes == 30_000)
+        chain = Chain(links, num_threads=2)
+        for _ in range(2):
+            chain.run()
+            np.testing.assert_array_equal(out, layer.run())
+            out[:] = np.nan
+        layer.x[:] = layer.x[::-1].copy()
+        layer.ids[:] = (layer.ids + 1) % 6
+        layer.ids[:30] = [5, 0]
+        layer.weights[:] = layer.weights[::-1].copy()
+
+        chain.run()
+
+        check_experts(links)
+        np.testing.assert_array_equal(out, layer.run())
+
+
+def test_the_arrays_of_links_may_be_exchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All four of them, for whole arrays whatever the parts."""
+    before, after = (Layer(cases(KINDS)[0], num_tokens=40, seed=seed) for seed in (1, 2))
+    after.experts = before.experts
+    for part_bytes in (1 << 28, 30_000):
+        monkeypatch.setattr(experts_module, "_PART_BYTES", part_bytes)
+        first, second = (np.full(before.x.shape, np.nan, np.float32) for _ in range(2))
+        links = before.links(first)
+        for sort, work in zip(links[::2], links[1::2], strict=True):
+            sort.call.ids = after.ids.ctypes.data
+            work.call.x, work.call.weights = after.x.ctypes.data, after.weights.ctypes.data
+            work.call.out = second.ctypes.data
+
+        Chain(links, num_threads=2).run()
+
+        np.testing.assert_array_equal(second, after.run())
+        assert np.isnan(first).all()
+
+
+@pytest.mark.parametrize("num_tokens", [1, 30])
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_a_router_and_two_layers_are_one_chain(num_tokens: int, num_threads: int) -> None:
+    """What earlier links write is what later ones read, and all share one scratch."""
+    case = cases(KINDS)[0]
+    one, two = (Layer(case, num_tokens=num_tokens, seed=seed) for seed in (1, 2))
+    gate = matrix_of(np.random.default_rng(3).random((4, 37), np.float32), case[0]).packed
+    scratch = Scratch()
+    logits = np.empty((num_tokens, 4), np.float32)
+    linear(one.x, gate, compute="float", num_threads=1, scratch=scratch, out=logits)
+    route(logits, 2, True, one.ids, one.weights)
+    two.x = one.run()
+    expected = two.run()
+    first, second = (np.full(one.x.shape, np.nan, np.float32) for _ in range(2))
+    one.ids[:], one.weights[:], logits[:] = 99, np.nan, np.nan
+    two.x = first
+
+    chain = Chain(
+        [
+            linear_link(
+                one.x, gate, compute="float", num_threads=num_threads, scratch=scratch, out=logits
+            ),
+            route_link(logits, 2, True, one.ids, one.weights),
+            *one.links(first, num_threads, scratch),
+            *two.links(second, num_threads, scratch),
+        ],
+        num_threads=num_threads,
+    )
+    chain.run()
+
+    check_experts(chain.links)
+    np.testing.assert_array_equal(second, expected)
+
+
+def test_a_bad_choice_stops_its_layer_and_no_other() -> None:
+    """Its output is not written, the next link runs, and a good choice later is forgiven."""
+    bad, good = (Layer(cases(KINDS)[0], seed=seed) for seed in (1, 2))
+    first, second = (np.full(bad.x.shape, np.nan, np.float32) for _ in range(2))
+    chain = Chain((*bad.links(first), *good.links(second)), num_threads=2)
+    chain.run()
+    kept = bad.ids[3, 1]
+    bad.ids[3, 1] = 4
+    first[:] = second[:] = np.nan
+
+    chain.run()
+
+    with pytest.raises(ValueError, match=r"^ids are 0 to 4 but must be 0 to 3$"):
+        check_experts(chain.links)
+    assert np.isnan(first).all()
+    np.testing.assert_array_equal(second, good.run())
+
+    bad.ids[3, 1] = kept
+    chain.run()
+
+    check_experts(chain.links)
+    np.testing.assert_array_equal(first, bad.run())
+
+
+_RUN = """
+import sys
+import numpy as np
+from cpu_kernels.experts import PackedExperts, expert_bytes, run_experts
+from cpu_kernels.formats import WeightFormat
+from cpu_kernels.scratch import Scratch
+format = WeightFormat(kind="bfloat16")
+experts = PackedExperts(
+    blob=np.zeros(2 * expert_bytes(format, 32, 16), np.uint8),
+    weight_format=format, num_experts=2, hidden=32, width=16,
+)
+out = np.full((3, 32), np.nan, np.float32)
+ids, weights = np.ones((3, 1), np.int64), np.ones((3, 1), np.float32)
+run_experts(np.ones((3, 32), np.float32), experts, ids, weights,
+    compute="float", num_threads=2, scratch=Scratch(), out=out)
+print((out == 0).all(), "numba" in sys.modules)
+"""
+
+
+def test_compiled_once_numba_is_not_loaded() -> None:
+    """A second process takes the object code from the folder."""
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-W", "error", "-c", _RUN], capture_output=True, text=True, check=True
+        )
+
+    assert done.stdout == "True False\n"

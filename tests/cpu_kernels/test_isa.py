@@ -104,23 +104,18 @@ def test_this_process_knows_its_vendor_and_may_be_lowered() -> None:
 
 
 @pytest.fixture(scope="module")
-def checks(pytestconfig: pytest.Config) -> Iterator[dict[IsaLevel, subprocess.Popen[str]]]:
-    """Every kernel on every lower rung, at once: each compiles for 25 s the first time.
-
-    A folder for each: processes that add to one of numba's caches at once may mix up its files.
-    """
-    assert pytestconfig.cache is not None
-    folders = {level: str(pytestconfig.cache.mkdir(f"numba-{level}")) for level in LOWERED}
+def checks() -> Iterator[dict[IsaLevel, subprocess.Popen[str]]]:
+    """Every kernel on every lower rung, at once: each compiles for 25 s the first time."""
     running = {
         level: subprocess.Popen(
             [sys.executable, "-W", "error", "-m", "tests.cpu_kernels.every_kernel"],
-            env=os.environ | {ENVIRONMENT_VARIABLE: level, "NUMBA_CACHE_DIR": folder},
+            env=os.environ | {ENVIRONMENT_VARIABLE: level},
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for level, folder in folders.items()
+        for level in LOWERED
     }
     yield running
     for process in running.values():
@@ -142,20 +137,17 @@ def test_every_kernel_is_right_on_a_lower_rung(
 
 
 _NO_WIDE_REGISTERS = """
-import numpy as np
-from cpu_kernels import memory_read
-memory_read.read_memory(np.zeros(4096, np.uint8), num_threads=1)
-code = memory_read._compiled()._library.get_asm_str()
-print(code.count('zmm'))
+from cpu_kernels.compiling import assembly
+print(assembly("memory_read_kernels", "make_read").count("zmm"))
 """
 
 
 @pytest.mark.skipif("avx2" not in LOWERED, reason="needs a processor with more than AVX2")
-def test_whatever_is_compiled_first_is_compiled_for_the_rung(tmp_path: Path) -> None:
+def test_whatever_is_compiled_first_is_compiled_for_the_rung() -> None:
     """A read of memory, before any kernel has asked for the rung, uses no AVX-512 either."""
     done = subprocess.run(
         [sys.executable, "-c", _NO_WIDE_REGISTERS],
-        env=os.environ | {ENVIRONMENT_VARIABLE: "avx2", "NUMBA_CACHE_DIR": str(tmp_path)},
+        env=os.environ | {ENVIRONMENT_VARIABLE: "avx2"},
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import ctypes
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -14,13 +15,16 @@ from cpu_kernels import microkernels
 from cpu_kernels.formats import PANEL_ROWS, WeightFormat, pack
 from cpu_kernels.isa import Isa, IsaLevel, Vendor
 from cpu_kernels.microkernels import (
+    COMPUTE_NUMBERS,
     MAX_BLOCK_TOKENS,
+    MIN_TILE_TOKENS,
     Compute,
     block_tokens,
     blocking,
     computes,
     fastest_compute,
     kernel_address,
+    uses_tiles,
 )
 from tests.cpu_kernels.exact_products import KINDS, case_name, cases
 
@@ -28,17 +32,20 @@ Case = tuple[WeightFormat, Compute]
 _KERNEL = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 10)
 
 
-def block_of(
-    x_MK: NDArray[np.float32], format: WeightFormat, compute: Compute
-) -> NDArray[np.uint8]:
-    """x as the module's docstring lays it out, then its scales and sums: written out by hand."""
+def block_of(x_MK: NDArray[np.float32], compute: Compute) -> NDArray[np.uint8]:
+    """x as the module's docstring lays it out: written out by hand."""
     num_tokens, num_columns = x_MK.shape
     padded = np.zeros((num_tokens, -(-num_columns // 16) * 16), np.float32)
     padded[:, :num_columns] = x_MK
     if compute == "float":
         return np.ascontiguousarray(padded.T).view(np.uint8).ravel()
+    halves = (padded.view(np.uint32) >> 16).astype(np.uint16)
+    if uses_tiles(compute) and num_tokens >= MIN_TILE_TOKENS:
+        codes = padded.astype(np.int8) if compute == "int8" else halves
+        unit = 64 // codes.itemsize
+        units = [codes[:, at : at + unit].ravel() for at in range(0, padded.shape[1], unit)]
+        return np.concatenate(units).view(np.uint8)
     if compute == "bfloat16":
-        halves = (padded.view(np.uint32) >> 16).astype(np.uint16)
         return halves.reshape(num_tokens, -1, 2).transpose(1, 0, 2).copy().view(np.uint8).ravel()
     codes = padded.astype(np.int8).reshape(num_tokens, -1, 4).transpose(1, 0, 2).copy()
     return codes.view(np.uint8).ravel()
@@ -64,7 +71,7 @@ def test_every_kernel_multiplies_whole_numbers_exactly(case: Case, num_panels: i
     blob = pack(weight, format)
     for num_tokens in block_tokens(compute):
         x = rng.integers(-127, 128, (num_tokens, num_columns)).astype(np.float32)
-        block = block_of(x, format, compute)
+        block = block_of(x, compute)
         starts = range(0, num_columns, group_size or num_columns)
         sums = [x[:, first : first + group_size].sum(axis=1) for first in starts]
         scales = np.full((num_groups, num_tokens), 0.5, np.float32).view(np.int32)
@@ -131,6 +138,7 @@ def test_every_number_of_tokens_has_blocks_whose_sums_fit_the_registers(
 ) -> None:
     """32 registers of 16 lanes, or 16 of 8; int8 has two sums for each token and panel."""
     monkeypatch.setattr(microkernels, "isa", lambda: machine(level, vendor))
+    monkeypatch.setattr(microkernels, "tiles", lambda: None)
     has_avx512 = machine(level).has("avx512")
     registers, lanes = (32, 16) if has_avx512 else (16, 8)
     sizes = block_tokens(compute)
@@ -142,3 +150,16 @@ def test_every_number_of_tokens_has_blocks_whose_sums_fit_the_registers(
         walk = blocking(compute, num_tokens)
         sums = num_tokens * max(walk.panels, walk.ways) * (2 if compute == "int8" else 1)
         assert sums * PANEL_ROWS // lanes <= registers, (num_tokens, walk)
+
+
+def test_tiles_take_blocks_that_vectors_have_no_registers_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of up to 32 tokens, and of one and two as before; "float" stays on vectors."""
+    monkeypatch.setattr(microkernels, "isa", lambda: machine("amx"))
+    monkeypatch.setattr(microkernels, "tiles", lambda: "processor")
+    assert block_tokens("bfloat16") == block_tokens("int8") == (32, 16, 8, 4, 2, 1)
+    assert block_tokens("float") == (24, 16, 8, 4, 2, 1)
+    assert [COMPUTE_NUMBERS[compute] for compute in get_args(Compute)] == [0, 3, 4]
+    monkeypatch.setattr(microkernels, "tiles", lambda: None)
+    assert [COMPUTE_NUMBERS[compute] for compute in get_args(Compute)] == [0, 1, 2]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -219,3 +221,26 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
         unpack_into(blob, format, weight, num_threads=1)
     with pytest.raises(ValueError, match="0 x 8"):
         unpack_into(blob, format, weight[:0], num_threads=1)
+
+
+_RUN = """
+import sys
+import numpy as np
+from cpu_kernels.formats import WeightFormat
+from cpu_kernels.packing import pack_into, unpack_into
+format = WeightFormat(kind="float32")
+blob, out = np.empty(16 * 4, np.uint8), np.empty((1, 1), np.float32)
+pack_into(np.full((1, 1), 7, np.float32), format, blob, num_threads=2)
+unpack_into(blob, format, out, num_threads=2)
+print(out[0, 0], "numba" in sys.modules)
+"""
+
+
+def test_compiled_once_numba_is_not_loaded() -> None:
+    """A second process takes the object code from the folder."""
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-W", "error", "-c", _RUN], capture_output=True, text=True, check=True
+        )
+
+    assert done.stdout == "7.0 False\n"

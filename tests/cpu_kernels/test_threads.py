@@ -1,8 +1,7 @@
-"""Threads: core counts are those the process may use, and every parallel call runs to its end."""
+"""Threads: core counts are those the process may use, and each has its place."""
 
 from __future__ import annotations
 
-import ctypes
 import os
 import sys
 import threading
@@ -14,9 +13,9 @@ from cpu_kernels import threads
 from cpu_kernels.threads import (
     available_cores,
     cgroup_quota_cores,
-    fork_join,
     physical_cores,
     pin_current_thread,
+    placement,
 )
 
 _on_linux = pytest.mark.skipif(sys.platform != "linux", reason="affinity and cgroups are Linux's")
@@ -83,36 +82,26 @@ def test_pinning_binds_only_the_calling_thread() -> None:
     assert os.sched_getaffinity(0) == before
 
 
-_lock = threading.Lock()
-
-
-def _count_call(argument: int) -> None:
-    with _lock:
-        ctypes.c_int64.from_address(argument).value += 1
-
-
-def _calls(num_threads: int) -> int:
-    counter = ctypes.c_int64(0)
-    function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(_count_call)
-    body = ctypes.cast(function, ctypes.c_void_p).value
-    assert body is not None
-    fork_join(body, ctypes.addressof(counter), num_threads)
-    return counter.value
-
-
-def test_one_thread_is_one_call() -> None:
-    """With one thread the body runs once, on the caller."""
-    assert _calls(1) == 1
-
-
-@pytest.mark.parametrize("num_threads", [2, 3])
-def test_threads_all_return_before_the_join(num_threads: int) -> None:
-    """At least one and at most the asked number of calls have ended when fork_join returns."""
-    assert 1 <= _calls(num_threads) <= num_threads
-
-
-def test_without_openmp_python_threads_run_the_body(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The fallback makes every call."""
-    monkeypatch.setattr(threads, "openmp_parallel", lambda: None)
-
-    assert _calls(3) == 3
+@pytest.mark.parametrize(
+    ("siblings", "num_threads", "expected"),
+    [
+        (["0-1", "0-1", "2-3", "2-3"], 2, [{0, 1}, {2, 3}]),
+        (["0,2", "1,3", "0,2", "1,3"], 1, [{0, 2}]),
+        (["0-1", "0-1", "2-3", "2-3"], 3, [{0}, {1}, {2}]),
+        (["0-1", "0-1", "2-3", "2-3"], 5, [{0, 1, 2, 3}] * 5),
+        ([], 2, [{0}, {1}]),  # a machine that does not tell which are siblings
+    ],
+)
+def test_threads_get_a_physical_core_each_while_there_are_enough(
+    siblings: list[str],
+    num_threads: int,
+    expected: list[set[int]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for core, text in enumerate(siblings):
+        (tmp_path / str(core)).write_text(f"{text}\n")
+    monkeypatch.setattr(threads, "_TOPOLOGY", str(tmp_path / "{}"))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3}, raising=False)
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert placement(num_threads) == expected

@@ -15,8 +15,9 @@ import click
 import pytest
 
 import hetero
+from cpu_kernels.compiling import FOLDER_VARIABLE
 from hetero.cli import main
-from hetero.cli.machine import ACCELERATORS, DTYPES, QUANTIZATIONS, STRATEGIES, use_numba_cache
+from hetero.cli.machine import ACCELERATORS, DTYPES, QUANTIZATIONS, STRATEGIES, use_kernel_cache
 from hetero.cli.main import SHORT_HELP, cli, run_command
 from hetero.cli.run import PROGRESS_CHOICES
 from hetero.errors import ExitCode, HeteroError, ModelFolderError
@@ -207,27 +208,27 @@ def test_a_closed_pipe_is_no_news(stored_profile: HardwareProfile) -> None:
     assert stderr == b""
 
 
-def test_numba_keeps_its_cache_in_a_private_folder(
+def test_kernels_are_kept_in_a_private_folder(
     cache_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("NUMBA_CACHE_DIR")
-    use_numba_cache()
-    folder = Path(os.environ["NUMBA_CACHE_DIR"])
-    assert folder == cache_home / "hetero" / "numba"
+    monkeypatch.delenv(FOLDER_VARIABLE)
+    use_kernel_cache()
+    folder = Path(os.environ[FOLDER_VARIABLE])
+    assert folder == cache_home / "hetero" / "kernels"
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
-def test_a_set_numba_cache_is_kept(cache_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NUMBA_CACHE_DIR", "/elsewhere")
-    use_numba_cache()
-    assert os.environ["NUMBA_CACHE_DIR"] == "/elsewhere"
+def test_a_set_kernel_cache_is_kept(cache_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FOLDER_VARIABLE, "/elsewhere")
+    use_kernel_cache()
+    assert os.environ[FOLDER_VARIABLE] == "/elsewhere"
 
 
 def test_help_needs_no_cache_folder(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A home that cannot be written to is no reason to withhold help."""
-    monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
+    monkeypatch.delenv(FOLDER_VARIABLE, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/none")
     assert run_command(["run", "--help"]) == 0
     assert "--max-tokens" in capsys.readouterr().out

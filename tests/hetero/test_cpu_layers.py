@@ -13,7 +13,8 @@ from torch import Tensor
 from hetero.model import attention, cpu_layers, head, mlp, moe
 from hetero.model.attention import as_array
 from hetero.model.batch import BatchTensors
-from hetero.model.cpu_layers import CpuKernels, as_tensor
+from hetero.model.cpu_layers import as_tensor
+from hetero.model.cpu_workspace import CpuKernels
 from hetero.model.families import module_layout
 from hetero.model.packed import PackedModule, pack_module
 from hetero.model.rotary import rotary_frequencies

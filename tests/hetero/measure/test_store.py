@@ -17,7 +17,7 @@ from hetero.measure.store import (
     find_profile,
     load_or_measure,
     machine_names,
-    numba_cache_dir,
+    kernel_cache_dir,
     private_folder,
     store_profile,
     stored_profile,
@@ -67,8 +67,8 @@ def test_cache_dir_needs_a_home() -> None:
 
 
 def test_folders_are_made_for_the_owner_only(tmp_path: Path) -> None:
-    """Mode 0700 for the cache and for numba's folder in it."""
-    folder = numba_cache_dir(tmp_path / "a" / "hetero")
+    """Mode 0700 for the cache and for the kernels' folder in it."""
+    folder = kernel_cache_dir(tmp_path / "a" / "hetero")
     for made in (folder, folder.parent):
         assert stat.S_IMODE(made.stat().st_mode) == 0o700
 

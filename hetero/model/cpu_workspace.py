@@ -1,0 +1,125 @@
+"""What the CPU's layers keep between steps: memory, and each layer's chain of kernels.
+
+A decode step of one token spends as long in Python as in kernels if every kernel is called anew.
+So the chain of a layer is built once for each number of tokens, over arrays that stay in place,
+and a step only tells it where its hidden states are.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from cpu_kernels.calls import Chain, Link
+from cpu_kernels.scratch import Scratch
+from hetero.model.attention import LayerKV, as_array
+
+# Numbers of tokens whose chains are kept: those of decode steps as sequences come and go. A layer's
+# take some 10 KB. Of prefill steps, whose arrays are large, only the last one's are.
+_MAX_WORKSPACES = 32
+_FEW_TOKENS = 64
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Program:
+    """A layer's chain. `run` tells its calls where x is and where out is to be.
+
+    `keeps` is what the chain was built for and must outlive it.
+    """
+
+    chain: Chain
+    reads_x: Sequence[ctypes.Structure]
+    writes_out: Sequence[ctypes.Structure]
+    keeps: tuple[object, ...]
+
+    def run(self, x: NDArray[Any], out: NDArray[Any]) -> NDArray[Any]:
+        """Run it on arrays of the shapes and formats that it was built for; returns out."""
+        assert x.flags.c_contiguous and out.flags.c_contiguous
+        x_at, out_at = x.ctypes.data, out.ctypes.data
+        for call in self.reads_x:
+            call.x = x_at
+        for call in self.writes_out:
+            call.out = out_at
+        self.chain.run()
+        return out
+
+
+class Workspace:
+    """Arrays and chains of steps of one number of tokens. Mutable; one step at a time."""
+
+    def __init__(self, memory: dict[str, Scratch], num_threads: int) -> None:
+        self._memory = memory
+        self._num_threads = num_threads
+        self._arrays: dict[str, NDArray[Any]] = {}
+        self._programs: dict[Hashable, Program] = {}
+
+    def array(self, name: str, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+        """The array of this name, of any contents; steps of all sizes share its memory."""
+        found = self._arrays.get(name)
+        if found is None or found.shape != shape or found.dtype != dtype:
+            num_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+            memory = self._memory.setdefault(name, Scratch()).take(num_bytes)
+            found = self._arrays[name] = memory[:num_bytes].view(dtype).reshape(shape)
+        return found
+
+    def program(
+        self,
+        key: Hashable,
+        keeps: tuple[object, ...],
+        build: Callable[[], tuple[Sequence[Link], Sequence[Link], Sequence[Link]]],
+    ) -> Program:
+        """The program of a key, built at first, and again for others than it `keeps`.
+
+        `build` returns all links, those that read x, and those that write out.
+        """
+        found = self._programs.get(key)
+        if found is None or any(
+            new is not old for new, old in zip(keeps, found.keeps, strict=True)
+        ):
+            links, reads_x, writes_out = build()
+            # 0 items: how many is found when it runs
+            is_small = all(link.call.num_items == 1 for link in links)
+            found = self._programs[key] = Program(
+                Chain(links, num_threads=1 if is_small else self._num_threads),
+                [link.call for link in reads_x],
+                [link.call for link in writes_out],
+                keeps,
+            )
+        return found
+
+
+@dataclass(slots=True, kw_only=True)
+class CpuKernels:
+    """How the CPU computes: threads, and what calls use again. Mutable; one step at a time."""
+
+    num_threads: int
+    inv_freq_F: NDArray[np.float32]
+    scratch: Scratch = field(default_factory=Scratch)
+    _memory: dict[str, Scratch] = field(default_factory=dict)
+    _workspaces: OrderedDict[int, Workspace] = field(default_factory=OrderedDict)
+    _pages: dict[int, tuple[LayerKV, NDArray[Any], NDArray[Any]]] = field(default_factory=dict)
+
+    def workspace(self, num_tokens: int) -> Workspace:
+        """Where steps of so many tokens are done."""
+        found = self._workspaces.get(num_tokens)
+        if found is None:
+            if num_tokens > _FEW_TOKENS:
+                for other in [size for size in self._workspaces if size > _FEW_TOKENS]:
+                    del self._workspaces[other]
+            elif len(self._workspaces) >= _MAX_WORKSPACES:
+                self._workspaces.popitem(last=False)
+            found = self._workspaces[num_tokens] = Workspace(self._memory, self.num_threads)
+        self._workspaces.move_to_end(num_tokens)
+        return found
+
+    def pages_of(self, kv: LayerKV) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Keys and values of a layer as arrays, made once: a view costs 10 us."""
+        if id(kv) not in self._pages:
+            self._pages[id(kv)] = (kv, as_array(kv.key), as_array(kv.value))
+        return self._pages[id(kv)][1:]
