@@ -19,6 +19,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from cpu_kernels.compiling import code_address
 from cpu_kernels.pool import pool
 
@@ -42,7 +45,7 @@ def call_fields(*names: str) -> list[tuple[str, Any]]:
 class ChainCall(ctypes.Structure):
     """What the threads of a chain see."""
 
-    _fields_ = call_fields("links", "num_links", "num_threads")
+    _fields_ = call_fields("links", "num_links", "num_threads", "times")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,17 +75,19 @@ class Chain:
     >>> Chain((), num_threads=1).run()
     """
 
-    __slots__ = ("_address", "_call", "_links", "_num_threads", "_words", "links")
+    __slots__ = ("_address", "_call", "_num_threads", "_times", "_words", "links")
 
     def __init__(self, links: Sequence[Link], *, num_threads: int) -> None:
         self.links = tuple(links)
         words = [word for link in links for word in (link.body, ctypes.addressof(link.call))]
         self._words = (ctypes.c_int64 * len(words))(*words)
+        self._times = (ctypes.c_int64 * (len(links) + 1))()
         self._num_threads = num_threads
         self._call = ChainCall(
             links=ctypes.addressof(self._words),
             num_links=len(links),
             num_threads=num_threads,
+            times=ctypes.addressof(self._times),
         )
         self._address = ctypes.addressof(self._call)
 
@@ -96,6 +101,21 @@ class Chain:
                 threads.grow(self._num_threads - 1)
             threads.wake()
             _enter()(self._address, threads.address)
+
+    def shares(self, num_links: NDArray[np.intp]) -> list[float]:
+        """The part of the last run's time that had gone when so many links were done, 0 to 1.
+
+        Parameters
+        ----------
+        num_links
+            Ascending counts of links, from the first on.
+        """
+        gone = np.frombuffer(self._times, np.int64)
+        gone = gone - gone[0]
+        if gone[-1] <= 0:  # no clock
+            gone = np.arange(len(gone))
+        shares: list[float] = (gone[num_links] / gone[-1]).clip(0.0, 1.0).tolist()
+        return shares
 
 
 def run_link(link: Link, *, num_threads: int) -> None:

@@ -12,7 +12,7 @@ from cpu_kernels.calls import (
     ChainCall,
 )
 from cpu_kernels.compiling import Source
-from cpu_kernels.panel_ops import call_body, load_atomically, relax, yield_core
+from cpu_kernels.panel_ops import call_body, clock, load_atomically, relax, yield_core
 from cpu_kernels.pool import ASLEEP, CHAIN, INSIDE, NUMBER, OFFERED, TAKEN
 from cpu_kernels.simd import call_at, fetch_add, pointer_at
 from cpu_kernels.work_items import claim_item, claim_worker, finish_item, wait_for
@@ -31,6 +31,7 @@ def make_enter_chain() -> Source:
         _clear(address)
         for index in range(chain.num_links):
             _clear(links[2 * index + 1])
+        pointer_at(chain.times, np.int64)[0] = clock()
         if pool == 0:
             _run_chain(address)
             return
@@ -80,7 +81,7 @@ def make_work() -> Source:
 @numba.njit(nogil=True, error_model="numpy")
 def _run_chain(address: int) -> None:
     chain = call_at(address, _CHAIN)
-    links = pointer_at(chain.links, np.int64)
+    links, times = pointer_at(chain.links, np.int64), pointer_at(chain.times, np.int64)
     worker = claim_worker(address)
     if worker >= chain.num_threads:
         return
@@ -95,6 +96,7 @@ def _run_chain(address: int) -> None:
             item = claim_item(call)
         if index + 1 < chain.num_links:
             wait_for(call, DONE, num_items)
+        times[index + 1] = clock()  # all threads write: whoever is last is right
 
 
 @numba.njit(nogil=True, error_model="numpy")

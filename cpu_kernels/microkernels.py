@@ -167,9 +167,12 @@ def blocking(compute: Compute, num_tokens: int) -> Blocking:
         return Blocking(panels=1, ahead=0, ways=ways if num_tokens <= 2 else 1)
     if isa().vendor != "intel":
         return Blocking(panels=1, ahead=0, ways=ways)
-    # int8 has an int32 and a float32 sum for every token and panel
-    most = 8 if compute == "int8" else 16
-    panels = max(count for count in (1, 2, 4) if count == 1 or count * num_tokens <= most)
+    if compute == "int8":
+        # An int32 and a float32 sum for every token and panel: the second, which is needed once a
+        # group, may leave the registers. Two panels of 8 tokens are 1.4 times as fast as one.
+        panels = 4 if num_tokens <= 2 else 2 if num_tokens <= 8 else 1
+        return Blocking(panels=panels, ahead=1024 if panels > 1 else 0, ways=ways)
+    panels = max(count for count in (1, 2, 4) if count == 1 or count * num_tokens <= 16)
     return Blocking(panels=panels, ahead=2048 if panels > 1 else 0, ways=ways)
 
 

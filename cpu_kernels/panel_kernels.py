@@ -16,6 +16,7 @@ from cpu_kernels.panel_ops import (
     add_scaled_step,
     add_steps,
     fold_group,
+    prefetch_at,
     start_int_sums,
     store_sums,
     zero_sums,
@@ -65,8 +66,11 @@ def _plain_kernel(kind: int, tokens: int, walk: Blocking) -> Source:
         while at_once > 1 and num_panels - panel >= at_once:
             sums = zero_sums(tokens, at_once, 1)
             at, x_at = panels + panel * panel_bytes, x
+            last = at + panel_bytes - ahead
             for _step in range(steps):
-                sums = add_steps(sums, kind, 1, at, panel_bytes, ahead, x_at)
+                # at the end of a panel, the start of the one that this stream goes on with
+                far = ahead if at < last else ahead + (at_once - 1) * panel_bytes
+                sums = add_steps(sums, kind, 1, at, panel_bytes, far, x_at)
                 at += 64
                 x_at += x_step
             store_sums(y + 64 * panel, 4 * y_stride, sums)
@@ -150,6 +154,7 @@ def _byte_kernel(kind: int, zero_code: int, tokens: int, walk: Blocking) -> Sour
         while at_once > 1 and num_panels - panel >= at_once:
             totals = zero_sums(tokens, at_once, 1)
             at, x_at, group_at = panels + panel * panel_bytes, x, 0
+            last = at + panel_bytes - ahead
             scale_at = scales + panel * groups * 32
             zero_at = zeros + panel * groups * 16
             for first in range(0, num_columns, group_size):
@@ -157,8 +162,13 @@ def _byte_kernel(kind: int, zero_code: int, tokens: int, walk: Blocking) -> Sour
                     tokens, at_once, 1, zero_code, zero_at, groups, x_sums + group_at
                 )
                 count = min(group_size, num_columns - first)
+                # At the end of a panel, the start of the one that this stream goes on with; and
+                # the scales of these, a stream of its own.
+                far = ahead if at < last else ahead + (at_once - 1) * panel_bytes
+                for next_panel in range(at_once):
+                    prefetch_at(scale_at + (at_once + next_panel) * groups * 32)
                 for _step in range((count + columns - 1) // columns):
-                    sums = add_byte_steps(sums, kind, 1, at, panel_bytes, ahead, x_at)
+                    sums = add_byte_steps(sums, kind, 1, at, panel_bytes, far, x_at)
                     at += 64
                     x_at += x_step
                 totals = fold_group(totals, sums, scale_at, groups, x_scales + group_at)

@@ -9,6 +9,7 @@ bytes.
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 from typing import Any
 
@@ -118,6 +119,22 @@ def _load_words(builder: Any, address: Any) -> Any:
     return builder.load(_pointer(builder, address, _WORDS), align=4)
 
 
+def _is_none(ahead: Any) -> bool:
+    """Is a distance of prefetches the constant 0?"""
+    return isinstance(ahead, types.IntegerLiteral) and ahead.literal_value == 0
+
+
+@_operation
+def prefetch_at(_: Any, address: Any) -> Any:
+    """Ask for the cache line at any address."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _prefetch(builder, arguments[0])
+        return context.get_dummy_value()
+
+    return types.none(types.intp), generate
+
+
 def _prefetch(builder: Any, address: Any) -> None:
     # read, keep in every cache level, data
     flags = [ir.Constant(_I32, flag) for flag in (0, 3, 1)]
@@ -185,17 +202,17 @@ def add_steps(
     bytes on is asked for already, if that is not 0.
     """
     what, num_steps = kind.literal_value, steps.literal_value
-    num_ahead = ahead.literal_value
+    has_ahead = not _is_none(ahead)
     pairs = what == BFLOAT16_PAIRS
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        value, _, _, start, stride, _, x = arguments
+        value, _, _, start, stride, distance, x = arguments
         for panel in range(sums.panels):
             way, x_at = 0, x
             for step in range(num_steps):
                 at = _offset(builder, start, STEP_BYTES * step)
-                if num_ahead:
-                    _prefetch(builder, _offset(builder, at, num_ahead))
+                if has_ahead:
+                    _prefetch(builder, builder.add(at, distance))
                 words = _load_words(builder, at)
                 if pairs:
                     first = sums.index(panel, way, 0)
@@ -209,7 +226,8 @@ def add_steps(
             start = builder.add(start, stride)
         return value
 
-    signature = sums(sums, kind, steps, types.intp, types.intp, ahead, types.intp)
+    distance_type = types.intp if has_ahead else ahead
+    signature = sums(sums, kind, steps, types.intp, types.intp, distance_type, types.intp)
     return signature, generate
 
 
@@ -302,17 +320,17 @@ def add_byte_steps(
 ) -> Any:
     """Add the products of some steps of every panel, of int8 or int4 codes and int8 x."""
     is_int4, num_steps = kind.literal_value == INT4, steps.literal_value
-    num_ahead = ahead.literal_value
+    has_ahead = not _is_none(ahead)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        value, _, _, start, stride, _, x = arguments
+        value, _, _, start, stride, distance, x = arguments
         nibbles = _all_lanes(_WORDS, 0x0F0F0F0F)
         for panel in range(sums.panels):
             way, x_at = 0, x
             for step in range(num_steps):
                 at = _offset(builder, start, STEP_BYTES * step)
-                if num_ahead:
-                    _prefetch(builder, _offset(builder, at, num_ahead))
+                if has_ahead:
+                    _prefetch(builder, builder.add(at, distance))
                 words = _load_words(builder, at)
                 parts = [words]
                 if is_int4:
@@ -330,7 +348,8 @@ def add_byte_steps(
             start = builder.add(start, stride)
         return value
 
-    signature = sums(sums, kind, steps, types.intp, types.intp, ahead, types.intp)
+    distance_type = types.intp if has_ahead else ahead
+    signature = sums(sums, kind, steps, types.intp, types.intp, distance_type, types.intp)
     return signature, generate
 
 
@@ -429,11 +448,17 @@ def store_sums(_: Any, address: Any, stride: Any, sums: Any) -> Any:
 
 
 def _scatter(builder: Any, address: Any, stride: Any, values: Any) -> None:
-    for lane in range(values.type.count):
-        element = builder.extract_element(values, ir.Constant(_I32, lane))
-        builder.store(element, _pointer(builder, address, element.type), align=4)
-        if lane + 1 < values.type.count:
-            address = builder.add(address, stride)
+    """Write lanes of 4 bytes `stride` bytes apart; at once where they lie side by side."""
+    is_plain = builder.icmp_signed("==", stride, ir.Constant(_I64, 4))
+    with builder.if_else(is_plain, likely=False) as (then, otherwise):
+        with then:
+            builder.store(values, _pointer(builder, address, values.type), align=4)
+        with otherwise:
+            for lane in range(values.type.count):
+                element = builder.extract_element(values, ir.Constant(_I32, lane))
+                builder.store(element, _pointer(builder, address, element.type), align=4)
+                if lane + 1 < values.type.count:
+                    address = builder.add(address, stride)
 
 
 @_operation
@@ -469,8 +494,8 @@ def scatter_bytes(_: Any, address: Any, stride: Any, vector: Any) -> Any:
         address, stride, value = arguments
         lanes = value.type.count
         ints = ir.VectorType(_I32, lanes)
-        # The saturating form: what NaN becomes is then known.
-        whole = _call(builder, f"llvm.fptosi.sat.v{lanes}i32.v{lanes}f32", ints, [value])
+        # What NaN becomes is not defined, and not used: its group's scale is NaN.
+        whole = builder.fptosi(value, ints)
         values = builder.trunc(whole, ir.VectorType(_I8, lanes))
         words = builder.bitcast(values, ir.VectorType(_I32, lanes // 4))
         _scatter(builder, address, stride, words)
@@ -561,6 +586,19 @@ def yield_core(_: Any) -> Any:
         return context.get_dummy_value()
 
     return types.none(), generate
+
+
+@_operation
+def clock(_: Any) -> Any:
+    """Read a counter that runs evenly on all cores; 0 where the processor has none we know."""
+    names = {"x86_64": "readcyclecounter", "amd64": "readcyclecounter"}
+    names |= {"aarch64": "readsteadycounter", "arm64": "readsteadycounter"}
+    name = names.get(platform.machine().lower())
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return ir.Constant(_I64, 0) if name is None else _call(builder, f"llvm.{name}", _I64, [])
+
+    return types.int64(), generate
 
 
 @_operation

@@ -92,15 +92,26 @@ def write_columns(
             group = 4 * (column // group_size * tokens + token)
             inverse = _scale_group(rows, row_at + first, count, scales + group)
             total = splat(np.float32(0))
-            for k in range(0, count, LANES):
-                x = _load_row(rows, row_at + first + k, count - k)
-                rounded = nearest_integers(multiply(x, splat(inverse)))
-                if on_tiles:
+            factor = splat(inverse)
+            if on_tiles:
+                for k in range(0, count, LANES):
+                    x = _load_row(rows, row_at + first + k, count - k)
+                    rounded = nearest_integers(multiply(x, factor))
                     place = _place_in_unit(column + k, end, token, tokens, _INT8_UNIT)
                     scatter_bytes(block + place, 4, rounded)
-                else:
-                    scatter_bytes(block + (column + k) * tokens + 4 * token, 4 * tokens, rounded)
-                total = add(total, rounded)
+                    total = add(total, rounded)
+            else:
+                at, stride = block + column * tokens + 4 * token, 4 * tokens
+                whole_vectors = count - count % LANES
+                for k in range(0, whole_vectors, LANES):
+                    rounded = nearest_integers(multiply(load(rows, row_at + first + k), factor))
+                    scatter_bytes(at + k * tokens, stride, rounded)
+                    total = add(total, rounded)
+                if whole_vectors < count:
+                    x = load_first(rows, row_at + first + whole_vectors, count - whole_vectors)
+                    rounded = nearest_integers(multiply(x, factor))
+                    scatter_bytes(at + whole_vectors * tokens, stride, rounded)
+                    total = add(total, rounded)
             # Sums of at most 128 integers of at most 127 are exact in float32.
             whole = np.int32(lane_sum(total)) if inverse > 0 else np.int32(0)
             pointer_at(sums + group, np.int32)[0] = whole
@@ -125,8 +136,13 @@ def _scale_group(rows: Any, row_at: int, count: int, scale_at: int) -> Any:
     A value that is not finite makes the scale NaN, and the factor 0.
     """
     largest, poison = splat(np.float32(0)), splat(np.float32(0))
-    for k in range(0, count, LANES):
-        x = _load_row(rows, row_at + k, count - k)
+    whole_vectors = count - count % LANES
+    for k in range(0, whole_vectors, LANES):
+        x = load(rows, row_at + k)
+        largest = maximum(largest, absolute(x))
+        poison = add(poison, multiply(x, splat(np.float32(0))))
+    if whole_vectors < count:
+        x = load_first(rows, row_at + whole_vectors, count - whole_vectors)
         largest = maximum(largest, absolute(x))
         poison = add(poison, multiply(x, splat(np.float32(0))))
     most = lane_max(largest) + lane_sum(poison)

@@ -228,7 +228,7 @@ class Engine:
         )
         with torch.inference_mode():
             try:
-                timeline = self._executor.run(graph, step.perform)
+                timeline = self._executor.run(graph, step.perform, step.perform_run)
             except torch.OutOfMemoryError as error:
                 raise MemoryBudgetError(
                     f"a {batch.phase} step of {batch.shape.num_tokens} tokens ran out of memory "

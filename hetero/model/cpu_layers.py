@@ -5,7 +5,7 @@ head.py do with torch."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,14 +29,13 @@ from cpu_kernels.linear import PackedMatrix, linear_link
 from cpu_kernels.microkernels import fastest_compute
 from hetero.model.attention import LayerKV, PromptReads, as_array, attend_pages, prompt_reads
 from hetero.model.batch import BatchTensors
-from hetero.model.cpu_workspace import CpuKernels, Workspace
+from hetero.model.cpu_workspace import CpuKernels, Steps
 from hetero.model.moe import Routing
 from hetero.model.packed import PackedModule
 from planner.model_spec import ModelSpec
 
 # Block tables grow by so many blocks at a time: the chains of all layers are built anew for it.
 _TABLE_STEP = 32
-_Links = tuple[Sequence[Link], Sequence[Link], Sequence[Link]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +74,17 @@ class CpuAttentionStep:
     block_tables_SB: NDArray[np.int32]
     context_lens_S: NDArray[np.int32]
     prompts: dict[int | None, tuple[PromptReads, ...]]  # by window; prefill only
+
+    @property
+    def arrays(self) -> tuple[NDArray[Any], ...]:
+        """What chains read: others where a step has other sizes."""
+        return (
+            self.cos_TF,
+            self.sin_TF,
+            self.slots_T,
+            self.block_tables_SB,
+            self.context_lens_S,
+        )
 
 
 def cpu_attention_step(
@@ -124,78 +134,111 @@ def attention_layer(
     window: int | None,
 ) -> NDArray[Any]:
     """x + attention of the normed x; writes the new keys and values into their pages."""
-    space, num_tokens = kernels.workspace(len(x_TD)), len(x_TD)
-    out_TD = np.empty_like(x_TD)
-    key_cache, value_cache = kernels.pages_of(kv)
-    row = spec.num_heads * spec.head_dim
-    q_THK = space.array("q", (num_tokens, spec.num_heads, spec.head_dim), np.float32)
-    keeps = (weights, kv, step.slots_T, step.cos_TF, q_THK)
-
-    def project() -> tuple[Link, ...]:
-        norm, normed_TD = _norm(x_TD, weights, "input_norm", space, spec.norm_eps)
-        product, qkv = _product(normed_TD, weights.matrices["qkv"], "qkv", space, kernels)
-        prepare = prepare_qkv_link(
-            qkv,
-            step.cos_TF,
-            step.sin_TF,
-            step.slots_T,
-            qk_norm=spec.qk_norm,
-            q_norm=weights.vectors.get("q_norm"),
-            k_norm=weights.vectors.get("k_norm"),
-            norm_eps=spec.norm_eps,
-            clip=spec.clip_qkv,
-            q_out=q_THK,
-            key_cache=key_cache,
-            value_cache=value_cache,
-            bias=weights.vectors.get("qkv_bias"),
-        )
-        return norm, product, prepare
-
-    def output(attended: NDArray[np.float32]) -> tuple[Link, Link]:
-        product, y_TD = _product(attended, weights.matrices["o"], "y", space, kernels)
-        return product, add_residual_link(x_TD, y_TD, weights.vectors.get("o_bias"), out_TD)
-
+    space, out_TD = kernels.workspace(len(x_TD)), np.empty_like(x_TD)
     key = (id(weights), x_TD.dtype.num)
-    if step.prompts:
+    keeps = (weights, kv, *step.arrays)
+    if not step.prompts:
+        return space.program(
+            ("attend", *key),
+            keeps,
+            lambda: attend_steps(x_TD, weights, kv, step, kernels, spec, window, out_TD),
+        ).run(x_TD, out_TD)
 
-        def before() -> _Links:
-            links = project()
-            return links, links[:1], ()
+    def before() -> Steps:
+        links, _ = _project(x_TD, weights, kv, step, kernels, spec)
+        return Steps(links=links, reads_x=links[:1])
 
-        space.program(("project", *key), keeps, before).run(x_TD, out_TD)
-        q = torch.from_numpy(q_THK)
-        parts = [attend_pages(q, kv, reads) for reads in step.prompts[window]]
-        joined = (parts[0] if len(parts) == 1 else torch.cat(parts)).numpy()
-        attended = space.array("attended", (num_tokens, row), np.float32)
-        np.copyto(attended, joined)
+    space.program(("project", *key), keeps, before).run(x_TD, out_TD)
+    q = torch.from_numpy(_queries(len(x_TD), kernels, spec))
+    parts = [attend_pages(q, kv, reads) for reads in step.prompts[window]]
+    joined = (parts[0] if len(parts) == 1 else torch.cat(parts)).numpy()
+    attended = space.array("attended", joined.shape, np.float32)
+    np.copyto(attended, joined)
 
-        def after() -> _Links:
-            product, add = output(attended)
-            return (product, add), (add,), (add,)
+    def after() -> Steps:
+        product, add = _output(x_TD, attended, weights, kernels, out_TD)
+        return Steps(links=(product, add), reads_x=(add,), writes_out=(add,))
 
-        return space.program(("output", *key), (weights, attended), after).run(x_TD, out_TD)
+    return space.program(("output", *key), (weights, attended), after).run(x_TD, out_TD)
 
-    def everything() -> _Links:
-        attended = space.array("attended", (num_tokens, row), np.float32)
-        before = project()
-        attend = decode_attention_links(
-            q_THK,
-            key_cache,
-            value_cache,
-            step.block_tables_SB,
-            step.context_lens_S,
-            scale=spec.head_dim**-0.5,
-            window=window,
-            num_threads=kernels.num_threads,
-            scratch=kernels.scratch,
-            out=attended.reshape(q_THK.shape),
-            lse=space.array("lse", q_THK.shape[:2], np.float32),
-        )
-        product, add = output(attended)
-        return (*before, *attend, product, add), (before[0], add), (add,)
 
-    tables = (step.block_tables_SB, step.context_lens_S)
-    return space.program(("attend", *key), (*keeps, *tables), everything).run(x_TD, out_TD)
+def attend_steps(
+    x_TD: NDArray[Any],
+    weights: PackedModule,
+    kv: LayerKV,
+    step: CpuAttentionStep,
+    kernels: CpuKernels,
+    spec: ModelSpec,
+    window: int | None,
+    out_TD: NDArray[Any],
+) -> Steps:
+    """The attention of a decode step."""
+    space = kernels.workspace(len(x_TD))
+    project, q_THK = _project(x_TD, weights, kv, step, kernels, spec)
+    attended = space.array("attended", (len(x_TD), q_THK.shape[1] * q_THK.shape[2]), np.float32)
+    attend = decode_attention_links(
+        q_THK,
+        *kernels.pages_of(kv),
+        step.block_tables_SB,
+        step.context_lens_S,
+        scale=spec.head_dim**-0.5,
+        window=window,
+        num_threads=kernels.num_threads,
+        scratch=kernels.scratch,
+        out=attended.reshape(q_THK.shape),
+        lse=space.array("lse", q_THK.shape[:2], np.float32),
+    )
+    product, add = _output(x_TD, attended, weights, kernels, out_TD)
+    return Steps(
+        links=(*project, *attend, product, add), reads_x=(project[0], add), writes_out=(add,)
+    )
+
+
+def _project(
+    x_TD: NDArray[Any],
+    weights: PackedModule,
+    kv: LayerKV,
+    step: CpuAttentionStep,
+    kernels: CpuKernels,
+    spec: ModelSpec,
+) -> tuple[tuple[Link, ...], NDArray[np.float32]]:
+    """From x to queries, and to keys and values in their pages."""
+    norm, normed_TD = _norm(x_TD, weights, "input_norm", kernels, spec.norm_eps)
+    product, qkv = _product(normed_TD, weights.matrices["qkv"], "qkv", kernels)
+    q_THK = _queries(len(x_TD), kernels, spec)
+    key_cache, value_cache = kernels.pages_of(kv)
+    prepare = prepare_qkv_link(
+        qkv,
+        step.cos_TF,
+        step.sin_TF,
+        step.slots_T,
+        qk_norm=spec.qk_norm,
+        q_norm=weights.vectors.get("q_norm"),
+        k_norm=weights.vectors.get("k_norm"),
+        norm_eps=spec.norm_eps,
+        clip=spec.clip_qkv,
+        q_out=q_THK,
+        key_cache=key_cache,
+        value_cache=value_cache,
+        bias=weights.vectors.get("qkv_bias"),
+    )
+    return (norm, product, prepare), q_THK
+
+
+def _queries(num_tokens: int, kernels: CpuKernels, spec: ModelSpec) -> NDArray[np.float32]:
+    shape = (num_tokens, spec.num_heads, spec.head_dim)
+    return kernels.workspace(num_tokens).array("q", shape, np.float32)
+
+
+def _output(
+    x_TD: NDArray[Any],
+    attended: NDArray[np.float32],
+    weights: PackedModule,
+    kernels: CpuKernels,
+    out_TD: NDArray[Any],
+) -> tuple[Link, Link]:
+    product, y_TD = _product(attended, weights.matrices["o"], "y", kernels)
+    return product, add_residual_link(x_TD, y_TD, weights.vectors.get("o_bias"), out_TD)
 
 
 def route_layer(
@@ -205,20 +248,44 @@ def route_layer(
 
     The next layer's routing is written to the same memory.
     """
-    space, num_tokens = kernels.workspace(len(x_TD)), len(x_TD)
-    normed_TD = space.array("routed", x_TD.shape, x_TD.dtype)
-    ids_Tk = space.array("ids", (num_tokens, top_k), np.int64)
-    weights_Tk = space.array("weights", (num_tokens, top_k), np.float32)
-
-    def build() -> _Links:
-        norm = rms_norm_link(x_TD, weights.vectors["norm"], spec.norm_eps, normed_TD)
-        product, logits_TE = _product(normed_TD, weights.matrices["gate"], "gate", space, kernels)
-        choose = route_link(logits_TE, top_k, spec.norm_topk_prob, ids_Tk, weights_Tk)
-        return (norm, product, choose), (norm,), ()
-
+    space, routing = kernels.workspace(len(x_TD)), routing_arrays(x_TD, kernels, top_k)
     key = ("route", id(weights), x_TD.dtype.num)
-    space.program(key, (weights, normed_TD, ids_Tk), build).run(x_TD, x_TD)
-    return CpuRouting(normed_TD=normed_TD, expert_ids_Tk=ids_Tk, expert_weights_Tk=weights_Tk)
+    space.program(
+        key,
+        (weights, routing.normed_TD, routing.expert_ids_Tk),
+        lambda: route_steps(x_TD, weights, kernels, spec, routing),
+    ).run(x_TD, x_TD)
+    return routing
+
+
+def routing_arrays(x_TD: NDArray[Any], kernels: CpuKernels, top_k: int) -> CpuRouting:
+    """Where a layer's routing is written."""
+    space, shape = kernels.workspace(len(x_TD)), (len(x_TD), top_k)
+    return CpuRouting(
+        normed_TD=space.array("routed", x_TD.shape, x_TD.dtype),
+        expert_ids_Tk=space.array("ids", shape, np.int64),
+        expert_weights_Tk=space.array("weights", shape, np.float32),
+    )
+
+
+def route_steps(
+    x_TD: NDArray[Any],
+    weights: PackedModule,
+    kernels: CpuKernels,
+    spec: ModelSpec,
+    routing: CpuRouting,
+) -> Steps:
+    """The choice of experts, written to `routing`."""
+    norm = rms_norm_link(x_TD, weights.vectors["norm"], spec.norm_eps, routing.normed_TD)
+    product, logits_TE = _product(routing.normed_TD, weights.matrices["gate"], "gate", kernels)
+    choose = route_link(
+        logits_TE,
+        routing.expert_ids_Tk.shape[1],
+        spec.norm_topk_prob,
+        routing.expert_ids_Tk,
+        routing.expert_weights_Tk,
+    )
+    return Steps(links=(norm, product, choose), reads_x=(norm,))
 
 
 def experts_layer(
@@ -228,89 +295,134 @@ def experts_layer(
 
     For this layer only: the next layer's is written to the same memory.
     """
-    assert weights.experts is not None
     x_TD = routing.normed_TD
-    space = kernels.workspace(len(x_TD))
-    y_TD = space.array("expert_output", x_TD.shape, np.float32)
-    arrays = (routing.expert_ids_Tk, routing.expert_weights_Tk)
-
-    def build() -> _Links:
-        links = _experts(x_TD, *arrays, weights, kernels, y_TD)
-        return links, (), ()
-
+    y_TD = experts_output(x_TD, kernels)
     key = ("experts", id(weights), x_TD.dtype.num)
-    return space.program(key, (weights, x_TD, *arrays), build).run(x_TD, y_TD)
+    keeps = (weights, x_TD, routing.expert_ids_Tk, routing.expert_weights_Tk, y_TD)
+    program = kernels.workspace(len(x_TD)).program(
+        key, keeps, lambda: experts_steps(routing, weights, kernels, y_TD)
+    )
+    return program.run(x_TD, y_TD)
+
+
+def experts_output(x_TD: NDArray[Any], kernels: CpuKernels) -> NDArray[np.float32]:
+    """Where what a layer's experts give is written."""
+    return kernels.workspace(len(x_TD)).array("expert_output", x_TD.shape, np.float32)
+
+
+def experts_steps(
+    routing: CpuRouting, weights: PackedModule, kernels: CpuKernels, y_TD: NDArray[np.float32]
+) -> Steps:
+    """The experts that were chosen."""
+    assert weights.experts is not None
+    links = experts_links(
+        routing.normed_TD,
+        weights.experts,
+        routing.expert_ids_Tk,
+        routing.expert_weights_Tk,
+        compute=fastest_compute(weights.experts.weight_format),
+        num_threads=kernels.num_threads,
+        scratch=kernels.scratch,
+        out=y_TD,
+    )
+    return Steps(links=links)
 
 
 def combine(x_TD: NDArray[Any], y_TD: NDArray[np.float32], kernels: CpuKernels) -> NDArray[Any]:
     """Add what the experts gave to the residual."""
     space, out_TD = kernels.workspace(len(x_TD)), np.empty_like(x_TD)
+    key = ("combine", x_TD.dtype.num)
+    return space.program(key, (y_TD,), lambda: combine_steps(x_TD, y_TD, out_TD)).run(x_TD, out_TD)
 
-    def build() -> _Links:
-        add = add_residual_link(x_TD, y_TD, None, out_TD)
-        return (add,), (add,), (add,)
 
-    return space.program(("combine", x_TD.dtype.num), (y_TD,), build).run(x_TD, out_TD)
+def combine_steps(x_TD: NDArray[Any], y_TD: NDArray[np.float32], out_TD: NDArray[Any]) -> Steps:
+    """The sum of the residual and what the experts gave."""
+    add = add_residual_link(x_TD, y_TD, None, out_TD)
+    return Steps(links=(add,), reads_x=(add,), writes_out=(add,))
 
 
 def dense_layer(
     x_TD: NDArray[Any], weights: PackedModule, kernels: CpuKernels, spec: ModelSpec
 ) -> NDArray[Any]:
     """x + down(silu(gate) * up) of the normed x."""
-    space, num_tokens = kernels.workspace(len(x_TD)), len(x_TD)
     out_TD = np.empty_like(x_TD)
-
-    def build() -> _Links:
-        norm, normed_TD = _norm(x_TD, weights, "norm", space, spec.norm_eps)
-        if weights.experts is not None:  # an expert that all choose
-            y_TD = space.array("y", x_TD.shape, np.float32)
-            ids = np.zeros((num_tokens, 1), np.int64)
-            ones = np.ones((num_tokens, 1), np.float32)
-            links = _experts(normed_TD, ids, ones, weights, kernels, y_TD)
-        else:
-            gate_up, both = _product(
-                normed_TD, weights.matrices["gate_up"], "gate_up", space, kernels
-            )
-            h_TI = space.array("h", (num_tokens, both.shape[1] // 2), np.float32)
-            activate = silu_multiply_link(both, h_TI, bias=weights.vectors["gate_up_bias"])
-            down, y_TD = _product(h_TI, weights.matrices["down"], "y", space, kernels)
-            links = (gate_up, activate, down)
-        add = add_residual_link(x_TD, y_TD, weights.vectors.get("down_bias"), out_TD)
-        return (norm, *links, add), (norm, add), (add,)
-
     key = ("dense", id(weights), x_TD.dtype.num)
-    return space.program(key, (weights,), build).run(x_TD, out_TD)
+    program = kernels.workspace(len(x_TD)).program(
+        key, (weights,), lambda: dense_steps(x_TD, weights, kernels, spec, out_TD)
+    )
+    return program.run(x_TD, out_TD)
+
+
+def dense_steps(
+    x_TD: NDArray[Any],
+    weights: PackedModule,
+    kernels: CpuKernels,
+    spec: ModelSpec,
+    out_TD: NDArray[Any],
+) -> Steps:
+    """The dense layer, as one expert that all choose unless it has biases."""
+    space, num_tokens = kernels.workspace(len(x_TD)), len(x_TD)
+    norm, normed_TD = _norm(x_TD, weights, "norm", kernels, spec.norm_eps)
+    links: tuple[Link, ...]
+    if weights.experts is not None:
+        y_TD = space.array("y", x_TD.shape, np.float32)
+        everything = CpuRouting(
+            normed_TD=normed_TD,
+            expert_ids_Tk=np.zeros((num_tokens, 1), np.int64),
+            expert_weights_Tk=np.ones((num_tokens, 1), np.float32),
+        )
+        links = experts_steps(everything, weights, kernels, y_TD).links
+    else:
+        gate_up, both = _product(normed_TD, weights.matrices["gate_up"], "gate_up", kernels)
+        h_TI = space.array("h", (num_tokens, both.shape[1] // 2), np.float32)
+        activate = silu_multiply_link(both, h_TI, bias=weights.vectors["gate_up_bias"])
+        down, y_TD = _product(h_TI, weights.matrices["down"], "y", kernels)
+        links = (gate_up, activate, down)
+    add = add_residual_link(x_TD, y_TD, weights.vectors.get("down_bias"), out_TD)
+    return Steps(links=(norm, *links, add), reads_x=(norm, add), writes_out=(add,))
 
 
 def head_layer(
     x_LD: NDArray[Any], weights: PackedModule, kernels: CpuKernels, norm_eps: float
 ) -> Tensor:
     """Final norm and output matrix: float32 logits_LV, until the next step's are written."""
-    space = kernels.workspace(len(x_LD))
-    matrix = weights.matrices["weight"]
-    logits_LV = space.array("logits", (len(x_LD), matrix.num_rows), np.float32)
-
-    def build() -> _Links:
-        norm, normed_LD = _norm(x_LD, weights, "norm", space, norm_eps)
-        product, _ = _product(normed_LD, matrix, "logits", space, kernels)
-        return (norm, product), (norm,), ()
-
+    logits_LV = logits_array(x_LD, weights, kernels)
     key = ("head", id(weights), x_LD.dtype.num)
-    return torch.from_numpy(space.program(key, (weights, logits_LV), build).run(x_LD, logits_LV))
+    program = kernels.workspace(len(x_LD)).program(
+        key, (weights, logits_LV), lambda: head_steps(x_LD, weights, kernels, norm_eps)
+    )
+    return torch.from_numpy(program.run(x_LD, logits_LV))
+
+
+def logits_array(
+    x_LD: NDArray[Any], weights: PackedModule, kernels: CpuKernels
+) -> NDArray[np.float32]:
+    """Where logits are written."""
+    shape = (len(x_LD), weights.matrices["weight"].num_rows)
+    return kernels.workspace(len(x_LD)).array("logits", shape, np.float32)
+
+
+def head_steps(
+    x_LD: NDArray[Any], weights: PackedModule, kernels: CpuKernels, norm_eps: float
+) -> Steps:
+    """Final norm and output matrix, written to `logits_array`."""
+    norm, normed_LD = _norm(x_LD, weights, "norm", kernels, norm_eps)
+    product, _ = _product(normed_LD, weights.matrices["weight"], "logits", kernels)
+    return Steps(links=(norm, product), reads_x=(norm,))
 
 
 def _norm(
-    x: NDArray[Any], weights: PackedModule, name: str, space: Workspace, eps: float
+    x: NDArray[Any], weights: PackedModule, name: str, kernels: CpuKernels, eps: float
 ) -> tuple[Link, NDArray[Any]]:
-    normed = space.array("normed", x.shape, x.dtype)
+    normed = kernels.workspace(len(x)).array("normed", x.shape, x.dtype)
     return rms_norm_link(x, weights.vectors[name], eps, normed), normed
 
 
 def _product(
-    x: NDArray[Any], matrix: PackedMatrix, name: str, space: Workspace, kernels: CpuKernels
+    x: NDArray[Any], matrix: PackedMatrix, name: str, kernels: CpuKernels
 ) -> tuple[Link, NDArray[np.float32]]:
     """x W^T in float32, in the array `name`."""
-    out = space.array(name, (len(x), matrix.num_rows), np.float32)
+    out = kernels.workspace(len(x)).array(name, (len(x), matrix.num_rows), np.float32)
     link = linear_link(
         x,
         matrix,
@@ -320,27 +432,6 @@ def _product(
         out=out,
     )
     return link, out
-
-
-def _experts(
-    x_TD: NDArray[Any],
-    ids_Tk: NDArray[np.int64],
-    weights_Tk: NDArray[np.float32],
-    weights: PackedModule,
-    kernels: CpuKernels,
-    y_TD: NDArray[np.float32],
-) -> tuple[Link, ...]:
-    assert weights.experts is not None
-    return experts_links(
-        x_TD,
-        weights.experts,
-        ids_Tk,
-        weights_Tk,
-        compute=fastest_compute(weights.experts.weight_format),
-        num_threads=kernels.num_threads,
-        scratch=kernels.scratch,
-        out=y_TD,
-    )
 
 
 def as_tensor(array: NDArray[Any]) -> Tensor:

@@ -11,7 +11,7 @@ import ctypes
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -26,17 +26,25 @@ _MAX_WORKSPACES = 32
 _FEW_TOKENS = 64
 
 
+_Built = TypeVar("_Built")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Steps:
+    """Links of some part of a layer, and which of them read its x and write its out."""
+
+    links: tuple[Link, ...]
+    reads_x: tuple[Link, ...] = ()
+    writes_out: tuple[Link, ...] = ()
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Program:
-    """A layer's chain. `run` tells its calls where x is and where out is to be.
-
-    `keeps` is what the chain was built for and must outlive it.
-    """
+    """A chain. `run` tells its calls where x is and where out is to be."""
 
     chain: Chain
     reads_x: Sequence[ctypes.Structure]
     writes_out: Sequence[ctypes.Structure]
-    keeps: tuple[object, ...]
 
     def run(self, x: NDArray[Any], out: NDArray[Any]) -> NDArray[Any]:
         """Run it on arrays of the shapes and formats that it was built for; returns out."""
@@ -57,7 +65,7 @@ class Workspace:
         self._memory = memory
         self._num_threads = num_threads
         self._arrays: dict[str, NDArray[Any]] = {}
-        self._programs: dict[Hashable, Program] = {}
+        self._kept: dict[Hashable, tuple[tuple[object, ...], Any]] = {}
 
     def array(self, name: str, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
         """The array of this name, of any contents; steps of all sizes share its memory."""
@@ -68,30 +76,32 @@ class Workspace:
             found = self._arrays[name] = memory[:num_bytes].view(dtype).reshape(shape)
         return found
 
-    def program(
-        self,
-        key: Hashable,
-        keeps: tuple[object, ...],
-        build: Callable[[], tuple[Sequence[Link], Sequence[Link], Sequence[Link]]],
-    ) -> Program:
-        """The program of a key, built at first, and again for others than it `keeps`.
+    def kept(self, key: Hashable, keeps: tuple[object, ...], build: Callable[[], _Built]) -> _Built:
+        """What was built for a key, built at first, and again for others than it was built for.
 
-        `build` returns all links, those that read x, and those that write out.
+        `keeps` is what it was built for, by identity, and lives as long.
         """
-        found = self._programs.get(key)
-        if found is None or any(
-            new is not old for new, old in zip(keeps, found.keeps, strict=True)
-        ):
-            links, reads_x, writes_out = build()
-            # 0 items: how many is found when it runs
-            is_small = all(link.call.num_items == 1 for link in links)
-            found = self._programs[key] = Program(
-                Chain(links, num_threads=1 if is_small else self._num_threads),
-                [link.call for link in reads_x],
-                [link.call for link in writes_out],
-                keeps,
-            )
-        return found
+        found = self._kept.get(key)
+        if found is None or any(new is not old for new, old in zip(keeps, found[0], strict=True)):
+            found = self._kept[key] = (keeps, build())
+        built: _Built = found[1]
+        return built
+
+    def program(
+        self, key: Hashable, keeps: tuple[object, ...], build: Callable[[], Steps]
+    ) -> Program:
+        """The program of a key's steps."""
+        return self.kept(key, keeps, lambda: self.compose(build()))
+
+    def compose(self, steps: Steps) -> Program:
+        """A program of these steps."""
+        # 0 items: how many is found when it runs
+        is_small = all(link.call.num_items == 1 for link in steps.links)
+        return Program(
+            Chain(steps.links, num_threads=1 if is_small else self._num_threads),
+            [link.call for link in steps.reads_x],
+            [link.call for link in steps.writes_out],
+        )
 
 
 @dataclass(slots=True, kw_only=True)

@@ -4,8 +4,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from hetero.model.attention import (
 )
 from hetero.model.batch import BatchTensors
 from hetero.model.cpu_layers import CpuAttentionStep, CpuRouting, as_tensor
+from hetero.model.cpu_run import FindPacked, build_run, split_runs
 from hetero.model.cpu_workspace import CpuKernels
 from hetero.model.families import TORCH_DTYPES
 from hetero.model.head import embed, head
@@ -66,6 +68,15 @@ class Decoder:
     accelerator: Accelerator | None
     kernels: dict[Device, DeviceKernels]
     cpu_kernels: CpuKernels
+    _runs: dict[int, tuple[tuple[Op, ...], tuple[tuple[Op, ...], ...]]] = field(
+        default_factory=dict
+    )
+
+    def runs(self, ops: tuple[Op, ...], find_packed: FindPacked) -> tuple[tuple[Op, ...], ...]:
+        """What `split_runs` makes of ops that an executor gives in every step, kept."""
+        if id(ops) not in self._runs:
+            self._runs[id(ops)] = (ops, split_runs(ops, find_packed))
+        return self._runs[id(ops)][1]
 
     @classmethod
     def create(
@@ -173,6 +184,39 @@ class DecoderStep:
             assert self._logits_LV is not None
             self._sample(self._logits_LV)
 
+    def perform_run(self, ops: tuple[Op, ...]) -> list[float]:
+        """Do neighbouring ops of the `cpu` lane; the times at which each of them ended.
+
+        In a decode step whole layers on packed weights are one chain of kernels (cpu_run.py).
+        """
+        parts: tuple[tuple[Op, ...], ...] = tuple((op,) for op in ops)
+        if self._batches["cpu"].phase == "decode":
+            parts = self._decoder.runs(ops, self._packed)
+        ends: list[float] = []
+        for part in parts:
+            if len(part) > 1:
+                ends += self._perform_chain(part)
+            else:
+                self.perform(part[0])
+                ends.append(time.perf_counter())
+        return ends
+
+    def _perform_chain(self, ops: tuple[Op, ...]) -> list[float]:
+        decoder, step = self._decoder, self._cpu_step()
+        kernels, x_TD = decoder.cpu_kernels, self._hidden_array()
+        run = kernels.workspace(len(x_TD)).kept(
+            (ops[0].index, len(ops), x_TD.dtype.num),
+            (ops, self._kv, *step.arrays),
+            lambda: build_run(ops, x_TD, step, self._kv, self._packed, kernels, decoder.spec),
+        )
+        ends = run.perform(x_TD)
+        if run.hidden_TD is not None:
+            self._hidden_TD = run.hidden_TD
+        self._routing, self._expert_output_TD = run.routing, run.expert_output_TD
+        if run.logits_LV is not None:
+            self._logits_LV = torch.from_numpy(run.logits_LV)
+        return ends
+
     def _hidden(self) -> Tensor:
         assert self._hidden_TD is not None
         if not isinstance(self._hidden_TD, Tensor):
@@ -260,22 +304,25 @@ class DecoderStep:
 
     def _attend_packed(self, layer: int, weights: PackedModule) -> NDArray[Any]:
         spec, kernels = self._decoder.spec, self._decoder.cpu_kernels
-        if self._cpu_attention is None:
-            self._cpu_attention = cpu_layers.cpu_attention_step(
-                self._batches["cpu"],
-                kernels,
-                block_size=BLOCK_SIZE,
-                windows={each.window for each in spec.layers},
-            )
         return cpu_layers.attention_layer(
             self._hidden_array(),
             weights,
             self._kv.layer(layer),
-            self._cpu_attention,
+            self._cpu_step(),
             kernels,
             spec,
             spec.layers[layer].window,
         )
+
+    def _cpu_step(self) -> CpuAttentionStep:
+        if self._cpu_attention is None:
+            self._cpu_attention = cpu_layers.cpu_attention_step(
+                self._batches["cpu"],
+                self._decoder.cpu_kernels,
+                block_size=BLOCK_SIZE,
+                windows={each.window for each in self._decoder.spec.layers},
+            )
+        return self._cpu_attention
 
     def _expert_layer(self, op: Op) -> None:
         assert op.layer is not None

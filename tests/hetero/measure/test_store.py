@@ -15,9 +15,9 @@ from hetero.measure.fingerprint import machine_fingerprint
 from hetero.measure.store import (
     default_cache_dir,
     find_profile,
+    kernel_cache_dir,
     load_or_measure,
     machine_names,
-    kernel_cache_dir,
     private_folder,
     store_profile,
     stored_profile,
