@@ -110,8 +110,8 @@ class Chain:
         num_links
             Ascending counts of links, from the first on.
         """
-        gone = np.frombuffer(self._times, np.int64)
-        gone = gone - gone[0]
+        times = np.ctypeslib.as_array(self._times)
+        gone = times - times[0]
         if gone[-1] <= 0:  # no clock
             gone = np.arange(len(gone))
         shares: list[float] = (gone[num_links] / gone[-1]).clip(0.0, 1.0).tolist()
