@@ -68,7 +68,7 @@ def code_address(module: str, maker: str, *arguments: Any) -> int:
 
     Examples
     --------
-    >>> code_address("chain_kernels", "make_run_chain") != 0
+    >>> code_address("chain_kernels", "make_enter_chain") != 0
     True
     """
     key = (module, maker, *arguments)
@@ -179,7 +179,7 @@ def assembly(module: str, maker: str, *arguments: Any) -> str:
 
     Examples
     --------
-    >>> "ret" in assembly("chain_kernels", "make_run_chain")
+    >>> "ret" in assembly("chain_kernels", "make_enter_chain")
     True
     """
     with _loading:

@@ -12,6 +12,8 @@ import pytest
 import torch
 from msgspec.structs import replace
 
+from cpu_kernels.compiling import FOLDER_VARIABLE
+from cpu_kernels.isa import ENVIRONMENT_VARIABLE
 from hetero.cli.main import run_command
 from hetero.measure.fingerprint import cpu_model, machine_fingerprint
 from hetero.measure.store import store_profile
@@ -19,12 +21,16 @@ from planner.hardware import HardwareProfile
 from tests.machines import toy_machine
 
 
+# Compiled kernels, and which ones the whole run is about.
+_KEPT = (FOLDER_VARIABLE, ENVIRONMENT_VARIABLE)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     # `hetero run` keeps kernels in the user's cache unless told otherwise; a test must not, and a
     # fresh folder each time would compile for half a minute.
     folder = config.rootpath / ".pytest_cache" / "kernels"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    os.environ.setdefault("HETERO_KERNEL_CACHE", str(folder))
+    os.environ.setdefault(FOLDER_VARIABLE, str(folder))
 
 
 def pytest_report_header() -> str:
@@ -42,9 +48,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty XDG_CACHE_HOME, and no setting of the user's own."""
+    """An empty XDG_CACHE_HOME, and no setting of the user's own but those of kernels."""
     for name in os.environ:
-        if name.startswith(("HETERO_", "HF_")):
+        if name.startswith(("HETERO_", "HF_")) and name not in _KEPT:
             monkeypatch.delenv(name)
     folder = tmp_path / "cache"
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
 
-from hetero.runtime.executor import Executor, issue_order
+from hetero.runtime.executor import Executor, issue_order, lane_runs
 from hetero.runtime.lanes import InlineLane, LaneRunner, ThreadLane
 from planner.step_graph import LANES, Lane, Op, StepGraph
 from planner.timeline import lane_orders
@@ -127,3 +128,57 @@ def test_the_measured_timeline_has_the_ops_of_the_graph_in_lane_order(
     assert lane_orders(timeline) == {
         lane: [op.name for op in CROSSING.lane(lane)] for lane in LANES
     }
+
+
+def test_neighbours_on_the_cpu_lane_are_handed_over_together() -> None:
+    """Up to the next op that another lane does, or that waits for one."""
+    assert [[op.index for op in run] for run in lane_runs(CROSSING.ops)] == [
+        [0],
+        [1],
+        [2],
+        [3],
+        [4],
+        [5],
+        [6],
+    ]
+    kinds = ("embed", "attention", "dense", "attention", "dense", "sample")
+    chain = tuple(
+        Op(index=index, kind=kind, lane="cpu", deps=(index - 1,) if index else ())
+        for index, kind in enumerate(kinds)
+    )
+    assert lane_runs(chain) == (chain,)
+    copy = Op(index=6, kind="copy", lane="h2d", payload="weights", layer=1, module="dense")
+    waiting = Op(index=7, kind="dense", lane="cpu", deps=(2, 6), layer=1)
+    after = Op(index=8, kind="sample", lane="cpu", deps=(7,))
+    runs = lane_runs((copy, *chain[:3], waiting, after))
+    assert runs == ((copy,), chain[:3], (waiting, after))
+
+
+def test_a_run_has_the_times_that_it_tells(lanes: dict[Lane, LaneRunner]) -> None:
+    """Each op begins where the one before it ended; its dependencies on other lanes are done."""
+    graph = StepGraph(
+        phase="decode",
+        ops=(
+            Op(index=0, kind="embed", lane="gpu"),
+            Op(index=1, kind="attention", lane="cpu", deps=(0,), layer=0),
+            Op(index=2, kind="dense", lane="cpu", deps=(1,), layer=0),
+            Op(index=3, kind="sample", lane="cpu", deps=(2,)),
+        ),
+    )
+    single: list[int] = []
+    given: list[tuple[Op, ...]] = []
+
+    def perform_run(ops: tuple[Op, ...]) -> list[float]:
+        assert single == [0]
+        given.append(ops)
+        now = time.perf_counter()
+        return [now + 1.0, now + 3.0, now + 3.5]
+
+    executor = Executor(lanes)
+    spans = executor.run(graph, lambda op: single.append(op.index), perform_run).spans
+    single.clear()
+    executor.run(graph, lambda op: single.append(op.index), perform_run)
+
+    assert given[0] == graph.ops[1:] and given[1] is given[0]
+    assert spans[2].start_s == spans[1].end_s and spans[3].start_s == spans[2].end_s
+    assert spans[2].seconds == pytest.approx(2.0) and spans[3].seconds == pytest.approx(0.5)
