@@ -153,13 +153,19 @@ def _sibling_groups(cores: Iterable[int]) -> list[set[int]]:
     """The logical cores of each physical core, in the order of the first of each."""
     files = [Path(_TOPOLOGY.format(core)) for core in cores]
     texts = dict.fromkeys(file.read_text().strip() for file in files if file.is_file())
-    return [_core_list(text) for text in texts]
+    return [core_list(text) for text in texts]
 
 
-def _core_list(text: str) -> set[int]:
-    """The numbers of a list like "0-3,8"."""
+def core_list(text: str) -> set[int]:
+    """Return the numbers of a list like "0-3,8", as sysfs writes them.
+
+    Examples
+    --------
+    >>> sorted(core_list("0-3,8"))
+    [0, 1, 2, 3, 8]
+    """
     found: set[int] = set()
-    for part in text.split(","):
+    for part in filter(None, text.strip().split(",")):
         first, _, last = part.partition("-")
         found.update(range(int(first), int(last or first) + 1))
     return found

@@ -36,6 +36,7 @@ from hetero.prompts import Prompt, encode_prompt
 from hetero.sampler import SamplingParams
 from hetero.sequence import Sequence as RunningSequence
 from hetero.tokenizer import Tokenizer
+from planner.backends import cpu_backends
 from planner.cost_model import predict
 from planner.estimate import estimate
 from planner.hardware import AcceleratorName, HardwareProfile
@@ -148,7 +149,7 @@ class LLM:
         if plan is not None:
             check_plan_is_for(plan, source, profile)
         self.hardware = usable_hardware(runnable_profile(profile), resources)
-        self.spec = spec_as_run(source, dtype, self.hardware, say, quantization)
+        self.spec = spec_as_run(source, dtype, self.hardware, say, quantization, plan)
         self.tokenizer = Tokenizer.load(source.folder)
         self._max_model_len = _context(self.spec, max_model_len)
         with Checkpoint.open(source.folder) as checkpoint:
@@ -164,6 +165,7 @@ class LLM:
                 raise UsageError("give a plan or a strategy, not both: a plan already has one")
             check_plan(plan, self.spec, self.hardware)
             self.plan = plan
+            self._backends = cpu_backends(self.spec, self.hardware, plan.wave)
             self._threads_before = torch.get_num_threads()
             self._engine: Engine | None = None
             self._last_step: StepResult | None = None
@@ -218,7 +220,7 @@ class LLM:
         step = self._last_step
         if step is None:
             return None
-        return predict(step.graph, self.spec, self.hardware, step.batch.shape)
+        return predict(step.graph, self.spec, self.hardware, step.batch.shape, self._backends)
 
     @property
     def max_model_len(self) -> int:
@@ -351,6 +353,7 @@ class LLM:
                 self.hardware,
                 workload_of(outputs),
                 num_concurrent=min(len(outputs), engine.scheduler.max_num_seqs),
+                backends=self._backends,
             )
         return outputs
 

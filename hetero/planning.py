@@ -16,6 +16,7 @@ from planner.memory import needs
 from planner.model_spec import Dtype, ModelSpec, Quantization
 from planner.placement import check_matches
 from planner.plan import Plan
+from planner.priors import ASSUMED_FROM
 from planner.search import profile_fingerprint, search
 from planner.workload import Objective, Workload
 
@@ -38,17 +39,28 @@ def spec_as_run(
     hardware: HardwareProfile,
     say: Callable[[str], None] | None = None,
     quantization: Quantization | None = None,
+    plan: Plan | None = None,
 ) -> ModelSpec:
     """The shapes of a model in the format in which it will run; `auto` is the checkpoint's own.
 
-    float16 becomes float32 where the CPU does all the work: it has no float16 arithmetic of any
-    speed (70 times slower than bfloat16 where it was measured).
+    A plan has its own format, which is taken where none is asked for. float16 becomes float32 where
+    the CPU does all the work: it has no float16 arithmetic of any speed (70 times slower than
+    bfloat16 where it was measured).
 
     Raises
     ------
     UsageError
         Quantised weights on a machine whose GPU may be used.
+    PlanMismatchError
+        The plan is for another model, or for another format than the one that is asked for.
     """
+    if plan is not None:
+        planned = _planned_spec(plan, read_model_spec(source))
+        kind = quantization or planned.quantization
+        if dtype != "auto" or kind != planned.quantization:
+            kept_dtype = planned.dtype if dtype == "auto" else dtype
+            _check_format(plan, planned, spec_as_run(source, kept_dtype, hardware, say, kind))
+        return planned
     spec = read_model_spec(source, None if dtype == "auto" else dtype)
     if quantization is not None:
         if hardware.gpu is not None:
@@ -56,9 +68,14 @@ def spec_as_run(
                 f"{quantization} weights run on the CPU only so far; use --accelerator none "
                 "(accelerator='none'), or leave the quantization out"
             )
-        # float16 is rounded to codes anyway; what is not quantised becomes bfloat16
-        kept: Dtype = "bfloat16" if spec.dtype == "float16" else spec.dtype
-        return spec_replace(spec, dtype=kept, quantization=quantization)
+        if spec.dtype != "float16":
+            return spec_replace(spec, quantization=quantization)
+        if say is not None:
+            say(
+                f"warning: what {quantization} leaves of float16 weights (embedding, routers, "
+                "norms) runs as bfloat16, which has fewer digits; --dtype float32 keeps them"
+            )
+        return spec_replace(spec, dtype="bfloat16", quantization=quantization)
     if dtype == "auto" and spec.dtype == "float16" and hardware.gpu is None:
         if say is not None:
             say(
@@ -67,6 +84,20 @@ def spec_as_run(
             )
         return spec_replace(spec, dtype="float32")
     return spec
+
+
+def assumed_note(spec: ModelSpec, hardware: HardwareProfile) -> str | None:
+    """What to say of rates that a profile lacks and the planner assumes; None where it has all."""
+    known = {sample.dtype for sample in hardware.cpu.linear}
+    kinds = {spec.weight_kind(module) for layer in spec.layers for module in layer.modules}
+    kinds.add(spec.weight_kind("head"))
+    lacking = " and ".join(sorted(kind for kind in kinds - known if kind in ("int4", "int8")))
+    if not lacking:
+        return None
+    return (
+        f"{hardware.name} has no rates for {lacking}; they are assumed from {ASSUMED_FROM}'s, and "
+        "so is the predicted speed"
+    )
 
 
 def resources_asked(
@@ -241,21 +272,53 @@ def check_plan_is_for(plan: Plan, source: ModelSource, profile: HardwareProfile)
     PlanMismatchError
         Names the model or machine of the plan and the one at hand.
     """
-    spec = read_model_spec(source)
-    as_run = (
-        spec_replace(spec, dtype=dtype, quantization=quantization)
-        for dtype in get_args(Dtype)
-        for quantization in (None, *get_args(Quantization))
-    )
-    if all(each.fingerprint != plan.model_fingerprint for each in as_run):
-        raise PlanMismatchError(
-            f"the plan was made for model {plan.model} ({plan.model_fingerprint}) but this is "
-            f"{spec.name} ({spec.fingerprint}); {_PLAN_AGAIN}"
-        )
+    _planned_spec(plan, read_model_spec(source))
     if plan.resources.accelerator == "cuda" and profile.gpu is None:
         raise PlanMismatchError(
             f"the plan was made for the machine {plan.profile} and its GPU but this is "
             f"{profile.name}, which has none; {_PLAN_AGAIN}"
+        )
+
+
+def _planned_spec(plan: Plan, spec: ModelSpec) -> ModelSpec:
+    """The model in the format that a plan was made for.
+
+    Raises
+    ------
+    PlanMismatchError
+        The plan was made for another model.
+    """
+    for dtype in get_args(Dtype):
+        for quantization in (None, *get_args(Quantization)):
+            planned = spec_replace(spec, dtype=dtype, quantization=quantization)
+            if planned.fingerprint == plan.model_fingerprint:
+                return planned
+    raise PlanMismatchError(
+        f"the plan was made for model {plan.model} ({plan.model_fingerprint}) but this is "
+        f"{spec.name} ({spec.fingerprint}); {_PLAN_AGAIN}"
+    )
+
+
+def _check_format(plan: Plan, planned: ModelSpec, asked: ModelSpec) -> None:
+    """Refuse a plan for weights in another format, and say which option makes them agree.
+
+    Raises
+    ------
+    PlanMismatchError
+        The quantization or the dtype is another.
+    """
+    for option, planned_as, asked_as in (
+        ("quantization", planned.quantization, asked.quantization),
+        ("dtype", planned.dtype, asked.dtype),
+    ):
+        if planned_as == asked_as:
+            continue
+        fix = f"give --{option} {planned_as} ({option}='{planned_as}')"
+        if planned_as is None:
+            fix = f"leave --{option} out"
+        raise PlanMismatchError(
+            f"the plan of {plan.model} was made with {option} {planned_as or 'none'} but the run "
+            f"has {asked_as or 'none'}; {fix}, or {_PLAN_AGAIN}"
         )
 
 
@@ -265,15 +328,11 @@ def check_plan(plan: Plan, spec: ModelSpec, hardware: HardwareProfile) -> None:
     Raises
     ------
     PlanMismatchError
-        Another model, another machine, or layers that the model does not have.
+        Another model or format, another machine, or layers that the model does not have.
     MemoryBudgetError
         The placement needs more memory than there is; names the nearest that fits.
     """
-    if plan.model_fingerprint != spec.fingerprint:
-        raise PlanMismatchError(
-            f"the plan was made for model {plan.model} ({plan.model_fingerprint}) but this is "
-            f"{spec.name} ({spec.fingerprint}); {_PLAN_AGAIN}"
-        )
+    _check_format(plan, _planned_spec(plan, spec), spec)
     here = profile_fingerprint(hardware)
     if plan.profile_fingerprint != here:
         raise PlanMismatchError(

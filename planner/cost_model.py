@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
-from planner.hardware import DeviceKind, DeviceProfile, HardwareProfile
+from planner.hardware import Backend, DeviceKind, DeviceProfile, HardwareProfile
 from planner.memory import KV_BLOCK_TOKENS
-from planner.model_spec import ModelSpec
+from planner.model_spec import ModelSpec, Module
 from planner.simulate import simulate
-from planner.step_graph import Op, StepGraph
+from planner.step_graph import Op, OpKind, StepGraph
 from planner.timeline import Timeline
 from planner.workload import BatchShape
 
 Bound = Literal["compute", "memory", "launch", "link"]
+# Who computes the products of each module on the CPU, for a whole run: a matrix lies in memory as
+# one backend reads it. One that is not named is by the first that has rates of its format.
+Backends = Mapping[Module, Backend]
+OWN_BACKENDS: Backends = MappingProxyType({})
 
 # Small operations (norms, rotary, writes to the cache, residual adds) of an op, each of which costs
 # a launch whatever its size. Counted in hetero/model: tests/planner/test_launch_counts.py.
@@ -27,19 +33,32 @@ _NUM_LAUNCHES = {
     "combine": 1,
     "dense": 7,
     "head": 5,
-    "sample": 8,
+    "sample": 2,
 }
-# The CPU's kernels do more in one call each: hetero/model/cpu_layers.py.
-_NUM_CPU_CALLS = {
-    "embed": 1,
-    "attention": 6,
+# Links of the CPU's chains, which do more each: hetero/model/cpu_layers.py.
+_NUM_CPU_LINKS = {
+    "attention": 7,
     "router": 3,
     "dispatch": 0,
-    "experts": 1,
+    "experts": 2,
     "combine": 1,
-    "dense": 3,
+    "dense": 4,
     "head": 2,
-    "sample": 8,
+}
+# What a step does in Python outside its kernels, in launches of torch, which is Python too: at 4.2
+# us each 1.08 ms on a two-core Xeon whose caches held weights only (0.46 ms with all of it in the
+# caches). 0.18 ms are the embedding's. The rest has no op of its own (the scheduler, the batch,
+# tokens to text); it is counted to `sample`, which every step has once and a Timeline ends with.
+_NUM_STEP_LAUNCHES = {"embed": 40, "sample": 210}
+# The module whose backend an op goes by, where it is not the op's own.
+_MODULE_OF_KIND: dict[str, Module] = {
+    "attention": "attention",
+    "router": "router",
+    "dispatch": "experts",
+    "experts": "experts",
+    "combine": "experts",
+    "dense": "dense",
+    "head": "head",
 }
 # Gate-up and down. One kernel does a product of all experts at once (`has_grouped_products`), or
 # every chosen expert has its own.
@@ -101,7 +120,13 @@ def copy_bytes(op: Op, spec: ModelSpec, shape: BatchShape) -> float:
     return num_bytes
 
 
-def op_cost(op: Op, spec: ModelSpec, hardware: HardwareProfile, shape: BatchShape) -> OpCost:
+def op_cost(
+    op: Op,
+    spec: ModelSpec,
+    hardware: HardwareProfile,
+    shape: BatchShape,
+    backends: Backends = OWN_BACKENDS,
+) -> OpCost:
     """Price one op.
 
     Compute: FLOPs over the device's matrix-product rate at this token count (log-log between
@@ -121,11 +146,12 @@ def op_cost(op: Op, spec: ModelSpec, hardware: HardwareProfile, shape: BatchShap
         return OpCost(link_s=link.latency_s + copy_bytes(op, spec, shape) / rate)
     device = hardware.cpu if op.lane == "cpu" else hardware.gpu
     assert device is not None, f"the machine has no {op.lane}"
+    backend = _backend(op.kind, spec, device, backends)
     if op.kind == "attention":
-        return _attention(op, spec, device, shape)
+        return _attention(op, spec, device, shape, backend)
     if op.kind == "experts":
-        return _experts(op, spec, device, shape)
-    launch_s = _num_launches(op.kind, device) * device.launch_s
+        return _experts(op, spec, device, shape, backend)
+    launch_s = _launch_s(op.kind, device, backend)
     rows = shape.num_logits if op.kind in ("head", "sample") else shape.num_tokens
     if op.kind in ("embed", "dispatch", "combine"):
         # One read and one write of the hidden states; dispatch copies them to each chosen expert.
@@ -133,36 +159,53 @@ def op_cost(op: Op, spec: ModelSpec, hardware: HardwareProfile, shape: BatchShap
         if op.kind == "dispatch":
             assert op.layer is not None
             moved *= spec.layers[op.layer].num_experts_per_token
+        launch_s += _NUM_STEP_LAUNCHES.get(op.kind, 0) * device.torch_op_s
         return OpCost(memory_s=moved / device.read_bytes_per_s, launch_s=launch_s)
     if op.kind == "sample":
         return OpCost(
             memory_s=rows * spec.vocab_size * _LOGIT_BYTES / device.read_bytes_per_s,
-            launch_s=launch_s * max(1, rows),
+            launch_s=launch_s * max(1, rows) + _NUM_STEP_LAUNCHES["sample"] * device.torch_op_s,
         )
     assert op.module is not None
     if rows == 0:
         return OpCost(launch_s=launch_s)
     return OpCost(
         compute_s=spec.flops(op.module, rows, op.layer)
-        / device.linear_flop_per_s(spec.weight_kind(op.module), rows),
+        / device.linear_flop_per_s(spec.weight_kind(op.module), rows, backend),
         memory_s=spec.weight_bytes(op.module, op.layer) / device.read_bytes_per_s,
         launch_s=launch_s,
     )
 
 
-def _num_launches(kind: str, device: DeviceProfile) -> int:
-    return (_NUM_CPU_CALLS if device.kind == "cpu" else _NUM_LAUNCHES)[kind]
+def _backend(
+    kind: OpKind, spec: ModelSpec, device: DeviceProfile, backends: Backends
+) -> Backend | None:
+    """Whose products an op is made of; None where the device has no choice."""
+    module = _MODULE_OF_KIND.get(kind)
+    if module is None or device.kind != "cpu":
+        return None
+    found = device.backends(spec.weight_kind(module))
+    return backends.get(module, found[0] if found else None)
 
 
-def _attention(op: Op, spec: ModelSpec, device: DeviceProfile, shape: BatchShape) -> OpCost:
+def _launch_s(kind: OpKind, device: DeviceProfile, backend: Backend | None) -> float:
+    """Seconds of an op's small operations: links of a chain of our kernels, or torch's."""
+    if kind in _NUM_CPU_LINKS and device.kind == "cpu" and backend != "torch":
+        return _NUM_CPU_LINKS[kind] * device.launch_s
+    return _NUM_LAUNCHES[kind] * device.torch_op_s
+
+
+def _attention(
+    op: Op, spec: ModelSpec, device: DeviceProfile, shape: BatchShape, backend: Backend | None
+) -> OpCost:
     """Projections as a product, then scores and values: bytes in decode, FLOPs in prefill."""
     assert op.layer is not None
     tokens = shape.num_tokens
     products_s = spec.flops("attention", tokens, op.layer) / device.linear_flop_per_s(
-        spec.weight_kind("attention"), tokens
+        spec.weight_kind("attention"), tokens, backend
     )
     weights_s = spec.weight_bytes("attention", op.layer) / device.read_bytes_per_s
-    launch_s = _num_launches("attention", device) * device.launch_s
+    launch_s = _launch_s("attention", device, backend)
     if shape.phase == "decode":
         # Not rounded: the cost is affine in the context, so the mean context gives the mean cost.
         context = shape.num_past_tokens + 1
@@ -180,22 +223,24 @@ def _attention(op: Op, spec: ModelSpec, device: DeviceProfile, shape: BatchShape
     return OpCost(compute_s=products_s + scores_s, memory_s=weights_s, launch_s=launch_s)
 
 
-def _experts(op: Op, spec: ModelSpec, device: DeviceProfile, shape: BatchShape) -> OpCost:
+def _experts(
+    op: Op, spec: ModelSpec, device: DeviceProfile, shape: BatchShape, backend: Backend | None
+) -> OpCost:
     """Distinct experts, each with its share of the tokens."""
     assert op.layer is not None
     layer = spec.layers[op.layer]
     tokens = shape.num_tokens
     distinct = spec.distinct_experts(op.layer, tokens)
     tokens_each = tokens * layer.num_experts_per_token / distinct
-    rate = device.linear_flop_per_s(spec.weight_kind("experts"), tokens_each)
+    rate = device.linear_flop_per_s(spec.weight_kind("experts"), tokens_each, backend)
     num_calls = 1.0 if has_grouped_products(spec, device.kind) else distinct
-    num_launches = float(_num_launches("experts", device))
-    if device.kind != "cpu":
-        num_launches += num_calls * _NUM_EXPERT_PRODUCTS
+    launch_s = _launch_s("experts", device, backend)
+    if device.kind != "cpu" or backend == "torch":
+        launch_s += num_calls * _NUM_EXPERT_PRODUCTS * device.torch_op_s
     return OpCost(
         compute_s=spec.flops("experts", tokens, op.layer) / rate,
         memory_s=distinct * spec.expert_bytes(op.layer) / device.read_bytes_per_s,
-        launch_s=num_launches * device.launch_s,
+        launch_s=launch_s,
     )
 
 
@@ -217,10 +262,17 @@ class Pricer:
     cache is the only state.
     """
 
-    def __init__(self, spec: ModelSpec, hardware: HardwareProfile, shape: BatchShape) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        hardware: HardwareProfile,
+        shape: BatchShape,
+        backends: Backends = OWN_BACKENDS,
+    ) -> None:
         self.spec = spec
         self.hardware = hardware
         self.shape = shape
+        self.backends = backends
         kinds = {layer: index for index, layer in enumerate(dict.fromkeys(spec.layers))}
         self._kind_of_layer = [kinds[layer] for layer in spec.layers]
         self._prices: dict[tuple[object, ...], float] = {}
@@ -230,13 +282,17 @@ class Pricer:
         key = (op.kind, op.lane, op.payload, op.module, kind)
         price = self._prices.get(key)
         if price is None:
-            price = op_cost(op, self.spec, self.hardware, self.shape).seconds
+            price = op_cost(op, self.spec, self.hardware, self.shape, self.backends).seconds
             self._prices[key] = price
         return price
 
 
 def predict(
-    graph: StepGraph, spec: ModelSpec, hardware: HardwareProfile, shape: BatchShape
+    graph: StepGraph,
+    spec: ModelSpec,
+    hardware: HardwareProfile,
+    shape: BatchShape,
+    backends: Backends = OWN_BACKENDS,
 ) -> Timeline:
     """Predicted Timeline of a step: every op priced, then simulated."""
-    return simulate(graph, Pricer(spec, hardware, shape))
+    return simulate(graph, Pricer(spec, hardware, shape, backends))

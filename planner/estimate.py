@@ -5,7 +5,8 @@ from __future__ import annotations
 from bisect import bisect_left
 from dataclasses import dataclass
 
-from planner.cost_model import Pricer, op_cost
+from planner.backends import cpu_backends
+from planner.cost_model import Backends, Pricer, op_cost
 from planner.hardware import HardwareProfile
 from planner.memory import DeviceMemory
 from planner.model_spec import ModelSpec
@@ -91,20 +92,30 @@ class WavePricer:
         The sequences that run together.
     chunk_tokens : int
         New tokens of one prefill step at most.
+    backends : Backends, optional
+        Who computes the CPU's products; chosen for `wave` where it is left out.
     """
 
     def __init__(
-        self, spec: ModelSpec, hardware: HardwareProfile, wave: Workload, chunk_tokens: int
+        self,
+        spec: ModelSpec,
+        hardware: HardwareProfile,
+        wave: Workload,
+        chunk_tokens: int,
+        backends: Backends | None = None,
     ) -> None:
+        if backends is None:
+            backends = cpu_backends(spec, hardware, wave)
         self._spec = spec
         self._hardware = hardware
         self._wave = wave
         self._steps = [
-            (step, Pricer(spec, hardware, step.shape)) for step in prefill_steps(wave, chunk_tokens)
+            (step, Pricer(spec, hardware, step.shape, backends))
+            for step in prefill_steps(wave, chunk_tokens)
         ]
         # Decode steps read prompt_len .. prompt_len + output_len - 2 tokens of past.
         past = wave.prompt_len + max(0, wave.output_len - 2) / 2
-        self._decode = Pricer(spec, hardware, decode_shape(wave.num_seqs, past))
+        self._decode = Pricer(spec, hardware, decode_shape(wave.num_seqs, past), backends)
 
     def prefill(self, graph: StepGraph) -> PrefillCost:
         """Price the prefill of all sequences."""
@@ -186,6 +197,7 @@ def estimate(
     memory: dict[Device, DeviceMemory] | None = None,
     *,
     num_concurrent: int | None = None,
+    backends: Backends | None = None,
 ) -> Estimate:
     """Predict a workload under a placement.
 
@@ -193,13 +205,15 @@ def estimate(
     ----------
     num_concurrent : int, optional
         Sequences that run at once; all of the workload's where it is left out.
+    backends : Backends, optional
+        Who computes the CPU's products, as loaded; chosen for the workload where it is left out.
     """
     concurrent = num_concurrent or workload.num_seqs
     wave = Workload(
         prompt_len=workload.prompt_len, output_len=workload.output_len, num_seqs=concurrent
     )
     prefill_graph, decode_graph = build(spec, placement.prefill), build(spec, placement.decode)
-    pricer = WavePricer(spec, hardware, wave, placement.prefill.max_num_tokens)
+    pricer = WavePricer(spec, hardware, wave, placement.prefill.max_num_tokens, backends)
     prefill = pricer.prefill(prefill_graph)
     decode_step_s = pricer.decode_step_s(decode_graph)
     move_s = pricer.kv_move_s(build_kv_move(placement.prefill, placement.decode))

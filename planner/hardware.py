@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import msgspec
 from msgspec import Meta
@@ -13,12 +13,16 @@ from msgspec.structs import replace
 
 from planner.errors import ProfileError
 from planner.model_spec import WeightKind
+from planner.priors import ASSUMED_FROM, assumed_rates
 
 SCHEMA_VERSION = 1
 
 DeviceKind = Literal["cpu", "cuda", "emulated"]
 Provenance = Literal["measured", "datasheet"]
 AcceleratorName = Literal["auto", "none", "cuda", "emulated"]
+# Who computes a product: our kernels on packed weights, torch on rows, Intel's extension of torch.
+Backend = Literal["numba", "torch", "ipex"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 # Checked where a profile is read: a rate of 0 would divide by zero far from the file that has it.
 PositiveInt = Annotated[int, Meta(ge=1)]
@@ -27,11 +31,15 @@ Seconds = Annotated[float, Meta(ge=0)]
 
 
 class LinearSample(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Rate of `y = x W^T` for `num_tokens` rows of x, with W read from main memory (not cached)."""
+    """Rate of `y = x W^T` for `num_tokens` rows of x, with W read from main memory (not cached).
+
+    Profiles from before `backend` was written down hold the rates of our kernels.
+    """
 
     dtype: WeightKind
     num_tokens: PositiveInt
     flop_per_s: Rate
+    backend: Backend = "numba"
 
 
 class DeviceProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -40,8 +48,9 @@ class DeviceProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     `read_bytes_per_s` is a plain sequential read of its memory. `linear` samples the matrix product
     kernel by token count and dtype. `attention_bytes_per_s` is KV bytes per second of the decode
     attention kernel, `attention_flop_per_s` the rate of prefill attention. `launch_s` is the cost
-    of one small operation. `reserved_bytes` is taken by the runtime before any weight (a CUDA
-    context).
+    of one small operation: on a CPU that of a link in a chain of our kernels, where torch's
+    operations cost `torch_launch_s` (None: as much). `reserved_bytes` is taken by the runtime
+    before any weight (a CUDA context).
     """
 
     name: str
@@ -54,16 +63,47 @@ class DeviceProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     linear: tuple[LinearSample, ...]
     num_threads: PositiveInt = 1
     reserved_bytes: Annotated[int, Meta(ge=0)] = 0
+    torch_launch_s: Seconds | None = None
 
-    def linear_flop_per_s(self, dtype: WeightKind, num_tokens: float) -> float:
+    @property
+    def torch_op_s(self) -> float:
+        """Seconds of one small operation of torch."""
+        return self.launch_s if self.torch_launch_s is None else self.torch_launch_s
+
+    def backends(self, dtype: WeightKind) -> tuple[Backend, ...]:
+        """Who has samples of a format, our kernels first."""
+        found = {sample.backend for sample in self.linear if sample.dtype == dtype}
+        return tuple(backend for backend in BACKENDS if backend in found)
+
+    def linear_flop_per_s(
+        self, dtype: WeightKind, num_tokens: float, backend: Backend | None = None
+    ) -> float:
         """Rate of the matrix product at a token count: log-log between samples, flat outside.
+
+        Parameters
+        ----------
+        backend
+            Who computes it; None is the first of `backends`.
 
         Raises
         ------
         ProfileError
-            The profile has no sample of this dtype.
+            The profile has no sample of this dtype, or none of this backend.
         """
-        points = sorted((s.num_tokens, s.flop_per_s) for s in self.linear if s.dtype == dtype)
+        if backend is None:
+            backend = next(iter(self.backends(dtype)), None)
+        points = sorted(
+            (s.num_tokens, s.flop_per_s)
+            for s in self.linear
+            if s.dtype == dtype and s.backend == backend
+        )
+        if not points and self.kind == "cpu" and backend in (None, "numba"):
+            known = [
+                (s.num_tokens, s.flop_per_s)
+                for s in self.linear
+                if s.dtype == ASSUMED_FROM and s.backend == "numba"
+            ]
+            points = assumed_rates(dtype, known)
         if not points:
             raise ProfileError(
                 f"the profile of {self.name} has no rates for {dtype}; "
@@ -91,9 +131,14 @@ class LinkProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class Fingerprint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Which machine and which versions a measured profile belongs to."""
+    """Which machine and which versions a measured profile belongs to.
+
+    `instructions` is the level of vector instructions that kernels were compiled for, which is
+    "unknown" for profiles from before it was written down.
+    """
 
     cpu: str
+    instructions: str = "unknown"
     num_cores: int
     memory_bytes: int
     gpu: str | None
@@ -197,6 +242,8 @@ class HardwareProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
             kind="emulated",
             memory_bytes=memory_bytes,
             reserved_bytes=0,
+            launch_s=one.torch_op_s,
+            linear=_rows_products(one),
         )
         link = LinkProfile(
             name="emulated link",
@@ -251,6 +298,12 @@ class HardwareProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
 # One hand-over to a parked thread; measured 100-200 us on two cores.
 EMULATED_LINK_LATENCY_S = 150e-6
+
+
+def _rows_products(cpu: DeviceProfile) -> tuple[LinearSample, ...]:
+    """What a device that only has torch can do: torch's samples of a format where there are any."""
+    by_torch = {sample.dtype for sample in cpu.linear if sample.backend == "torch"}
+    return tuple(s for s in cpu.linear if s.backend == "torch" or s.dtype not in by_torch)
 
 
 def _decode_rate(cpu: DeviceProfile) -> tuple[float, int]:

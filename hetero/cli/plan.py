@@ -77,7 +77,13 @@ def plan(
     128 tokens, less where the model's context is shorter.
     """
     from hetero.measure.store import write_atomically
-    from hetero.planning import default_workload, lacking_memory, make_plan, spec_as_run
+    from hetero.planning import (
+        assumed_note,
+        default_workload,
+        lacking_memory,
+        make_plan,
+        spec_as_run,
+    )
 
     options = MachineOptions(**machine)
     source = lookup_model(model)
@@ -93,19 +99,26 @@ def plan(
     if output is not None:
         write_atomically(output, made.to_json(), is_private=False)
         say(f"wrote {output}")
+    note = assumed_note(spec, hardware)
     if as_json:
         click.echo(made.to_json(), nl=False)
+        if note is not None:
+            say(f"note: {note}")
     else:
-        _print(made, hardware)
+        _print(made, hardware, note)
     if not made.feasible:
         say(f"error: {lacking_memory(made, spec, hardware)}")
         context.exit(ExitCode.DOES_NOT_FIT)
 
 
-def _print(made: Plan, hardware: HardwareProfile) -> None:
+def _print(made: Plan, hardware: HardwareProfile, note: str | None) -> None:
+    from msgspec.structs import replace
     from rich.console import Console
 
     from hetero.report import print_plan
+
+    if note is not None:
+        hardware = replace(hardware, notes=(*hardware.notes, note))
 
     # A pipe has no width: a table of 100 columns is what grep and a mail can take.
     width = None if sys.stdout.isatty() else 100

@@ -97,14 +97,15 @@ def _rows(devices: list[DeviceProfile]) -> list[tuple[str, list[str]]]:
         ("decode attention, KV GB/s", [f"{d.attention_bytes_per_s / 1e9:.1f}" for d in devices]),
         ("prefill attention, GFLOP/s", [f"{d.attention_flop_per_s / 1e9:.0f}" for d in devices]),
         ("small operation, us", [f"{d.launch_s * 1e6:.1f}" for d in devices]),
+        ("small operation of torch, us", [f"{d.torch_op_s * 1e6:.1f}" for d in devices]),
     ]
-    samples = {(s.dtype, s.num_tokens): None for device in devices for s in device.linear}
-    for dtype, num_tokens in sorted(samples):
+    samples = {(s.dtype, s.backend, s.num_tokens) for device in devices for s in device.linear}
+    for dtype, backend, num_tokens in sorted(samples):
         cells = []
         for device in devices:
-            rates = {(s.dtype, s.num_tokens): s.flop_per_s for s in device.linear}
-            rate = rates.get((dtype, num_tokens))
+            rates = {(s.dtype, s.backend, s.num_tokens): s.flop_per_s for s in device.linear}
+            rate = rates.get((dtype, backend, num_tokens))
             cells.append("" if rate is None else f"{rate / 1e9:.1f}")
         tokens = f"{num_tokens} token{'s' if num_tokens > 1 else ''}"
-        rows.append((f"{dtype} product, {tokens}, GFLOP/s", cells))
+        rows.append((f"{dtype} product by {backend}, {tokens}, GFLOP/s", cells))
     return rows

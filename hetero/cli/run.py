@@ -168,7 +168,7 @@ def run(
         rows = read_rows(input_path)
     else:
         rows = (Row(custom_id="prompt", prompt=prompt or DEMO_PROMPT),)
-    from hetero.planning import spec_as_run
+    from hetero.planning import assumed_note, spec_as_run
 
     options = MachineOptions(**machine)
     source = lookup_model(model)
@@ -180,10 +180,13 @@ def run(
     profile = read_profile(options.profile, teller(progress))
     given = read_plan(plan_path, strategy)
     hardware = usable_part(profile, options, given)
-    spec = spec_as_run(source, dtype, hardware, teller(progress), quantization)
+    spec = spec_as_run(source, dtype, hardware, teller(progress), quantization, given)
     if hardware.notes:
         notes = "; ".join(hardware.notes)
         teller(progress)(f"warning: the profile of {hardware.name}: {notes}")
+    assumed = assumed_note(spec, hardware)
+    if assumed is not None:
+        teller(progress)(f"warning: {assumed}")
     job = tokenize(rows, source.folder, spec, chat=chat)
     if output is None and job.bad:
         raise job.bad[0].error
@@ -212,8 +215,9 @@ def run(
         model,
         plan=made,
         profile=profile,
-        dtype=dtype,
-        quantization=quantization,
+        # what was decided above, and said: a plan's own format where none was asked for
+        dtype=spec.dtype,
+        quantization=spec.quantization,
         max_model_len=min(spec.max_position_embeddings, job.longest + max_tokens),
         overlap=not no_overlap,
         progress=teller(progress),

@@ -12,6 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Literal
 
+from cpu_kernels.formats import WeightKind
 from cpu_kernels.isa import ENVIRONMENT_VARIABLE, Isa, isa
 from cpu_kernels.threads import available_cores, physical_cores
 from hetero.errors import EnvironmentProblemError
@@ -23,6 +24,7 @@ from hetero.measure.memory_limit import (
 )
 from hetero.measure.store import PROFILE_FILE, private_folder, stored_profile, why_foreign
 from planner.errors import ProfileError
+from planner.hardware import BACKENDS, Backend
 
 Status = Literal["ok", "warn", "fail"]
 
@@ -44,6 +46,9 @@ _ISA = (
     "bf16",
     "sve",
 )
+_PRODUCT_KINDS: tuple[WeightKind, ...] = ("bfloat16", "float32", "int8", "int4")
+# A step of decode and a chunk of a prompt.
+_COMPARED_TOKENS = (1, 256)
 _LOW_DISK_BYTES = 1 << 30
 _LOW_MEMORY_BYTES = 4 << 30
 _PINNED_BYTES = 1 << 30
@@ -73,6 +78,7 @@ def check_environment(cache_dir: Path) -> tuple[Check, ...]:
         check_huge_pages(),
         check_gpu(),
         check_ipex(package_version(_IPEX), package_version("torch")),
+        check_products(cache_dir),
         check_cache(cache_dir),
         check_stored_profile(cache_dir),
         check_shipped_model(),
@@ -267,6 +273,72 @@ def check_ipex(ipex: str | None, torch: str | None) -> Check:
             fix=f"pip uninstall {_IPEX} (the project was archived in 2026-03)",
         )
     return Check(name="ipex", status="ok", text=f"{text}, matches torch {torch}")
+
+
+def check_products(cache_dir: Path) -> Check:
+    """Who multiplies on the CPU, each tried on a small matrix, and which of them is fastest where.
+
+    Our kernels are what the engine runs on; another must be a tenth faster by the profile.
+    """
+    try:
+        from hetero.model.products import available_backends
+    except (ImportError, OSError) as error:
+        return Check(
+            name="products",
+            status="fail",
+            text=f"unknown, as torch or numba does not load: {error}",
+            fix="pip install --upgrade torch numba",
+        )
+    reasons = {kind: available_backends(kind) for kind in _PRODUCT_KINDS}
+    by_backend = {
+        backend: {kind: found[backend] for kind, found in reasons.items()} for backend in BACKENDS
+    }
+    texts = [_products_text(backend, found) for backend, found in by_backend.items()]
+    texts += _chosen_texts(cache_dir)
+    if any(by_backend["numba"].values()):
+        return Check(
+            name="products",
+            status="fail",
+            text="; ".join(texts),
+            fix="pip install --upgrade numba llvmlite; if that changes nothing, please report it",
+        )
+    return Check(name="products", status="ok", text="; ".join(texts))
+
+
+def _products_text(backend: Backend, why_not: dict[WeightKind, str | None]) -> str:
+    """`torch 2.13.0 available`, `ipex not installed`, `torch 2.13.0 available, but int4: ...`."""
+    lacking = {kind: reason for kind, reason in why_not.items() if reason is not None}
+    reasons = list(dict.fromkeys(lacking.values()))
+    if len(lacking) == len(why_not) and len(reasons) == 1:
+        return f"{backend} {reasons[0]}"
+    version = package_version(_IPEX if backend == "ipex" else backend)
+    text = f"{backend} {version} available"
+    parts = (f"{kind}: {reason}" for kind, reason in lacking.items())
+    return text if not lacking else f"{text}, but {', '.join(parts)}"
+
+
+def _chosen_texts(cache_dir: Path) -> list[str]:
+    """How torch compares with our kernels at few and at many tokens, by the stored profile."""
+    try:
+        profile = stored_profile(cache_dir)
+    except (ProfileError, EnvironmentProblemError):
+        return []  # their own checks say so
+    if profile is None or why_foreign(profile) is not None:
+        return []
+    texts, cpu = [], profile.cpu
+    for kind in _PRODUCT_KINDS:
+        if not {"numba", "torch"} <= set(cpu.backends(kind)):
+            continue
+        few, many = (
+            cpu.linear_flop_per_s(kind, tokens, "torch")
+            / cpu.linear_flop_per_s(kind, tokens, "numba")
+            for tokens in _COMPARED_TOKENS
+        )
+        texts.append(
+            f"{kind}: torch has {few:.1f}x the rate of numba at {_COMPARED_TOKENS[0]} token, "
+            f"{many:.1f}x at {_COMPARED_TOKENS[1]}"
+        )
+    return texts
 
 
 def check_cache(cache_dir: Path) -> Check:

@@ -12,6 +12,7 @@ from typing import Any
 import pynvml
 
 import hetero
+from cpu_kernels.isa import isa
 from cpu_kernels.threads import physical_cores
 from hetero.measure.memory_limit import memory_limit_bytes
 from planner.hardware import Fingerprint
@@ -21,6 +22,7 @@ _CPUINFO = Path("/proc/cpuinfo")
 _MEMORY_TOLERANCE = 0.02
 _FIELD_NAMES = {
     "cpu": "CPU",
+    "instructions": "level of vector instructions",
     "num_cores": "number of cores",
     "memory_bytes": "memory",
     "gpu": "GPU",
@@ -51,6 +53,7 @@ def machine_fingerprint(*, prefer_gpu_uuid: str | None = None) -> Fingerprint:
     gpu = next((g for g in gpus if g.uuid == prefer_gpu_uuid), gpus[0] if gpus else None)
     return Fingerprint(
         cpu=cpu_model(),
+        instructions=instructions_in_use(),
         num_cores=physical_cores(),
         memory_bytes=memory_limit_bytes(),
         gpu=None if gpu is None else gpu.name,
@@ -72,6 +75,14 @@ def describe_mismatch(measured: Fingerprint, here: Fingerprint) -> str | None:
         elif old != new:
             return f"the {words} was {old or 'none'} and is {new or 'none'}"
     return None
+
+
+def instructions_in_use() -> str:
+    """The level that kernels are compiled for: HETERO_ISA lowers it, and every rate with it."""
+    try:
+        return isa().level
+    except (ImportError, OSError):  # llvmlite does not load, which hetero doctor reports
+        return "unknown"
 
 
 def cpu_model(cpuinfo: Path = _CPUINFO) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
@@ -27,14 +27,16 @@ from hetero.measure.cold_memory import (
 )
 from hetero.measure.fingerprint import cpu_model, gpu_used_bytes, machine_fingerprint, nvidia_gpus
 from hetero.measure.gemm import CPU_SHAPES, GPU_SHAPES, Shape, linear_sample, model_shapes
-from hetero.measure.launch import launch_s
+from hetero.measure.launch import launch_s, link_s
 from hetero.measure.link import measure_link
 from hetero.measure.memory import cpu_read_bytes_per_s, gpu_read_bytes_per_s
 from hetero.measure.memory_limit import available_memory_bytes, memory_limit_bytes
 from hetero.measure.timing import torch_threads
+from hetero.model.products import available_backends, fits_groups
 from hetero.runtime.devices import cuda_missing
 from planner.hardware import (
     AcceleratorName,
+    Backend,
     DeviceProfile,
     Fingerprint,
     HardwareProfile,
@@ -53,15 +55,20 @@ _MIN_OTHER_GPU_BYTES = 100_000_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Effort:
-    """What is measured and for how long: seconds a probe repeats, token counts per format."""
+    """What is measured and for how long: seconds a probe repeats, token counts per format.
+
+    `tokens` are those of our kernels (and of torch where they have not the format), `other_tokens`
+    those of the CPU's other backends.
+    """
 
     budget_s: float
     tokens: dict[WeightKind, tuple[int, ...]]
+    other_tokens: dict[WeightKind, tuple[int, ...]]
     gpu_tokens: tuple[int, ...]
     has_all_thread_counts: bool
 
 
-# Prices on two cores: quick about 6 s with a compilation of the decode kernel, full about 25 s.
+# Prices on two cores, kernels compiled: quick about 5 s, full about 30 s.
 QUICK = Effort(
     budget_s=0.03,
     # float16 has a fast product on few CPUs and may take 70 times as long as bfloat16
@@ -72,6 +79,8 @@ QUICK = Effort(
         "int8": (1, 4, 16, 64, 256),
         "int4": (1, 4, 16, 64, 256),
     },
+    # what there is to choose from, in decode and in prefill
+    other_tokens={"bfloat16": (1, 256), "float32": (1, 256)},
     gpu_tokens=(1, 16, 64, 512),
     has_all_thread_counts=False,
 )
@@ -83,6 +92,12 @@ FULL = Effort(
         "float16": (1, 16, 64),
         "int8": (1, 2, 4, 8, 16, 32, 64, 128, 512),
         "int4": (1, 2, 4, 8, 16, 32, 64, 128, 512),
+    },
+    other_tokens={
+        "bfloat16": (1, 4, 16, 128, 512),
+        "float32": (1, 4, 16, 128, 512),
+        "int8": (1, 512),
+        "int4": (1, 512),
     },
     gpu_tokens=(1, 4, 16, 64, 128, 256, 512, 2048),
     has_all_thread_counts=True,
@@ -239,9 +254,9 @@ def _measure_cpu(
                 num_tokens=num_tokens,
                 shapes=subject.cpu_shapes,
                 budget_s=budget_s,
+                backend=backend,
             )
-            for dtype, counts in effort.tokens.items()
-            for num_tokens in counts
+            for backend, dtype, num_tokens in _cpu_products(effort, subject.cpu_shapes)
         )
         progress(f"{threads}: attention")
         decode = cpu_decode_bytes_per_s(
@@ -253,7 +268,8 @@ def _measure_cpu(
         )
         # Whatever the model's format: cpu_layers.py widens queries, keys and values for torch.
         prefill = prefill_flop_per_s(cpu, subject.attention, dtype="float32", budget_s=budget_s)
-        small_op_s = launch_s(cpu, budget_s=budget_s)
+        small_op_s = link_s(memory, num_threads=num_threads, budget_s=budget_s)
+        torch_op_s = launch_s(cpu, budget_s=budget_s)
     return DeviceProfile(
         name=cpu_model(),
         kind="cpu",
@@ -264,7 +280,25 @@ def _measure_cpu(
         launch_s=small_op_s,
         linear=linear,
         num_threads=num_threads,
+        torch_launch_s=torch_op_s,
     )
+
+
+def _cpu_products(
+    effort: Effort, shapes: Sequence[Shape]
+) -> Iterator[tuple[Backend, WeightKind, int]]:
+    """Which backend multiplies what, for how many tokens."""
+    for dtype, counts in effort.tokens.items():
+        for num_tokens in counts:
+            yield "torch" if dtype == "float16" else "numba", dtype, num_tokens
+    for dtype, counts in effort.other_tokens.items():
+        assert dtype != "float16"
+        if dtype in ("int8", "int4") and not all(fits_groups(*shape) for shape in shapes):
+            continue
+        for backend, reason in available_backends(dtype).items():
+            if backend != "numba" and reason is None:
+                for num_tokens in counts:
+                    yield backend, dtype, num_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -296,6 +330,7 @@ def _measure_gpu(effort: Effort, subject: _Subject, progress: Progress) -> _Meas
             num_tokens=num_tokens,
             shapes=subject.gpu_shapes,
             budget_s=budget_s,
+            backend="torch",
         )
         for dtype in dtypes
         for num_tokens in effort.gpu_tokens

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cpu_kernels.attention import decode_attention
+from cpu_kernels.scratch import Scratch
 from hetero.model.batch import BatchTensors
 from hetero.model.norm import rms_norm
 from hetero.model.rotary import apply_rotary, rotary_rows
@@ -72,6 +73,7 @@ class AttentionStep:
     context_lens_S: Tensor
     prompts: Mapping[int | None, tuple[PromptReads, ...]]  # by window; prefill only
     pages: Mapping[int | None, PageReads]  # by window; decode with the torch kernel only
+    scratch: Scratch  # of the numba kernel: layers run one after the other
 
 
 def attention_step(
@@ -106,6 +108,7 @@ def attention_step(
         context_lens_S=batch.context_lens_S,
         prompts=prompts,
         pages=pages,
+        scratch=Scratch(),
     )
 
 
@@ -231,6 +234,7 @@ def _decode_numba(
         num_threads=num_threads,
         out=out_SHK.numpy(),
         lse=np.empty(q_SHK.shape[:2], np.float32),
+        scratch=step.scratch,
     )
     return out_SHK.flatten(1).to(q_SHK.dtype)
 

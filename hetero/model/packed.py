@@ -17,6 +17,7 @@ from cpu_kernels.experts import PackedExperts, expert_bytes
 from cpu_kernels.formats import PANEL_ROWS, WeightFormat, num_panels
 from cpu_kernels.linear import PackedMatrix
 from cpu_kernels.microkernels import load_kernels
+from cpu_kernels.numa import interleaved_memory
 from cpu_kernels.packing import pack_into
 from cpu_kernels.scratch import aligned_bytes
 from hetero.errors import ModelFolderError
@@ -59,11 +60,21 @@ def pack_module(
 ) -> PackedModule:
     """Read a module's tensors and pack them; of the rest of the model nothing is held twice.
 
+    On a machine with several NUMA nodes what this thread packs is spread over all of them.
+
     Raises
     ------
     ModelFolderError
         As `read` does, or weights that are not finite cannot be quantised.
     """
+    # Around the reading too: memory of what was read is used again for what is packed.
+    with interleaved_memory():
+        return _pack_module(spec, module, layout, read, num_threads)
+
+
+def _pack_module(
+    spec: ModelSpec, module: Module, layout: ModuleLayout, read: ReadTensor, num_threads: int
+) -> PackedModule:
     format_ = weight_format(spec, module)
     matrices: dict[str, PackedMatrix] = {}
     vectors: dict[str, NDArray[Any]] = {}

@@ -15,6 +15,7 @@ from hetero.checkpoint import Checkpoint
 from hetero.model.families import TORCH_DTYPES, ModuleLayout, TensorSlot, module_layout, views
 from hetero.model.packed import PackedModule, is_packable, pack_module
 from hetero.runtime.devices import Accelerator
+from planner.cost_model import OWN_BACKENDS, Backends
 from planner.model_spec import ModelSpec, Module
 from planner.placement import Device, Placement
 from planner.step_graph import NUM_STREAM_BUFFERS
@@ -112,6 +113,8 @@ def load_weights(
     placement: Placement,
     accelerator: Accelerator | None,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    backends: Backends = OWN_BACKENDS,
 ) -> Weights:
     """Read every module to where the placement wants it.
 
@@ -119,6 +122,8 @@ def load_weights(
     ----------
     progress : callable, optional
         Called with (bytes read, bytes in all) after each module.
+    backends : Backends
+        Who computes each module on the CPU: what torch does stays in rows.
 
     Raises
     ------
@@ -133,7 +138,7 @@ def load_weights(
         tier = placement.tier(phase)
         for index in range(spec.num_layers):
             streamed.update((module, index) for module in tier.streamed(index))
-    packable = _packable(spec, placement, streamed)
+    packable = _packable(spec, placement, streamed, backends)
     homes = {"cpu": placement.lives_on("cpu"), "gpu": placement.lives_on("gpu")}
     jobs: list[tuple[Device, ModuleKey]] = [
         (device, key)
@@ -184,13 +189,18 @@ def load_weights(
 
 
 def _packable(
-    spec: ModelSpec, placement: Placement, streamed: Collection[ModuleKey]
+    spec: ModelSpec,
+    placement: Placement,
+    streamed: Collection[ModuleKey],
+    backends: Backends,
 ) -> frozenset[ModuleKey]:
-    """Modules on the CPU that its kernels read: those that no phase streams, which are rows."""
+    """Modules on the CPU that its kernels read: but for what is streamed, or torch's, in rows."""
     if not is_packable(spec):
         return frozenset()
     on_cpu = {key for key in placement.lives_on("cpu") if key not in streamed}
-    return frozenset(key for key in on_cpu if key[0] != "embedding")
+    return frozenset(
+        key for key in on_cpu if key[0] != "embedding" and backends.get(key[0]) != "torch"
+    )
 
 
 def _is_read_from_head(spec: ModelSpec, key: ModuleKey, packable: Collection[ModuleKey]) -> bool:

@@ -94,6 +94,38 @@ def test_output_is_the_plan_that_was_printed(hetero: Hetero, tmp_path: Path) -> 
     assert outcome.stderr == f"wrote {file}\n"
 
 
+@pytest.mark.parametrize("quantization", ["int4", "int8"])
+def test_rates_of_quantised_weights_are_assumed_and_said_to_be(
+    hetero: Hetero, quantization: str
+) -> None:
+    """A reference machine has none; the bytes of a token shrink, and so does its time."""
+    alone = ("llama-3.1-8b", *DESKTOP, "--accelerator", "none")
+    plain = hetero("plan", *alone, "--json")
+    document = hetero("plan", *alone, "--quantization", quantization, "--json")
+    report = hetero("plan", *alone, "--quantization", quantization)
+    both = "int4 and int8" if quantization == "int4" else "int8"
+    note = f"note: desktop-rtx4090 has no rates for {both}; they are assumed from bfloat16's"
+    assert document.stderr.startswith(note)
+    assert note in report.stdout
+    assert plain.stderr == report.stderr == ""
+    times = [json.loads(each.stdout)["estimate"]["tpot_s"] for each in (plain, document)]
+    # 16 bits a weight against 8.125 or 4.125 of all but the embedding and the KV cache, and the
+    # head of an int4 model in int8
+    assert times[0] / times[1] == pytest.approx(1.96 if both == "int8" else 3.5, rel=0.05)
+
+
+def test_what_quantisation_leaves_of_float16_weights_is_said(hetero: Hetero, demo: Path) -> None:
+    """It becomes bfloat16, or float32 where that is asked for."""
+    config = json.loads((demo / "config.json").read_text())
+    config = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
+    (demo / "config.json").write_text(json.dumps({**config, "torch_dtype": "float16"}))
+    warned = hetero("plan", demo, "--quantization", "int8")
+    kept = hetero("plan", demo, "--quantization", "int8", "--dtype", "float32")
+    assert "warning: what int8 leaves of float16 weights (embedding, rout" in warned.stderr
+    assert kept.code == warned.code == 0
+    assert "warning" not in kept.stderr
+
+
 def test_budgets_bound_the_plan(hetero: Hetero) -> None:
     arguments = ("llama-3.1-8b", *DESKTOP, "--gpu-mem-gb", "8", "--cpu-mem-gb", "16", "--json")
     plan = Plan.from_json(hetero("plan", *arguments).stdout.encode(), source="stdout")

@@ -16,7 +16,7 @@ from hetero import LLM, SamplingParams
 from hetero.cli.job import GoodRow, Job
 from hetero.cli.rows import OutputExistsError, Row, RowWriter, read_rows
 from hetero.cli.run import DEMO_PROMPT, DEMO_SEED, DEMO_TEMPERATURE
-from hetero.errors import EnvironmentProblemError, ExitCode, UsageError
+from hetero.errors import EnvironmentProblemError, ExitCode, PlanMismatchError, UsageError
 from hetero.model_lookup import find_model
 from planner.hardware import HardwareProfile
 from planner.plan import Plan
@@ -160,6 +160,65 @@ def test_a_plan_file_is_followed(hetero: Hetero, tmp_path: Path) -> None:
     hetero("plan", "demo", "--accelerator", "emulated", "--strategy", "split", "-o", file)
     outcome = hetero("run", "--plan", file, "--max-tokens", "4", "--json", *QUIET)
     assert json.loads(outcome.stdout)["plan"] == json.loads(file.read_bytes())
+
+
+@pytest.mark.parametrize(
+    "format_", [("--quantization", "int4"), ("--dtype", "float32")], ids=" ".join
+)
+def test_a_plan_brings_the_format_it_was_made_for(
+    hetero: Hetero, tmp_path: Path, format_: tuple[str, ...]
+) -> None:
+    """To repeat it is allowed and changes nothing."""
+    file = tmp_path / "plan.json"
+    hetero("plan", "demo", *format_, "--accelerator", "none", "-o", file)
+    common = ("run", "-p", "Once upon a time", "--max-tokens", "4", "--json", *QUIET)
+    alone = hetero(*common, "--plan", file)
+    repeated = hetero(*common, "--plan", file, *format_)
+    expected = hetero(*common, *format_)
+    tokens = [json.loads(each.stdout)["token_ids"] for each in (alone, repeated, expected)]
+    assert tokens[0] == tokens[1] == tokens[2]
+    assert json.loads(alone.stdout)["plan"] == json.loads(file.read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("planned", "asked", "words"),
+    [
+        (
+            ("--quantization", "int4"),
+            ("--quantization", "int8"),
+            "made with quantization int4 but the run has int8; give --quantization int4 (quant",
+        ),
+        (
+            (),
+            ("--quantization", "int8"),
+            "made with quantization none but the run has int8; leave --quantization out, or plan",
+        ),
+        (
+            ("--dtype", "float32"),
+            ("--dtype", "bfloat16"),
+            "made with dtype float32 but the run has bfloat16; give --dtype float32 (dtype='float",
+        ),
+    ],
+    ids=lambda value: " ".join(value)[:24] if isinstance(value, tuple) else "",
+)
+def test_a_plan_for_another_format_says_what_to_give(
+    hetero: Hetero, tmp_path: Path, planned: tuple[str, ...], asked: tuple[str, ...], words: str
+) -> None:
+    file = tmp_path / "plan.json"
+    hetero("plan", "demo", *planned, "--accelerator", "none", "-o", file)
+    refused(hetero("run", "--plan", file, *asked), ExitCode.USAGE, words)
+
+
+def test_llm_takes_the_quantization_of_its_plan_and_names_it_where_another_is_asked(
+    hetero: Hetero, stored_profile: HardwareProfile, tmp_path: Path
+) -> None:
+    plan = Plan.from_json(
+        hetero("plan", "demo", "--quantization", "int8", "--json").stdout.encode(), source="stdout"
+    )
+    with pytest.raises(PlanMismatchError, match=r"but the run has int4; .*quantization='int8'"):
+        LLM(plan=plan, profile=stored_profile, quantization="int4")
+    with LLM(plan=plan, profile=stored_profile) as llm:
+        assert llm.spec.quantization == "int8"
 
 
 def test_rows_are_written_as_they_finish(hetero: Hetero, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from cpu_kernels.formats import WeightKind
 from cpu_kernels.isa import Isa, isa
 from hetero.cli.doctor import doctor
 from hetero.cli.main import run_command
@@ -18,9 +20,11 @@ from hetero.errors import EnvironmentProblemError, ExitCode
 from hetero.measure import machine
 from hetero.measure.environment import (
     Check,
+    _products_text,
     check_huge_pages,
     check_instructions,
     check_ipex,
+    check_products,
     check_stored_profile,
 )
 from hetero.measure.machine import Effort
@@ -30,6 +34,7 @@ from planner.hardware import HardwareProfile
 TINY = Effort(
     budget_s=0.0,
     tokens={"bfloat16": (1,), "float32": (1,)},
+    other_tokens={"bfloat16": (1,)},
     gpu_tokens=(1,),
     has_all_thread_counts=False,
 )
@@ -53,9 +58,8 @@ def test_doctor_json_has_a_status_for_every_check(environ: dict[str, str | None]
     document = json.loads(result.stdout)
     checks = {check["name"]: check for check in document["checks"]}
     assert document["schema_version"] == 1
-    assert {"python", "torch", "numba", "cpu", "memory", "gpu", "ipex", "profile", "model"} <= set(
-        checks
-    )
+    names = {"python", "torch", "numba", "cpu", "memory", "gpu", "ipex", "products", "profile"}
+    assert names | {"model"} <= set(checks)
     assert all(check["fix"] for check in checks.values() if check["status"] != "ok")
     has_failed = any(check["status"] == "fail" for check in checks.values())
     assert result.exit_code == (ExitCode.ENVIRONMENT if has_failed else ExitCode.OK)
@@ -94,6 +98,31 @@ def test_ipex_is_judged_by_versions(
     """Major and minor must agree with torch."""
     check = check_ipex(ipex, torch)
     assert (check.status, check.text) == (status, text)
+
+
+def test_doctor_says_who_multiplies_and_how_fast(
+    tmp_path: Path, environ: dict[str, str | None], tiny: None
+) -> None:
+    """Which backends there are, and by the stored profile how torch compares with our kernels."""
+    before = check_products(tmp_path / "hetero")
+    assert CliRunner().invoke(profile, ["--quick"], env=environ).exit_code == ExitCode.OK
+    after = check_products(tmp_path / "hetero")
+
+    assert (before.status, after.status) == ("ok", "ok")
+    numba, torch, *_ = before.text.split("; ")
+    assert numba.startswith("numba ") and numba.endswith(" available")
+    assert torch.startswith("torch ")
+    compared = r"; bfloat16: torch has [0-9.]+x the rate of numba at 1 token, [0-9.]+x at 256"
+    assert re.fullmatch(re.escape(before.text) + compared, after.text)
+
+
+def test_doctor_names_the_format_that_a_backend_lacks() -> None:
+    """A reason for each, or one for all."""
+    right: dict[WeightKind, str | None] = {"bfloat16": None, "int8": None}
+    assert _products_text("ipex", dict.fromkeys(right, "not installed")) == "ipex not installed"
+    assert _products_text("numba", right).endswith(" available")
+    lacking = _products_text("torch", {**right, "int8": "AttributeError: no such op"})
+    assert lacking.endswith(" available, but int8: AttributeError: no such op")
 
 
 def test_doctor_says_which_instructions_are_in_use(environ: dict[str, str | None]) -> None:
@@ -168,7 +197,7 @@ def test_profile_prints_a_table(environ: dict[str, str | None], tiny: None) -> N
     """A row a quantity, a column a thread count, notes below."""
     result = CliRunner().invoke(profile, ["--quick"], env=environ, catch_exceptions=False)
     assert "1 thread" in result.stdout
-    assert "bfloat16 product, 1 token, GFLOP/s" in result.stdout
+    assert "bfloat16 product by numba, 1 token, GFLOP/s" in result.stdout
     assert "note: quick measurement" in result.stdout
 
 

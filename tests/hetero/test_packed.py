@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from cpu_kernels.experts import expert_bytes
 from cpu_kernels.formats import from_bfloat16_bits, to_bfloat16_bits, unpack
 from cpu_kernels.linear import PackedMatrix
 from hetero.errors import ModelFolderError
+from hetero.model import packed as packed_module
 from hetero.model.families import TensorSlot, module_layout
 from hetero.model.packed import PackedModule, embedding_rows, is_packable, pack_module
 from planner.model_spec import ModelSpec, Module
@@ -177,6 +179,39 @@ def test_what_the_reader_raises_is_passed_on() -> None:
 
     with pytest.raises(ModelFolderError, match="cut short"):
         pack_module(spec, "attention", module_layout(spec, "attention", 0), read, num_threads=1)
+
+
+def test_weights_are_read_and_packed_where_memory_is_spread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All that a module's loading touches first, on machines with several NUMA nodes."""
+    model = tiny_model("mixtral")
+    spec = tiny_spec(model)
+    tensors = checkpoint_tensors(model, spec)
+    is_spread = False
+
+    @contextmanager
+    def spread() -> Iterator[bool]:
+        nonlocal is_spread
+        is_spread = True
+        yield True
+        is_spread = False
+
+    def read(slot: TensorSlot) -> NDArray[Any]:
+        assert is_spread
+        return array(tensors[slot.name])
+
+    def pack_here(*arguments: Any, num_threads: int) -> None:
+        assert is_spread
+        packings.append(arguments)
+
+    packings: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(packed_module, "interleaved_memory", spread)
+    monkeypatch.setattr(packed_module, "pack_into", pack_here)
+    for module, layer in modules(spec):
+        pack_module(spec, module, module_layout(spec, module, layer), read, num_threads=1)
+        assert not is_spread
+    assert packings
 
 
 def test_models_in_float16_are_not_packed() -> None:

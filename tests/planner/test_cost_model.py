@@ -9,8 +9,8 @@ from msgspec.structs import replace
 
 from planner.cost_model import OpCost, Pricer, copy_bytes, has_grouped_products, op_cost, predict
 from planner.errors import ProfileError
-from planner.hardware import LinearSample
-from planner.model_spec import LayerSpec, ModelSpec
+from planner.hardware import Backend, DeviceProfile, LinearSample
+from planner.model_spec import LayerSpec, ModelSpec, Module
 from planner.step_graph import Op, OpKind, Payload, build
 from planner.strategies import STRATEGIES, cuts
 from planner.workload import BatchShape, decode_shape
@@ -143,36 +143,68 @@ def test_prefill_attention_of_a_window_counts_the_keys_that_are_seen() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "layer", "num_calls", "num_launches"),
+    ("kind", "layer", "num_links", "num_launches"),
     [
-        ("embed", None, 1, 1),
-        ("attention", 0, 6, 17),
-        ("dense", 0, 3, 7),
+        ("attention", 0, 7, 17),
+        ("dense", 0, 4, 7),
         ("router", 1, 3, 8),
         ("dispatch", 1, 0, 8),
         ("combine", 1, 1, 1),
         ("head", None, 2, 5),
-        ("sample", None, 2 * 8, 2 * 8),  # each sequence
-        ("experts", 1, 1, 4 + 3 * 2),  # two products of each of 3 distinct experts
+        ("experts", 1, 2, 4 + 3 * 2),  # two products of each of 3 distinct experts
     ],
 )
 def test_every_small_operation_costs_a_launch(
-    kind: OpKind, layer: int | None, num_calls: int, num_launches: int
+    kind: OpKind, layer: int | None, num_links: int, num_launches: int
 ) -> None:
-    """The CPU's kernels do more in one call than torch's operations, which other devices run."""
-    cpu = tiny_device("cpu", launch_s=0.5)
+    """A link of our kernels does more than an operation of torch, which rows are computed with."""
+    cpu = replace(tiny_device("cpu", launch_s=0.5), torch_launch_s=4.0)
     emulated = replace(tiny_device("gpu", launch_s=0.5), kind="emulated")
-    machine = tiny_machine(cpu=cpu, gpu=emulated)
-    on_gpu = dataclasses.replace(op(kind, layer=layer), lane="gpu")
+    machine = tiny_machine(cpu=with_torch(cpu, flop_per_s=1.0), gpu=emulated)
+    on_cpu, spec = op(kind, layer=layer), tiny_spec("dm")
+    on_gpu = dataclasses.replace(on_cpu, lane="gpu")
+    modules: tuple[Module, ...] = ("attention", "router", "experts", "dense", "head")
+    by_torch: dict[Module, Backend] = dict.fromkeys(modules, "torch")
 
-    assert op_cost(op(kind, layer=layer), tiny_spec("dm"), machine, DECODE).launch_s == (
-        num_calls * 0.5
+    assert op_cost(on_cpu, spec, machine, DECODE).launch_s == num_links * 0.5
+    assert op_cost(on_gpu, spec, machine, DECODE).launch_s == num_launches * 0.5
+    assert op_cost(on_cpu, spec, machine, DECODE, by_torch).launch_s == num_launches * 4.0
+
+
+def test_a_step_is_embedded_and_sampled_by_torch_and_led_by_python() -> None:
+    """One lookup and what 40 take; two operations for each of two sequences, and what 210 take."""
+    cpu = replace(tiny_device("cpu", launch_s=0.5), torch_launch_s=4.0)
+    costs = [
+        op_cost(op(kind), tiny_spec("d"), tiny_machine(cpu=cpu), DECODE)
+        for kind in ("embed", "sample")
+    ]
+
+    assert [cost.launch_s for cost in costs] == [(1 + 40) * 4.0, (2 * 2 + 210) * 4.0]
+
+
+@pytest.mark.parametrize("kind", ["attention", "dense", "router", "experts", "head"])
+def test_products_are_priced_at_the_rate_of_who_computes_them(kind: OpKind) -> None:
+    """Ours at 1 FLOP/s, torch's at 4, both far below what memory gives."""
+    ours = tiny_device("cpu", flop_per_s=1.0, read_bytes_per_s=2.0**60)
+    cpu = with_torch(replace(ours, attention_bytes_per_s=2.0**60), flop_per_s=4.0)
+    layer = {"dense": 0, "attention": 0, "head": None}.get(kind, 1)
+    one, machine = op(kind, layer=layer), tiny_machine(cpu=cpu)
+    assert one.module is not None
+    by_torch: dict[Module, Backend] = {one.module: "torch"}
+
+    by_us = op_cost(one, tiny_spec("dm"), machine, DECODE).compute_s
+    assert op_cost(one, tiny_spec("dm"), machine, DECODE, by_torch).compute_s == (
+        pytest.approx(by_us / 4, rel=1e-9)
     )
-    assert op_cost(on_gpu, tiny_spec("dm"), machine, DECODE).launch_s == num_launches * 0.5
+
+
+def with_torch(cpu: DeviceProfile, *, flop_per_s: float) -> DeviceProfile:
+    sample = LinearSample(dtype="bfloat16", num_tokens=1, flop_per_s=flop_per_s, backend="torch")
+    return replace(cpu, linear=(*cpu.linear, sample))
 
 
 def test_prefill_attention_launches_half_of_its_operations_for_each_sequence() -> None:
-    """6 launches for one sequence, 6 * (0.5 + 0.5 * 3) for three."""
+    """7 launches for one sequence, 7 * (0.5 + 0.5 * 3) for three."""
     machine = tiny_machine(cpu=tiny_device("cpu", launch_s=0.5))
     spec = tiny_spec("d")
     costs = [
@@ -180,7 +212,7 @@ def test_prefill_attention_launches_half_of_its_operations_for_each_sequence() -
         for count in (1, 3)
     ]
 
-    assert [cost.launch_s for cost in costs] == [3.0, 6.0]
+    assert [cost.launch_s for cost in costs] == [3.5, 7.0]
 
 
 def test_cuda_multiplies_all_experts_in_one_call_where_rows_are_aligned() -> None:

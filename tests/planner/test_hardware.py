@@ -17,6 +17,7 @@ from planner.hardware import (
     LinearSample,
     Resources,
 )
+from planner.model_spec import WeightKind
 from tests.planner.tiny import tiny_device, tiny_machine
 
 MACHINE = tiny_machine(gpu=tiny_device("gpu", reserved_bytes=7))
@@ -60,9 +61,94 @@ def test_two_samples_of_one_token_count_are_not_a_division_by_zero() -> None:
     assert device.linear_flop_per_s("bfloat16", 16) == pytest.approx(400.0)
 
 
+def test_each_backend_has_its_own_rates() -> None:
+    """Without a name it is the first of those that there are, our kernels before torch."""
+    ours = sampled((1, 100.0), (64, 400.0))
+    torch = LinearSample(dtype="bfloat16", num_tokens=8, flop_per_s=70.0, backend="torch")
+    both = replace(ours, linear=(torch, *ours.linear))
+    alone = replace(ours, linear=(torch,))
+
+    assert (both.backends("bfloat16"), alone.backends("bfloat16")) == (
+        ("numba", "torch"),
+        ("torch",),
+    )
+    assert both.linear_flop_per_s("bfloat16", 64) == 400.0
+    assert both.linear_flop_per_s("bfloat16", 64, "torch") == 70.0
+    assert alone.linear_flop_per_s("bfloat16", 64) == 70.0
+    with pytest.raises(ProfileError, match="no rates for bfloat16"):
+        alone.linear_flop_per_s("bfloat16", 64, "numba")
+
+
+def test_profiles_from_before_backends_hold_the_rates_of_our_kernels() -> None:
+    """And price every operation of torch as one of ours."""
+    document = json.loads(MACHINE.to_json())
+    for cpu in document["cpu_by_threads"]:
+        del cpu["torch_launch_s"]
+        for sample in cpu["linear"]:
+            del sample["backend"]
+    found = HardwareProfile.from_json(json.dumps(document).encode(), source="old.json")
+
+    assert found == MACHINE
+    assert found.cpu.backends("bfloat16") == ("numba",)
+    assert found.cpu.torch_op_s == found.cpu.launch_s
+
+
+def test_the_emulated_accelerator_computes_with_torch() -> None:
+    """Its operations cost what torch's do; a format that was measured with torch has that rate."""
+    cpu = sampled((1, 100.0))
+    samples = (
+        *cpu.linear,
+        LinearSample(dtype="bfloat16", num_tokens=1, flop_per_s=70.0, backend="torch"),
+        LinearSample(dtype="float32", num_tokens=1, flop_per_s=30.0),
+    )
+    cpu = replace(cpu, linear=samples, launch_s=1.0, torch_launch_s=5.0)
+    machine = replace(MACHINE, cpu_by_threads=(cpu,)).with_emulated_gpu(
+        memory_bytes=300, link_bytes_per_s=8.0
+    )
+
+    assert machine.gpu is not None
+    assert machine.gpu.linear_flop_per_s("bfloat16", 1) == 70.0
+    assert machine.gpu.linear_flop_per_s("float32", 1) == 30.0
+    assert (machine.gpu.launch_s, machine.cpu.launch_s) == (5.0, 1.0)
+
+
 def test_a_missing_format_is_named_with_what_to_do() -> None:
     with pytest.raises(ProfileError, match=r"tiny cpu has no rates for float16; .*hetero profile"):
         tiny_device("cpu").linear_flop_per_s("float16", 1)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "num_tokens", "flop_per_s"),
+    [
+        ("int8", 1, 100.0 * 16 / 8.125),  # bytes of a weight and of its share of a scale
+        ("int4", 1, 100.0 * 16 / 4.125),
+        ("int8", 0.5, 50.0 * 16 / 8.125),
+        ("int4", 16, 400.0),  # 300 * 3.88 is more than bfloat16's fastest
+        ("int8", 64, 400.0),
+        ("int8", 1000, 400.0),
+    ],
+)
+def test_rates_of_quantised_weights_are_assumed_from_those_of_bfloat16(
+    dtype: WeightKind, num_tokens: float, flop_per_s: float
+) -> None:
+    device = sampled((64, 400.0), (1, 100.0), (16, 300.0))
+    assert device.linear_flop_per_s(dtype, num_tokens) == pytest.approx(flop_per_s, rel=1e-12)
+
+
+def test_nothing_is_assumed_where_there_is_a_measured_rate() -> None:
+    device = sampled((1, 100.0), (64, 400.0))
+    slow = LinearSample(dtype="int4", num_tokens=1, flop_per_s=7.0)
+    assert replace(device, linear=(*device.linear, slow)).linear_flop_per_s("int4", 64) == 7.0
+
+
+def test_nothing_is_assumed_of_a_gpu_of_torch_or_without_bfloat16() -> None:
+    """Quantised weights run on the CPU only so far."""
+    device = sampled((1, 100.0))
+    for lacking in (replace(device, kind="cuda"), replace(device, linear=())):
+        with pytest.raises(ProfileError, match="no rates for int4"):
+            lacking.linear_flop_per_s("int4", 1)
+    with pytest.raises(ProfileError, match="no rates for int4"):
+        device.linear_flop_per_s("int4", 1, "torch")
 
 
 def test_the_cpu_is_the_setting_that_decodes_fastest() -> None:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from contextlib import ExitStack
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hetero import LLM, SamplingParams
-from hetero.model import cpu_layers
+from hetero.model.cpu_run import CpuRun, build_run
 from hetero.model.decoder import DecoderStep
-from planner.cost_model import _NUM_CPU_CALLS, _NUM_EXPERT_PRODUCTS, _NUM_LAUNCHES
+from planner.cost_model import _NUM_CPU_LINKS, _NUM_EXPERT_PRODUCTS, _NUM_LAUNCHES
 from planner.step_graph import Op
 from tests.machines import toy_machine
 from tests.tiny_models import save_tiny_model
@@ -76,43 +77,24 @@ def test_the_launches_of_an_op_are_counted_in_the_model(phase: str, tmp_path: Pa
     assert expected == pytest.approx(actual, abs=2)
 
 
-_KERNELS = (
-    *("add_residual", "decode_attention", "linear", "prepare_qkv", "rms_norm", "route"),
-    *("run_experts", "silu_multiply"),
-)
+def test_the_links_of_an_op_on_the_cpu_are_counted_in_its_layers(tmp_path: Path) -> None:
+    """Decode of one sequence; the embedding is torch's, as sampling is."""
+    counts: dict[str, set[int]] = defaultdict(set)
 
+    def counted(ops: Sequence[Op], *args: Any) -> CpuRun:
+        run = build_run(ops, *args)
+        for op, num_links in zip(ops, np.diff(run.ends, prepend=0).tolist(), strict=True):
+            counts[op.kind].add(num_links)
+        return run
 
-def test_the_kernel_calls_of_an_op_on_the_cpu_are_counted_in_its_layers(tmp_path: Path) -> None:
-    """Decode of one sequence; embedding and sampling are torch's and the sampler's."""
-    counts: dict[str, list[int]] = defaultdict(list)
-    perform = DecoderStep.perform
-    num_calls = 0
-
-    def counted(step: DecoderStep, op: Op) -> None:
-        before = num_calls
-        perform(step, op)
-        if step._tier.phase == "decode":
-            counts[op.kind].append(num_calls - before)
-
-    def counting(kernel: Any) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            nonlocal num_calls
-            num_calls += 1
-            return kernel(*args, **kwargs)
-
-        return call
-
-    save_tiny_model("qwen3-moe", tmp_path, dtype=torch.bfloat16)
     greedy = SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True)
-    with ExitStack() as patches:
-        for name in _KERNELS:
-            kernel = getattr(cpu_layers, name)
-            patches.enter_context(mock.patch.object(cpu_layers, name, counting(kernel)))
-        patches.enter_context(mock.patch.object(DecoderStep, "perform", counted))
-        with LLM(tmp_path, profile=toy_machine(), accelerator="none") as llm:
+    for name in ("qwen3-moe", "qwen3"):
+        folder = tmp_path / name
+        save_tiny_model(name, folder, dtype=torch.bfloat16)
+        with (
+            mock.patch("hetero.model.decoder.build_run", counted),
+            LLM(folder, profile=toy_machine(), accelerator="none") as llm,
+        ):
             llm.generate([{"prompt_token_ids": [3, 14, 15]}], greedy)
 
-    actual = {kind: set(found) for kind, found in counts.items()}
-    expected = {kind: {count} for kind, count in _NUM_CPU_CALLS.items()}
-    expected |= {"embed": {0}, "sample": {0}}  # torch's, and the sampler's
-    assert actual == expected
+    assert counts == {kind: {count} for kind, count in _NUM_CPU_LINKS.items()}

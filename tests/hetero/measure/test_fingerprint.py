@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import msgspec
 import pynvml
 import pytest
 from msgspec.structs import replace
 
+from cpu_kernels.isa import ENVIRONMENT_VARIABLE, Isa, isa
+from hetero.measure import fingerprint
 from hetero.measure.fingerprint import (
     GpuFacts,
     cpu_flags,
@@ -25,6 +30,7 @@ from planner.hardware import Fingerprint
 
 ONE = Fingerprint(
     cpu="A CPU",
+    instructions="avx512",
     num_cores=8,
     memory_bytes=32_000_000_000,
     gpu="A GPU",
@@ -45,6 +51,7 @@ def test_same_machine_has_no_mismatch() -> None:
     ("field", "value", "sentence"),
     [
         ("cpu", "B CPU", "the CPU was A CPU and is B CPU"),
+        ("instructions", "avx2", "the level of vector instructions was avx512 and is avx2"),
         ("num_cores", 4, "the number of cores was 8 and is 4"),
         ("memory_bytes", 16_000_000_000, "the memory was 32.0 GB and is 16.0 GB"),
         ("gpu", None, "the GPU was A GPU and is none"),
@@ -58,6 +65,45 @@ def test_same_machine_has_no_mismatch() -> None:
 def test_mismatch_names_field_and_both_values(field: str, value: object, sentence: str) -> None:
     """Every field is compared."""
     assert describe_mismatch(ONE, replace(ONE, **{field: value})) == sentence
+
+
+def test_a_profile_that_names_no_instructions_is_another_machines() -> None:
+    """It can be read, and asks to measure again as any other does."""
+    document = json.loads(msgspec.json.encode(ONE))
+    del document["instructions"]
+    old = msgspec.json.decode(json.dumps(document).encode(), type=Fingerprint)
+
+    assert (
+        describe_mismatch(old, ONE) == "the level of vector instructions was unknown and is avx512"
+    )
+
+
+def test_lowered_instructions_are_another_machine() -> None:
+    """HETERO_ISA decides which kernels run, so rates of another level are not this one's."""
+    code = (
+        "from hetero.measure.fingerprint import machine_fingerprint as f; print(f().instructions)"
+    )
+    lowered = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, ENVIRONMENT_VARIABLE: "portable"},
+    )
+    here = machine_fingerprint()
+
+    assert here.instructions == isa().level
+    assert lowered.stdout.split() == ["portable"]
+
+
+def test_without_llvmlite_the_instructions_are_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """hetero doctor compares fingerprints and lives to say what is missing."""
+
+    def missing() -> Isa:
+        raise ImportError("llvmlite")
+
+    monkeypatch.setattr(fingerprint, "isa", missing)
+    assert machine_fingerprint().instructions == "unknown"
 
 
 def test_memory_may_move_by_a_kernel_update() -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
+from cpu_kernels.calls import Chain
 from hetero.errors import EnvironmentProblemError
 from hetero.measure import machine
 from hetero.measure.attention import AttentionShape, cpu_decode_bytes_per_s, prefill_flop_per_s
@@ -20,7 +22,7 @@ from hetero.measure.cold_memory import (
     last_level_cache_bytes,
 )
 from hetero.measure.gemm import linear_sample, model_shapes
-from hetero.measure.launch import launch_s
+from hetero.measure.launch import launch_s, link_s
 from hetero.measure.link import emulated_bytes_per_s
 from hetero.measure.machine import (
     QUICK,
@@ -33,14 +35,15 @@ from hetero.measure.machine import (
 )
 from hetero.measure.memory import cpu_read_bytes_per_s
 from hetero.measure.timing import median_seconds, torch_threads
-from planner.hardware import HardwareProfile
-from planner.model_spec import Dtype, LayerSpec, ModelSpec, RopeSpec
+from planner.hardware import Backend, HardwareProfile
+from planner.model_spec import Dtype, LayerSpec, ModelSpec, RopeSpec, WeightKind
 
 CPU = torch.device("cpu")
 HEADS = AttentionShape(num_heads=4, num_kv_heads=2, head_dim=32, context_len=64, prefill_len=16)
 TINY = Effort(
     budget_s=0.0,
-    tokens={"bfloat16": (1, 4), "float32": (1,)},
+    tokens={"bfloat16": (1, 4), "float32": (1,), "float16": (1,)},
+    other_tokens={"bfloat16": (2,), "int8": (1,)},
     gpu_tokens=(1, 16),
     has_all_thread_counts=False,
 )
@@ -133,13 +136,47 @@ def test_read_rate(memory: ColdMemory, num_threads: int) -> None:
     assert is_rate(cpu_read_bytes_per_s(memory, num_threads=num_threads, budget_s=0.0))
 
 
-def test_linear_sample_names_what_it_measured(memory: ColdMemory) -> None:
-    """Format and token count go into the profile."""
+@pytest.mark.parametrize("backend", ["numba", "torch"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "int8", "int4"])
+def test_linear_sample_names_what_it_measured(
+    memory: ColdMemory, backend: Backend, dtype: WeightKind
+) -> None:
+    """Format, token count and backend go into the profile."""
     sample = linear_sample(
-        memory, dtype="bfloat16", num_tokens=3, shapes=((32, 64), (64, 32)), budget_s=0.0
+        memory,
+        dtype=dtype,
+        num_tokens=3,
+        shapes=((32, 128), (128, 256)),
+        budget_s=0.0,
+        backend=backend,
     )
-    assert (sample.dtype, sample.num_tokens) == ("bfloat16", 3)
+    assert (sample.dtype, sample.num_tokens, sample.backend) == (dtype, 3, backend)
     assert is_rate(sample.flop_per_s)
+
+
+def test_links_read_memory_that_was_not_read_for_a_lap() -> None:
+    """A chain goes through all of the memory, a piece of its own for every product."""
+    small = cold_cpu_memory(40 << 10)
+    chains: list[list[int]] = []
+    run = Chain.run
+
+    def noted(chain: Chain) -> None:
+        chains.append([link.call.panels for link in chain.links])
+        run(chain)
+
+    with mock.patch.object(Chain, "run", noted):
+        # 16 rows of 64 columns, 2 bytes each: 2048 bytes, 20 times in 40960
+        linear_sample(
+            small,
+            dtype="bfloat16",
+            num_tokens=1,
+            shapes=((16, 64),),
+            budget_s=0.05,
+            backend="numba",
+        )
+    longest = max(chains, key=len)
+    assert len(set(longest)) == len(longest) > 1
+    assert len({panel for chain in chains for panel in chain}) == 20
 
 
 def test_shapes_are_those_of_the_largest_layer() -> None:
@@ -162,9 +199,11 @@ def test_attention_rates(memory: ColdMemory, dtype: Dtype) -> None:
     assert is_rate(prefill_flop_per_s(CPU, HEADS, dtype=dtype, budget_s=0.0))
 
 
-def test_launch() -> None:
-    """A small operation takes some time."""
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_launch(memory: ColdMemory, num_threads: int) -> None:
+    """A small operation takes some time, in torch and in a chain."""
     assert is_rate(launch_s(CPU, budget_s=0.0))
+    assert is_rate(link_s(memory, num_threads=num_threads, budget_s=0.0))
 
 
 def test_emulated_link_is_not_faster_than_stated() -> None:
@@ -204,11 +243,15 @@ def test_measured_profile_says_what_was_measured(measured: HardwareProfile) -> N
     cpu = measured.cpu_by_threads[0]
     assert measured.provenance == "measured"
     assert cpu.num_threads == 1
-    assert [(s.dtype, s.num_tokens) for s in cpu.linear] == [
-        ("bfloat16", 1),
-        ("bfloat16", 4),
-        ("float32", 1),
+    assert [(s.backend, s.dtype, s.num_tokens) for s in cpu.linear] == [
+        ("numba", "bfloat16", 1),
+        ("numba", "bfloat16", 4),
+        ("numba", "float32", 1),
+        ("torch", "float16", 1),
+        ("torch", "bfloat16", 2),
+        ("torch", "int8", 1),
     ]
+    assert cpu.torch_launch_s is not None and is_rate(cpu.torch_launch_s)
     rates = (
         cpu.read_bytes_per_s,
         cpu.attention_bytes_per_s,
@@ -228,6 +271,9 @@ def test_model_is_measured_with_its_own_shapes() -> None:
         TINY, progress=lambda line: None, has_gpu=False, spec=SPEC, memory_bytes=40 << 20
     )
     assert profile.notes[0] == "measured with the shapes of toy"
+    # 48 columns are no whole groups of quantised weights, which torch's products need
+    assert profile.cpu.backends("int8") == ()
+    assert profile.cpu.backends("bfloat16") == ("numba", "torch")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

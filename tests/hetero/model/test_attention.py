@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hetero.model.attention import AttentionKernel, attention_layer, attention_step
+from hetero.model.attention import AttentionKernel, AttentionStep, attention_layer, attention_step
 from hetero.model.batch import BatchTensors
 from hetero.model.rotary import rotary_frequencies
 from planner.model_spec import ModelSpec
@@ -49,14 +49,20 @@ class Layer:
     def run(
         self, x_TD: Tensor, pages: Pages, batch: BatchTensors, kernel: AttentionKernel
     ) -> Tensor:
-        step = attention_step(
+        return self.attend(x_TD, pages, self.step(batch, kernel))
+
+    def step(self, batch: BatchTensors, kernel: AttentionKernel) -> AttentionStep:
+        device = batch.positions_T.device
+        return attention_step(
             batch,
-            inv_freq_F=rotary_frequencies(self.spec.rope, self.spec.head_dim, x_TD.device),
+            inv_freq_F=rotary_frequencies(self.spec.rope, self.spec.head_dim, device),
             dtype=self.dtype,
             block_size=BLOCK_SIZE,
             windows={layer.window for layer in self.spec.layers},
             kernel=kernel,
         )
+
+    def attend(self, x_TD: Tensor, pages: Pages, step: AttentionStep) -> Tensor:
         return attention_layer(
             x_TD,
             self.weights,
@@ -229,3 +235,18 @@ def test_step_reads_only_blocks_inside_the_window() -> None:
     )
     assert step.pages[None].blocks_SB.shape == (1, 16)
     assert step.pages[7].blocks_SB.shape == (1, 3)
+
+
+def test_layers_of_a_decode_step_share_scratch() -> None:
+    """Memory fresh from the system is zeroed page by page, which a step does once."""
+    layer, sequences = Layer("llama"), hidden_states(LENGTHS)
+    pages = layer.pages()
+    prefill(layer, sequences, pages, [[len(x) - 1] for x in sequences])
+    batch = make_batch("decode", zeros([1] * 3), [n - 1 for n in LENGTHS], tables())
+    step = layer.step(batch, "numba")
+    found = []
+    for _ in range(2):
+        layer.attend(torch.stack([x[-1] for x in sequences]), pages, step)
+        found.append((step.scratch.num_bytes, step.scratch.address(1)))
+    assert found[0][0] > 0
+    assert found[0] == found[1]

@@ -6,19 +6,23 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from cpu_kernels.formats import unpack
+from hetero import LLM, SamplingParams
 from hetero.checkpoint import Checkpoint
 from hetero.errors import MemoryBudgetError
 from hetero.model.families import module_layout
 from hetero.runtime.devices import EmulatedAccelerator
 from hetero.runtime.weights import Weights, load_weights
 from planner import strategies
-from planner.model_spec import Dtype, ModelSpec
+from planner.hardware import Backend
+from planner.model_spec import Dtype, ModelSpec, Module
 from planner.placement import Placement
+from tests.machines import toy_machine
 from tests.tiny_models import TINY_MODELS, save_tiny_model, tiny_spec
 
 
@@ -84,6 +88,57 @@ def test_what_the_cpu_alone_computes_is_packed(name: str, tmp_path: Path) -> Non
     if not spec.is_tied:
         embedding = weights.resident("cpu", "embedding")["weight"]
         torch.testing.assert_close(embedding, stored["model.embed_tokens.weight"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3-moe"])
+def test_what_torch_is_faster_with_stays_in_rows(name: str, tmp_path: Path) -> None:
+    """Chosen module by module; a tied head that is torch's shares the embedding's rows."""
+    spec = tiny_spec(save_tiny_model(name, tmp_path))
+    backends: dict[Module, Backend] = {"attention": "torch", "head": "torch", "dense": "numba"}
+    with Checkpoint.open(tmp_path) as checkpoint:
+        placement = strategies.placement(spec, "cpu", 0)
+        weights = load_weights(spec, checkpoint, placement, None, backends=backends)
+    stored = load_file(tmp_path / "model.safetensors")
+
+    for index, layer in enumerate(spec.layers):
+        for module in layer.modules:
+            assert (weights.packed(module, index) is None) == (module == "attention")
+        rows = weights.resident("cpu", "attention", index)["o"]
+        expected = stored[f"model.layers.{index}.self_attn.o_proj.weight"]
+        torch.testing.assert_close(rows, expected, rtol=0, atol=0)
+    assert weights.packed("head") is None
+    head, embedding = (weights.resident("cpu", each)["weight"] for each in _ENDS)
+    assert (head.data_ptr() == embedding.data_ptr()) == spec.is_tied
+
+
+_ENDS: tuple[Module, ...] = ("head", "embedding")
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3-moe"])
+def test_torch_gives_the_tokens_of_our_kernels(name: str, tmp_path: Path) -> None:
+    """By a profile in which torch is twice as fast, all is in rows; in float32 tokens are equal."""
+    save_tiny_model(name, tmp_path)
+    machine = toy_machine()
+    ours = [sample for cpu in machine.cpu_by_threads for sample in cpu.linear]
+    faster = tuple(
+        msgspec.structs.replace(sample, backend="torch", flop_per_s=2 * sample.flop_per_s)
+        for sample in ours
+    )
+    cpu = msgspec.structs.replace(
+        machine.cpu, linear=(*ours, *faster), launch_s=0.0, read_bytes_per_s=1e12
+    )
+    fast = msgspec.structs.replace(machine, cpu_by_threads=(cpu,))
+    greedy = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
+    lines: list[str] = []
+    tokens = []
+    for profile in (machine, fast):
+        with LLM(tmp_path, profile=profile, accelerator="none", progress=lines.append) as llm:
+            (output,) = llm.generate([{"prompt_token_ids": [3, 14, 15, 9, 2]}], greedy)
+            tokens.append(output.outputs[0].token_ids)
+
+    assert tokens[0] == tokens[1]
+    (told,) = (line for line in lines if "by torch" in line)
+    assert told.endswith("head") and "attention" in told
 
 
 def test_another_dtype_than_the_stored_one_is_rounded_once(tmp_path: Path) -> None:
