@@ -36,7 +36,8 @@ TILE_TOKENS = 16
 KEY_COLUMNS = 64
 # Rows of the cache of a worker's item, the first ones of its next, and the numbers from 0; behind
 # them what prefetches may take for a row.
-WORKER_ROWS = SEGMENT_TOKENS + 3 * CHUNK_TOKENS
+MAX_SEGMENT_TOKENS = SEGMENT_TOKENS * 3 // 2
+WORKER_ROWS = MAX_SEGMENT_TOKENS + 3 * CHUNK_TOKENS
 FINE, BAD_LENGTH, BAD_BLOCK = 0, 1, 2  # what `PlanCall.state` may be
 
 _FLOAT32, _INT32 = np.dtype(np.float32), np.dtype(np.int32)
@@ -384,8 +385,22 @@ def round_up(size: int, multiple: int) -> int:
 
 
 def num_segments(length: int, window: int) -> int:
-    """Return into how many segments the attended tokens of a context are cut."""
-    return (min(length, window) + SEGMENT_TOKENS - 1) // SEGMENT_TOKENS
+    """Return into how many segments the cached tokens that a query sees are cut.
+
+    Up to 8 they are of one length each, of 512 tokens more or less: a short last one would cost as
+    much as a long one.
+    """
+    num_tokens = min(length, window)
+    if num_tokens > 8 * SEGMENT_TOKENS:
+        return (num_tokens + SEGMENT_TOKENS - 1) // SEGMENT_TOKENS
+    return max(1, (num_tokens + SEGMENT_TOKENS // 2) // SEGMENT_TOKENS)
+
+
+def segment_tokens(num_tokens: int, count: int) -> int:
+    """Return how many tokens a segment has, of so many; the last one perhaps fewer."""
+    if num_tokens > 8 * SEGMENT_TOKENS:
+        return SEGMENT_TOKENS
+    return ((num_tokens + count - 1) // count + CHUNK_TOKENS - 1) // CHUNK_TOKENS * CHUNK_TOKENS
 
 
 def _place(call: AttentionCall, num_threads: int, scratch: Scratch) -> NDArray[np.uint8]:

@@ -21,7 +21,7 @@ from cpu_kernels.attention import (
     CHUNK_TOKENS,
     FINE,
     KEY_COLUMNS,
-    SEGMENT_TOKENS,
+    MAX_SEGMENT_TOKENS,
     TILE_TOKENS,
     WORKER_ROWS,
     AttentionCall,
@@ -62,7 +62,7 @@ from cpu_kernels.simd import (
 from cpu_kernels.work_items import claim_item, finish_item
 
 _CALL, _PLAN = np.dtype(AttentionCall), np.dtype(PlanCall)
-_NUMBERS = SEGMENT_TOKENS + CHUNK_TOKENS  # where a worker's rows have the numbers from 0
+_NUMBERS = MAX_SEGMENT_TOKENS + CHUNK_TOKENS  # where a worker's rows have the numbers from 0
 _LOG2_E, _LN_2, _SQRT_2 = math.log2(math.e), math.log(2.0), math.sqrt(2.0)
 _ZERO, _MINUS_INFINITY = np.float32(0.0), np.float32(-np.inf)
 
@@ -71,6 +71,7 @@ _ELEMENTS = {"float32": np.float32, "uint16": np.uint16, "float16": np.int16}
 
 _compiled = numba.njit(nogil=True, error_model="numpy")
 _round_up, _num_segments = _compiled(attention.round_up), _compiled(attention.num_segments)
+_segment_tokens = _compiled(attention.segment_tokens)
 tile_rows_of = _compiled(attention.tile_rows)
 tile_columns_of = _compiled(attention.tile_columns)
 
@@ -200,8 +201,9 @@ def _attend(
         num_segments = _num_segments(length, call.window)
         kv_head, segment = (item - seq_item) // num_segments, (item - seq_item) % num_segments
         pair = seq * call.num_kv_heads + kv_head
-        first = max(0, length - call.window) + segment * SEGMENT_TOKENS
-        num_tokens = min(SEGMENT_TOKENS, length - first)
+        size = _segment_tokens(min(length, call.window), num_segments)
+        first = max(0, length - call.window) + segment * size
+        num_tokens = min(size, length - first)
         _find_rows(call, block_tables, seq, kv_head, first, num_tokens, integers, rows_at)
         # the start of the next item is asked for while this one ends
         next_item = claim_item(address)
@@ -340,7 +342,8 @@ def _find_next_rows(
     length = int(context_lens[seq])
     num_segments = _num_segments(length, call.window)
     kv_head, segment = (item - seq_item) // num_segments, (item - seq_item) % num_segments
-    first = max(0, length - call.window) + segment * SEGMENT_TOKENS
+    size = _segment_tokens(min(length, call.window), num_segments)
+    first = max(0, length - call.window) + segment * size
     num_tokens = min(CHUNK_TOKENS, length - first)
     _find_rows(call, block_tables, seq, kv_head, first, num_tokens, rows, rows_at)
     for t in range(num_tokens, CHUNK_TOKENS):

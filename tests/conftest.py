@@ -20,7 +20,6 @@ from hetero.measure.store import store_profile
 from planner.hardware import HardwareProfile
 from tests.machines import toy_machine
 
-
 # Compiled kernels, and which ones the whole run is about.
 _KEPT = (FOLDER_VARIABLE, ENVIRONMENT_VARIABLE)
 

@@ -21,11 +21,15 @@ from cpu_kernels import attention, attention_kernels, compiling, simd
 from cpu_kernels.attention import (
     BAD_BLOCK,
     BAD_LENGTH,
+    CHUNK_TOKENS,
     FINE,
+    MAX_SEGMENT_TOKENS,
     check_attention,
     decode_attention,
     decode_attention_links,
     merge_attention,
+    num_segments,
+    segment_tokens,
 )
 from cpu_kernels.calls import DONE, Chain, Link
 from cpu_kernels.compiling import code_address
@@ -168,7 +172,7 @@ def _widened(stored: NDArray[Any]) -> NDArray[np.float32]:
 @pytest.mark.parametrize("window", [None, 1, 100, 700])
 def test_attention_equals_float64(cache_format: str, num_threads: int, window: int | None) -> None:
     """Contexts around a block, a chunk and a segment, each format, window and thread count."""
-    case = Case([1, 33, 511, 512, 513, 1300], cache_format=cache_format)
+    case = Case([1, 33, 512, 767, 769, 1300], cache_format=cache_format)
     case.assert_right(window, num_threads)
 
 
@@ -648,3 +652,16 @@ def test_merging_nothing_with_nothing_is_nothing() -> None:
     assert not out.any()
     assert np.isneginf(lse).all()
     assert out.dtype == lse.dtype == np.float32
+
+
+def test_segments_are_whole_chunks_that_hold_every_token_and_none_is_empty() -> None:
+    """Up to 8 of one length; a longer context never has fewer, which the size of scratch needs."""
+    before = 0
+    for length in (*range(1, 4200), 5000, 32768, 131072):
+        count = num_segments(length, 1 << 40)
+        size = segment_tokens(length, count)
+        assert size % CHUNK_TOKENS == 0 and size <= MAX_SEGMENT_TOKENS
+        assert (count - 1) * size < length <= count * size
+        assert count >= before
+        before = count
+        assert num_segments(131072, length) == count

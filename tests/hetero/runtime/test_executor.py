@@ -10,7 +10,7 @@ import pytest
 
 from hetero.runtime.executor import Executor, issue_order, lane_runs
 from hetero.runtime.lanes import InlineLane, LaneRunner, ThreadLane
-from planner.step_graph import LANES, Lane, Op, StepGraph
+from planner.step_graph import LANES, Lane, Op, OpKind, StepGraph
 from planner.timeline import lane_orders
 
 # cpu waits for gpu's first op and gpu's last op waits for cpu, while a copy goes on beside both.
@@ -141,7 +141,7 @@ def test_neighbours_on_the_cpu_lane_are_handed_over_together() -> None:
         [5],
         [6],
     ]
-    kinds = ("embed", "attention", "dense", "attention", "dense", "sample")
+    kinds: tuple[OpKind, ...] = ("embed", "attention", "dense", "attention", "dense", "sample")
     chain = tuple(
         Op(index=index, kind=kind, lane="cpu", deps=(index - 1,) if index else ())
         for index, kind in enumerate(kinds)
