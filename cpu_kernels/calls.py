@@ -105,6 +105,8 @@ class Chain:
     def shares(self, num_links: NDArray[np.intp]) -> list[float]:
         """The part of the last run's time that had gone when so many links were done, 0 to 1.
 
+        On a processor whose clock is not known every link counts the same.
+
         Parameters
         ----------
         num_links
@@ -114,6 +116,8 @@ class Chain:
         gone = times - times[0]
         if gone[-1] <= 0:  # no clock
             gone = np.arange(len(gone))
+        # a thread that lost its core may have written late: no link ends after the next one
+        gone = np.minimum.accumulate(gone[::-1])[::-1]
         shares: list[float] = (gone[num_links] / gone[-1]).clip(0.0, 1.0).tolist()
         return shares
 

@@ -96,7 +96,7 @@ def _run_chain(address: int) -> None:
             item = claim_item(call)
         if index + 1 < chain.num_links:
             wait_for(call, DONE, num_items)
-        times[index + 1] = clock()  # all threads write: whoever is last is right
+        times[index + 1] = clock()  # all threads write about the same
 
 
 @numba.njit(nogil=True, error_model="numpy")

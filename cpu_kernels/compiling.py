@@ -53,6 +53,15 @@ _loading = threading.RLock()
 _listeners: list[Callable[[str], None]] = []
 
 
+def _unlock() -> None:
+    global _loading
+    _loading = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):  # a thread that held it is not in the child
+    os.register_at_fork(after_in_child=_unlock)
+
+
 def code_address(module: str, maker: str, *arguments: Any) -> int:
     """Return the address of the C function that `cpu_kernels.<module>.<maker>(*arguments)` makes.
 
@@ -104,8 +113,9 @@ def cache_folder() -> Path | None:
         folder = base / "hetero" / "kernels"
     try:
         if not folder.exists():
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            folder.mkdir(mode=0o700, exist_ok=True)
+            folder.parent.parent.mkdir(parents=True, exist_ok=True)
+            for made in (folder.parent, folder):  # `mkdir(parents=True)` would let the umask choose
+                made.mkdir(mode=0o700, exist_ok=True)
         facts = folder.stat()
     except OSError:
         return None
@@ -146,7 +156,10 @@ _IMPORT = re.compile(rb"^\s*from cpu_kernels(?:\.(\w+) import| import (\w+))", r
 
 @cache
 def _machine_facts() -> bytes:
-    features = llvm.get_host_cpu_features()
+    try:
+        features = llvm.get_host_cpu_features()
+    except RuntimeError:  # LLVM does not know how to ask this processor
+        features = {}
     facts = (
         version("numba"),
         version("llvmlite"),
@@ -154,6 +167,7 @@ def _machine_facts() -> bytes:
         llvm.get_host_cpu_name(),
         ",".join(sorted(name for name, has in features.items() if has)),
         isa().level,
+        isa().vendor,
         *(os.environ.get(name, "") for name in ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES")),
     )
     return "\0".join(facts).encode()
@@ -252,7 +266,9 @@ def _engine() -> llvm.ExecutionEngine:
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     machine = llvm.Target.from_default_triple().create_target_machine(jit=True)
-    return llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+    engine.detach()  # never given back: threads may still run its code while the process ends
+    return engine
 
 
 def _load(code: bytes, symbol: str) -> int:

@@ -49,11 +49,14 @@ def nodes_in_use(root: Path = _NODES) -> tuple[int, ...]:
     if sys.platform != "linux":
         return ()
     cores = os.sched_getaffinity(os.getpid())  # the process's: this thread may be pinned
-    found = (
-        int(folder.name.removeprefix("node"))
-        for folder in root.glob("node[0-9]*")
-        if not cores.isdisjoint(core_list((folder / "cpulist").read_text()))
-    )
+    found = []
+    for folder in root.glob("node[0-9]*"):
+        try:
+            theirs = core_list((folder / "cpulist").read_text())
+        except OSError:  # a container may hide it
+            continue
+        if not cores.isdisjoint(theirs):
+            found.append(int(folder.name.removeprefix("node")))
     return tuple(sorted(found))
 
 

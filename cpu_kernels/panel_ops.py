@@ -556,10 +556,14 @@ def xor_of_words(_: Any, address: Any, count: Any) -> Any:
 
 @_operation
 def load_atomically(_: Any, address: Any) -> Any:
-    """Read the int64 at an address, and see all that was written before it was."""
+    """Read the int64 at an address, and see all that was written before it was.
+
+    In one order with all atomic additions: a thread that adds here and then reads there cannot miss
+    one that adds there and then reads here.
+    """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.load_atomic(_pointer(builder, arguments[0], _I64), "acquire", 8)
+        return builder.load_atomic(_pointer(builder, arguments[0], _I64), "seq_cst", 8)
 
     return types.int64(types.intp), generate
 

@@ -7,7 +7,7 @@ kernels before, waits at the end for every thread: next to one busy process each
 millisecond took the 8 ms of a time slice.) Workers that find nothing to do for `SPIN_S` sleep, so
 that they do not take cores from torch, whose operations come in between in prefill.
 
-A process that forks loses the workers and runs its chains alone.
+A process that forks has none of the workers: the child starts its own.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import ctypes
 import os
 import threading
 import time
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -49,18 +50,20 @@ class Pool:
 
     def grow(self, num_workers: int) -> None:
         """Start threads until there are so many."""
+        work, num_spins = _WORK(code_address("chain_kernels", "make_work")), _spins(SPIN_S)
         with self._growing:
             cores = placement(num_workers + 1)
             while len(self._locks) < num_workers:
                 lock = threading.Lock()
                 lock.acquire()
-                self._locks.append(lock)
+                number = len(self._locks) + 1
                 threading.Thread(
                     target=self._work,
-                    args=(lock, cores[len(self._locks)]),
-                    name=f"cpu_kernels-{len(self._locks)}",
+                    args=(work, num_spins, lock, cores[number]),
+                    name=f"cpu_kernels-{number}",
                     daemon=True,
                 ).start()
+                self._locks.append(lock)
 
     def wake(self) -> None:
         """Wake the workers that sleep; a chain follows."""
@@ -73,21 +76,25 @@ class Pool:
                 except RuntimeError:  # another thread has woken it just now
                     continue
 
-    def _work(self, lock: Any, cores: frozenset[int]) -> None:
+    def _work(
+        self,
+        work: Callable[[int, int, int], None],
+        num_spins: int,
+        lock: Any,
+        cores: frozenset[int],
+    ) -> None:
         with contextlib.suppress(OSError):  # the allowed cores may have changed since
             pin_current_thread(cores)
-        work = _WORK(code_address("chain_kernels", "make_work"))
-        num_spins, has_slept = _spins(SPIN_S), 0
+        has_slept = 0
         while True:
             work(self.address, num_spins, has_slept)  # returns when nothing was to do for long
             lock.acquire()
             has_slept = 1
 
 
-@cache
 def pool() -> Pool:
     """The pool of this process."""
-    return Pool()
+    return _pool
 
 
 @cache
@@ -102,12 +109,16 @@ def _spins(seconds: float) -> int:
     return max(100, int(num_spins * seconds / best))
 
 
-def _forget() -> None:
-    pool.cache_clear()
+_pool = Pool()
+
+
+def _start_anew() -> None:
+    global _pool
+    _pool = Pool()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
+    os.register_at_fork(after_in_child=_start_anew)
 
 # ctypes lets go of the GIL during the call
 _WORK = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 3)

@@ -12,8 +12,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Literal
 
+from cpu_kernels.amx import why_no_tiles
 from cpu_kernels.formats import WeightKind
 from cpu_kernels.isa import ENVIRONMENT_VARIABLE, Isa, isa
+from cpu_kernels.numa import numa_note
 from cpu_kernels.threads import available_cores, physical_cores
 from hetero.errors import EnvironmentProblemError
 from hetero.measure.fingerprint import cpu_flags, cpu_model, nvidia_gpus, package_version
@@ -32,7 +34,6 @@ _MIN_PYTHON = (3, 11)
 _MIN_TORCH = (2, 8)
 _IPEX = "intel-extension-for-pytorch"
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-_NODES = Path("/sys/devices/system/node")
 # Instruction sets that torch's products and our kernels choose between, best last.
 _ISA = (
     "avx2",
@@ -122,7 +123,7 @@ def check_numba() -> Check:
     version = package_version("numba")
     if version is None:
         return Check(
-            name="numba", status="fail", text="not installed", fix="pip install 'numba>=0.61'"
+            name="numba", status="fail", text="not installed", fix="pip install 'numba>=0.68'"
         )
     try:
         import numba  # noqa: F401
@@ -161,6 +162,14 @@ def check_instructions(find: Callable[[], Isa] = isa) -> Check:
             text=f"unknown, as llvmlite does not load: {error}",
             fix="pip install --upgrade numba llvmlite",
         )
+    reason = why_no_tiles() if found.level == "amx" else None
+    if reason is not None:
+        return Check(
+            name="instructions",
+            status="warn",
+            text=f"{found.level}; {reason}",
+            fix="update the kernel to 5.16 or newer, or let the container use AMX",
+        )
     if not found.is_lowered:
         return Check(name="instructions", status="ok", text=found.level)
     return Check(
@@ -173,16 +182,9 @@ def check_instructions(find: Callable[[], Isa] = isa) -> Check:
 
 def check_cores() -> Check:
     physical, logical = physical_cores(), available_cores()
-    nodes = len(list(_NODES.glob("node[0-9]*")))
     text = f"{physical} physical of {logical} logical cores usable"
-    if nodes > 1:
-        return Check(
-            name="cores",
-            status="warn",
-            text=f"{text}, memory on {nodes} nodes: a core reads the other node at half speed",
-            fix="run on one node: numactl --cpunodebind=0 --membind=0 hetero ...",
-        )
-    return Check(name="cores", status="ok", text=text)
+    note = numa_note()
+    return Check(name="cores", status="ok", text=text if note is None else f"{text}; {note}")
 
 
 def check_memory() -> Check:

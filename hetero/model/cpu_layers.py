@@ -76,15 +76,14 @@ class CpuAttentionStep:
     prompts: dict[int | None, tuple[PromptReads, ...]]  # by window; prefill only
 
     @property
-    def arrays(self) -> tuple[NDArray[Any], ...]:
-        """What chains read: others where a step has other sizes."""
-        return (
-            self.cos_TF,
-            self.sin_TF,
-            self.slots_T,
-            self.block_tables_SB,
-            self.context_lens_S,
-        )
+    def places(self) -> tuple[NDArray[Any], ...]:
+        """What tells a chain where its tokens stand: other arrays where a step has other sizes."""
+        return (self.cos_TF, self.sin_TF, self.slots_T)
+
+    @property
+    def contexts(self) -> tuple[NDArray[Any], ...]:
+        """What tells the chain of a decode step where its contexts lie."""
+        return (self.block_tables_SB, self.context_lens_S)
 
 
 def cpu_attention_step(
@@ -101,14 +100,16 @@ def cpu_attention_step(
     rotary_tables(batch.positions_T.numpy(), kernels.inv_freq_F, cos_TF, sin_TF)
     slots_T = space.array("slots", (num_tokens,), np.int64)
     slots_T[:] = batch.slots_T.numpy()
-    lens_S = space.array("lens", (batch.num_seqs,), np.int32)
-    lens_S[:] = batch.context_lens_S.numpy()
-    tables = batch.block_tables_SB.numpy()
-    width = -(-tables.shape[1] // _TABLE_STEP) * _TABLE_STEP
-    tables_SB = space.array("tables", (batch.num_seqs, width), np.int32)
-    tables_SB[:, : tables.shape[1]] = tables
+    lens_S, tables_SB = batch.context_lens_S.numpy(), batch.block_tables_SB.numpy()
     prompts: dict[int | None, tuple[PromptReads, ...]] = {}
-    if batch.phase == "prefill":
+    if batch.phase == "decode":
+        lens, tables = lens_S, tables_SB
+        lens_S = space.array("lens", lens.shape, np.int32)
+        lens_S[:] = lens
+        width = -(-tables.shape[1] // _TABLE_STEP) * _TABLE_STEP
+        tables_SB = space.array("tables", (batch.num_seqs, width), np.int32)
+        tables_SB[:, : tables.shape[1]] = tables
+    else:
         for window in set(windows):
             prompts[window] = tuple(
                 prompt_reads(batch, index, window, block_size, torch.float32, from_pages=True)
@@ -135,17 +136,18 @@ def attention_layer(
 ) -> NDArray[Any]:
     """x + attention of the normed x; writes the new keys and values into their pages."""
     space, out_TD = kernels.workspace(len(x_TD)), np.empty_like(x_TD)
+    like_TD = hidden_array(x_TD, kernels)
     key = (id(weights), x_TD.dtype.num)
-    keeps = (weights, kv, *step.arrays)
+    keeps = (weights, kv, *step.places)
     if not step.prompts:
         return space.program(
             ("attend", *key),
-            keeps,
-            lambda: attend_steps(x_TD, weights, kv, step, kernels, spec, window, out_TD),
+            (*keeps, *step.contexts),
+            lambda: attend_steps(like_TD, weights, kv, step, kernels, spec, window, like_TD),
         ).run(x_TD, out_TD)
 
     def before() -> Steps:
-        links, _ = _project(x_TD, weights, kv, step, kernels, spec)
+        links, _ = _project(like_TD, weights, kv, step, kernels, spec)
         return Steps(links=links, reads_x=links[:1])
 
     space.program(("project", *key), keeps, before).run(x_TD, out_TD)
@@ -156,10 +158,18 @@ def attention_layer(
     np.copyto(attended, joined)
 
     def after() -> Steps:
-        product, add = _output(x_TD, attended, weights, kernels, out_TD)
+        product, add = _output(like_TD, attended, weights, kernels, like_TD)
         return Steps(links=(product, add), reads_x=(add,), writes_out=(add,))
 
     return space.program(("output", *key), (weights, attended), after).run(x_TD, out_TD)
+
+
+def hidden_array(x_TD: NDArray[Any], kernels: CpuKernels) -> NDArray[Any]:
+    """Hidden states like x: where a chain keeps them, and what layers' programs are built over.
+
+    Built over x itself, they would hold the memory of a prefill step's for every layer.
+    """
+    return kernels.workspace(len(x_TD)).array("hidden", x_TD.shape, x_TD.dtype)
 
 
 def attend_steps(
@@ -184,7 +194,7 @@ def attend_steps(
         scale=spec.head_dim**-0.5,
         window=window,
         num_threads=kernels.num_threads,
-        scratch=kernels.scratch,
+        scratch=space.scratch,
         out=attended.reshape(q_THK.shape),
         lse=space.array("lse", q_THK.shape[:2], np.float32),
     )
@@ -249,11 +259,12 @@ def route_layer(
     The next layer's routing is written to the same memory.
     """
     space, routing = kernels.workspace(len(x_TD)), routing_arrays(x_TD, kernels, top_k)
+    like_TD = hidden_array(x_TD, kernels)
     key = ("route", id(weights), x_TD.dtype.num)
     space.program(
         key,
         (weights, routing.normed_TD, routing.expert_ids_Tk),
-        lambda: route_steps(x_TD, weights, kernels, spec, routing),
+        lambda: route_steps(like_TD, weights, kernels, spec, routing),
     ).run(x_TD, x_TD)
     return routing
 
@@ -296,13 +307,18 @@ def experts_layer(
     For this layer only: the next layer's is written to the same memory.
     """
     x_TD = routing.normed_TD
+    own = routing_arrays(x_TD, kernels, routing.expert_ids_Tk.shape[1])
+    if own.normed_TD is not x_TD:  # from another device: the chain reads one place
+        np.copyto(own.normed_TD, x_TD)
+        np.copyto(own.expert_ids_Tk, routing.expert_ids_Tk)
+        np.copyto(own.expert_weights_Tk, routing.expert_weights_Tk)
     y_TD = experts_output(x_TD, kernels)
     key = ("experts", id(weights), x_TD.dtype.num)
-    keeps = (weights, x_TD, routing.expert_ids_Tk, routing.expert_weights_Tk, y_TD)
+    keeps = (weights, own.normed_TD, own.expert_ids_Tk, own.expert_weights_Tk, y_TD)
     program = kernels.workspace(len(x_TD)).program(
-        key, keeps, lambda: experts_steps(routing, weights, kernels, y_TD)
+        key, keeps, lambda: experts_steps(own, weights, kernels, y_TD)
     )
-    return program.run(x_TD, y_TD)
+    return program.run(own.normed_TD, y_TD)
 
 
 def experts_output(x_TD: NDArray[Any], kernels: CpuKernels) -> NDArray[np.float32]:
@@ -322,7 +338,7 @@ def experts_steps(
         routing.expert_weights_Tk,
         compute=fastest_compute(weights.experts.weight_format),
         num_threads=kernels.num_threads,
-        scratch=kernels.scratch,
+        scratch=kernels.workspace(len(y_TD)).scratch,
         out=y_TD,
     )
     return Steps(links=links)
@@ -331,8 +347,10 @@ def experts_steps(
 def combine(x_TD: NDArray[Any], y_TD: NDArray[np.float32], kernels: CpuKernels) -> NDArray[Any]:
     """Add what the experts gave to the residual."""
     space, out_TD = kernels.workspace(len(x_TD)), np.empty_like(x_TD)
+    like_TD = hidden_array(x_TD, kernels)
     key = ("combine", x_TD.dtype.num)
-    return space.program(key, (y_TD,), lambda: combine_steps(x_TD, y_TD, out_TD)).run(x_TD, out_TD)
+    program = space.program(key, (y_TD,), lambda: combine_steps(like_TD, y_TD, like_TD))
+    return program.run(x_TD, out_TD)
 
 
 def combine_steps(x_TD: NDArray[Any], y_TD: NDArray[np.float32], out_TD: NDArray[Any]) -> Steps:
@@ -345,10 +363,10 @@ def dense_layer(
     x_TD: NDArray[Any], weights: PackedModule, kernels: CpuKernels, spec: ModelSpec
 ) -> NDArray[Any]:
     """x + down(silu(gate) * up) of the normed x."""
-    out_TD = np.empty_like(x_TD)
+    out_TD, like_TD = np.empty_like(x_TD), hidden_array(x_TD, kernels)
     key = ("dense", id(weights), x_TD.dtype.num)
     program = kernels.workspace(len(x_TD)).program(
-        key, (weights,), lambda: dense_steps(x_TD, weights, kernels, spec, out_TD)
+        key, (weights,), lambda: dense_steps(like_TD, weights, kernels, spec, like_TD)
     )
     return program.run(x_TD, out_TD)
 
@@ -386,10 +404,10 @@ def head_layer(
     x_LD: NDArray[Any], weights: PackedModule, kernels: CpuKernels, norm_eps: float
 ) -> Tensor:
     """Final norm and output matrix: float32 logits_LV, until the next step's are written."""
-    logits_LV = logits_array(x_LD, weights, kernels)
+    logits_LV, like_LD = logits_array(x_LD, weights, kernels), hidden_array(x_LD, kernels)
     key = ("head", id(weights), x_LD.dtype.num)
     program = kernels.workspace(len(x_LD)).program(
-        key, (weights, logits_LV), lambda: head_steps(x_LD, weights, kernels, norm_eps)
+        key, (weights, logits_LV), lambda: head_steps(like_LD, weights, kernels, norm_eps)
     )
     return torch.from_numpy(program.run(x_LD, logits_LV))
 
@@ -422,13 +440,14 @@ def _product(
     x: NDArray[Any], matrix: PackedMatrix, name: str, kernels: CpuKernels
 ) -> tuple[Link, NDArray[np.float32]]:
     """x W^T in float32, in the array `name`."""
-    out = kernels.workspace(len(x)).array(name, (len(x), matrix.num_rows), np.float32)
+    space = kernels.workspace(len(x))
+    out = space.array(name, (len(x), matrix.num_rows), np.float32)
     link = linear_link(
         x,
         matrix,
         compute=fastest_compute(matrix.weight_format),
         num_threads=kernels.num_threads,
-        scratch=kernels.scratch,
+        scratch=space.scratch,
         out=out,
     )
     return link, out

@@ -90,8 +90,7 @@ def build_run(
 
     The first op reads x where `Program.run` says; hidden states stay in one array from then on.
     """
-    hidden_TD = kernels.workspace(len(x_TD)).array("hidden", x_TD.shape, x_TD.dtype)
-    source, has_written = x_TD, False
+    hidden_TD, has_written = cpu_layers.hidden_array(x_TD, kernels), False
     routing: CpuRouting | None = None
     y_TD: NDArray[np.float32] | None = None
     logits_LV: NDArray[np.float32] | None = None
@@ -107,33 +106,33 @@ def build_run(
             window = spec.layers[op.layer].window
             layer_kv = kv.layer(op.layer)
             found = cpu_layers.attend_steps(
-                source, weights, layer_kv, step, kernels, spec, window, hidden_TD
+                hidden_TD, weights, layer_kv, step, kernels, spec, window, hidden_TD
             )
         elif op.kind == "dense":
             assert weights is not None
-            found = cpu_layers.dense_steps(source, weights, kernels, spec, hidden_TD)
+            found = cpu_layers.dense_steps(hidden_TD, weights, kernels, spec, hidden_TD)
         elif op.kind == "router":
             assert weights is not None and op.layer is not None
             top_k = spec.layers[op.layer].num_experts_per_token
             routing = cpu_layers.routing_arrays(x_TD, kernels, top_k)
-            found = cpu_layers.route_steps(source, weights, kernels, spec, routing)
+            found = cpu_layers.route_steps(hidden_TD, weights, kernels, spec, routing)
         elif op.kind == "experts":
             assert weights is not None and routing is not None
             y_TD = cpu_layers.experts_output(x_TD, kernels)
             found = cpu_layers.experts_steps(routing, weights, kernels, y_TD)
         elif op.kind == "combine":
             assert y_TD is not None
-            found = cpu_layers.combine_steps(source, y_TD, hidden_TD)
+            found = cpu_layers.combine_steps(hidden_TD, y_TD, hidden_TD)
         elif op.kind == "head":
             assert weights is not None
             logits_LV = cpu_layers.logits_array(x_TD, weights, kernels)
-            found = cpu_layers.head_steps(source, weights, kernels, spec.norm_eps)
+            found = cpu_layers.head_steps(hidden_TD, weights, kernels, spec.norm_eps)
         links += found.links
         ends.append(len(links))
         if not has_written:
             reads_x += found.reads_x
         if found.writes_out:
-            source, has_written = hidden_TD, True
+            has_written = True
     return CpuRun(
         program=kernels.workspace(len(x_TD)).compose(
             Steps(links=tuple(links), reads_x=tuple(reads_x))

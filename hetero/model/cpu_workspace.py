@@ -21,8 +21,9 @@ from cpu_kernels.scratch import Scratch
 from hetero.model.attention import LayerKV, as_array
 
 # Numbers of tokens whose chains are kept: those of decode steps as sequences come and go. A layer's
-# take some 10 KB. Of prefill steps, whose arrays are large, only the last one's are.
+# take some 10 KB. Of prefill steps, whose arrays are large, only the last ones' are.
 _MAX_WORKSPACES = 32
+_MAX_LARGE = 2
 _FEW_TOKENS = 64
 
 
@@ -40,11 +41,15 @@ class Steps:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Program:
-    """A chain. `run` tells its calls where x is and where out is to be."""
+    """A chain. `run` tells its calls where x is and where out is to be.
+
+    `states` are the calls that say whether what they were given was in its bounds.
+    """
 
     chain: Chain
     reads_x: Sequence[ctypes.Structure]
     writes_out: Sequence[ctypes.Structure]
+    states: Sequence[ctypes.Structure]
 
     def run(self, x: NDArray[Any], out: NDArray[Any]) -> NDArray[Any]:
         """Run it on arrays of the shapes and formats that it was built for; returns out."""
@@ -55,13 +60,17 @@ class Program:
         for call in self.writes_out:
             call.out = out_at
         self.chain.run()
+        for call in self.states:
+            if call.state != 0:
+                raise AssertionError(f"{type(call).__name__} found indices out of bounds")
         return out
 
 
 class Workspace:
     """Arrays and chains of steps of one number of tokens. Mutable; one step at a time."""
 
-    def __init__(self, memory: dict[str, Scratch], num_threads: int) -> None:
+    def __init__(self, memory: dict[str, Scratch], scratch: Scratch, num_threads: int) -> None:
+        self.scratch = scratch
         self._memory = memory
         self._num_threads = num_threads
         self._arrays: dict[str, NDArray[Any]] = {}
@@ -101,6 +110,7 @@ class Workspace:
             Chain(steps.links, num_threads=1 if is_small else self._num_threads),
             [link.call for link in steps.reads_x],
             [link.call for link in steps.writes_out],
+            [link.call for link in steps.links if hasattr(link.call, "state")],
         )
 
 
@@ -110,7 +120,8 @@ class CpuKernels:
 
     num_threads: int
     inv_freq_F: NDArray[np.float32]
-    scratch: Scratch = field(default_factory=Scratch)
+    # Of decode steps, and of prefill steps: a chain holds what it was built with.
+    _scratches: tuple[Scratch, Scratch] = field(default_factory=lambda: (Scratch(), Scratch()))
     _memory: dict[str, Scratch] = field(default_factory=dict)
     _workspaces: OrderedDict[int, Workspace] = field(default_factory=OrderedDict)
     _pages: dict[int, tuple[LayerKV, NDArray[Any], NDArray[Any]]] = field(default_factory=dict)
@@ -119,12 +130,13 @@ class CpuKernels:
         """Where steps of so many tokens are done."""
         found = self._workspaces.get(num_tokens)
         if found is None:
-            if num_tokens > _FEW_TOKENS:
-                for other in [size for size in self._workspaces if size > _FEW_TOKENS]:
-                    del self._workspaces[other]
-            elif len(self._workspaces) >= _MAX_WORKSPACES:
-                self._workspaces.popitem(last=False)
-            found = self._workspaces[num_tokens] = Workspace(self._memory, self.num_threads)
+            is_large = num_tokens > _FEW_TOKENS
+            same = [size for size in self._workspaces if (size > _FEW_TOKENS) == is_large]
+            for oldest in same[: len(same) + 1 - (_MAX_LARGE if is_large else _MAX_WORKSPACES)]:
+                del self._workspaces[oldest]
+            found = self._workspaces[num_tokens] = Workspace(
+                self._memory, self._scratches[is_large], self.num_threads
+            )
         self._workspaces.move_to_end(num_tokens)
         return found
 

@@ -206,7 +206,7 @@ class DecoderStep:
         kernels, x_TD = decoder.cpu_kernels, self._hidden_array()
         run = kernels.workspace(len(x_TD)).kept(
             (ops[0].index, len(ops), x_TD.dtype.num),
-            (ops, self._kv, *step.arrays),
+            (ops, self._kv, *step.places, *step.contexts),
             lambda: build_run(ops, x_TD, step, self._kv, self._packed, kernels, decoder.spec),
         )
         ends = run.perform(x_TD)
