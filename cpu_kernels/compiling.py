@@ -10,6 +10,7 @@ write to is refused.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import os
 import re
@@ -267,7 +268,8 @@ def _engine() -> llvm.ExecutionEngine:
     llvm.initialize_native_asmprinter()
     machine = llvm.Target.from_default_triple().create_target_machine(jit=True)
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
-    engine.detach()  # never given back: threads may still run its code while the process ends
+    # Never given back: threads may still run its code while the process ends.
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(engine))
     return engine
 
 

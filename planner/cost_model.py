@@ -46,8 +46,8 @@ _NUM_CPU_LINKS = {
     "head": 2,
 }
 # What a step does in Python outside its kernels, in launches of torch, which is Python too: at 4.2
-# us each 1.08 ms where the caches hold weights only, as measured once (0.46 ms with all of it in the
-# caches). 0.18 ms are the embedding's. The rest has no op of its own (the scheduler, the batch,
+# us each 1.08 ms where the caches hold weights only, as measured once (0.46 ms with all of it in
+# the caches). 0.18 ms are the embedding's. The rest has no op of its own (the scheduler, the batch,
 # tokens to text); it is counted to `sample`, which every step has once and a Timeline ends with.
 _NUM_STEP_LAUNCHES = {"embed": 40, "sample": 210}
 # The module whose backend an op goes by, where it is not the op's own.
