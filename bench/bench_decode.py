@@ -80,6 +80,7 @@ NUM_STEPS = 32
 CEILING_BYTES = 1 << 30
 # llama.cpp's for one sequence and for several, and ik_llama.cpp's for one.
 PROGRAMS = ("llama-bench", "llama-batched-bench", "ik-llama-bench")
+MAKE_MODEL = Path(__file__).with_name("make_model.py")
 
 
 def main() -> None:
@@ -235,6 +236,7 @@ def run_one(folder: Path, model: str, name: str, *, quick: bool) -> dict[str, fl
 
     from cpu_kernels.memory_read import read_memory
     from hetero import LLM, SamplingParams
+    from planner.cost_model import CostModel
     from planner.estimate import estimate
     from planner.workload import Workload
 
@@ -262,6 +264,7 @@ def run_one(folder: Path, model: str, name: str, *, quick: bool) -> dict[str, fl
         max_model_len=1024,
     ) as llm:
         spec, num_threads = llm.spec, llm.hardware.cpu.num_threads
+        costs = CostModel(llm.hardware)
         outside = spec.weight_bytes("head") + sum(
             spec.weight_bytes(module, index)
             for index, layer in enumerate(spec.layers)
@@ -291,7 +294,7 @@ def run_one(folder: Path, model: str, name: str, *, quick: bool) -> dict[str, fl
             steps_per_s = measured.decode_tokens_per_s / batch
             found[f"share_{batch}"] = active * steps_per_s / statistics.median(rates[-2:])
             shape = Workload(prompt_len=CONTEXT, output_len=num_steps + 1, num_seqs=batch)
-            predicted = estimate(spec, llm.plan.placement, llm.hardware, shape)
+            predicted = estimate(spec, llm.plan.placement, costs, shape)
             found[f"predicted_{batch}"] = predicted.tpot_s
         found["ceiling"] = statistics.median(rates)
         flops = sum(
@@ -352,45 +355,10 @@ def output_of(command: list[str]) -> str:
 
 
 def make_model(folder: Path, model: str, *, quick: bool) -> None:
-    """A folder of random weights in bfloat16, one file a layer; kept if it is there."""
-    if (folder / "config.json").exists():
-        return
-    import torch
-    from safetensors.torch import save_file
-
-    from hetero.model.families import expected_tensors
-    from planner.model_spec import ModelSpec
-
+    """Random weights in the shapes of a model, in a process of its own; kept if they are there."""
     config = {**SHAPES[model], **({"num_hidden_layers": 4} if quick else {})}
-    spec = ModelSpec.from_config(config, name=model)
-    folder.mkdir(parents=True, exist_ok=True)
-    block = (torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
-    by_file: dict[str, dict[str, torch.Tensor]] = {}
-    for index, (name, shape) in enumerate(expected_tensors(spec).items()):
-        layer = name.split(".")[2] if name.startswith("model.layers.") else "outside"
-        count = torch.Size(shape).numel()
-        repeats = -(-count // block.numel()) + 1
-        start = 997 * index % block.numel()
-        values = block.repeat(repeats)[start : start + count].view(shape).clone()
-        if len(shape) == 1:
-            values = torch.ones(shape, dtype=torch.bfloat16)
-        elif name.endswith("gate.weight"):
-            values = values * 20  # so that tokens spread over the experts
-        by_file.setdefault(f"model-{layer}.safetensors", {})[name] = values
-        if len(by_file) > 2:
-            oldest = next(iter(by_file)) if next(iter(by_file)) != "model-outside.safetensors" \
-                else list(by_file)[1]  # fmt: skip
-            save_file(by_file.pop(oldest), folder / oldest)
-    for file, tensors in by_file.items():
-        save_file(tensors, folder / file)
-    weight_map = {}
-    for name in expected_tensors(spec):
-        layer = name.split(".")[2] if name.startswith("model.layers.") else "outside"
-        weight_map[name] = f"model-{layer}.safetensors"
-    index_file = folder / "model.safetensors.index.json"
-    index_file.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    (folder / "config.json").write_text(json.dumps(config))
-    say(f"made {folder.name}: {spec.total_weight_bytes() / 1e9:.2f} GB")
+    command = [sys.executable, str(MAKE_MODEL), str(folder)]
+    subprocess.run(command, input=json.dumps(config), check=True, text=True)
 
 
 def say(line: str) -> None:

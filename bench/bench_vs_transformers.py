@@ -160,6 +160,7 @@ def prompts(batch: int, prompt_len: int) -> list[list[int]]:
 def run_hetero(folder: Path, prompt_len: int, output_len: int) -> dict[str, Any]:
     """Tokens per second of each phase and batch, and what the plan said."""
     from hetero import LLM, SamplingParams
+    from planner.cost_model import CostModel
     from planner.estimate import estimate
     from planner.workload import Workload
 
@@ -168,6 +169,7 @@ def run_hetero(folder: Path, prompt_len: int, output_len: int) -> dict[str, Any]
     result: dict[str, Any] = {}
     workload = Workload(prompt_len=prompt_len, output_len=output_len, num_seqs=max(BATCHES))
     with LLM(folder, accelerator="none", workload=workload, progress=say) as llm:
+        costs = CostModel(llm.hardware)
         for batch in BATCHES:
             wanted: Any = [{"prompt_token_ids": ids} for ids in prompts(batch, prompt_len)]
             llm.generate(wanted, warm_up)
@@ -175,7 +177,7 @@ def run_hetero(folder: Path, prompt_len: int, output_len: int) -> dict[str, Any]
             measured = llm.measured
             assert measured is not None
             shape = Workload(prompt_len=prompt_len, output_len=output_len, num_seqs=batch)
-            predicted = estimate(llm.spec, llm.plan.placement, llm.hardware, shape)
+            predicted = estimate(llm.spec, llm.plan.placement, costs, shape)
             result |= {
                 f"prefill_{batch}": measured.prefill_tokens_per_s,
                 f"decode_{batch}": measured.decode_tokens_per_s,

@@ -14,8 +14,9 @@ import torch
 from hetero.chat_template import Conversation
 from hetero.checkpoint import Checkpoint
 from hetero.engine import Engine, StepResult
-from hetero.errors import ModelFolderError, RequestError, UsageError
+from hetero.errors import EnvironmentProblemError, ModelFolderError, RequestError, UsageError
 from hetero.loading import load_engine, make_accelerator
+from hetero.measure.calibration_log import own_log
 from hetero.measure.store import default_cache_dir
 from hetero.model.families import expected_tensors
 from hetero.model_lookup import default_hub_cache, find_model
@@ -23,6 +24,7 @@ from hetero.outputs import Measured, RequestOutput, measured, output_of, workloa
 from hetero.planning import (
     DtypeName,
     base_profile,
+    check_own_profile,
     check_plan,
     check_plan_is_for,
     default_workload,
@@ -35,17 +37,20 @@ from hetero.planning import (
 from hetero.prompts import Prompt, encode_prompt
 from hetero.sampler import SamplingParams
 from hetero.sequence import Sequence as RunningSequence
+from hetero.step_samples import StepSamples, StepTimes
 from hetero.tokenizer import Tokenizer
 from planner.backends import cpu_backends
-from planner.cost_model import predict
+from planner.calibration import NO_CORRECTIONS
+from planner.cost_model import CostModel, predict
 from planner.estimate import estimate
 from planner.hardware import AcceleratorName, HardwareProfile
 from planner.memory import KV_BLOCK_TOKENS
 from planner.model_spec import ModelSpec, Quantization
 from planner.placement import Device
 from planner.plan import Estimate, Plan
+from planner.step_graph import StepGraph
 from planner.timeline import Timeline
-from planner.workload import Workload
+from planner.workload import BatchShape, Workload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,10 +97,17 @@ class LLM:
     max_model_len, max_num_seqs : int, optional
         Most tokens of a sequence (default: the model's context); most sequences in a step (default:
         as planned, or up to 16 where memory holds them).
-    profile : HardwareProfile or str, optional
+    profile : HardwareProfile, str or path, optional
         The machine; None takes the stored profile, or measures one (10 s).
+    allow_foreign_profile : bool
+        Take a profile that was measured on another machine; otherwise it is refused. One that is
+        passed as a value and has no fingerprint is taken for this machine's.
     overlap : bool
         False runs one op at a time, the reference for the overlapped run.
+    calibrate : bool
+        Append what was predicted and measured of each `generate` to the calibration log, from which
+        later predictions are corrected; only where the profile is a measurement of this machine,
+        and for the overlapped run. The attribute of the same name can be set between calls.
     progress : callable, optional
         Called with a line of text while measuring and loading.
 
@@ -122,8 +134,10 @@ class LLM:
         link_gb_per_s: float | None = None,
         max_model_len: int | None = None,
         max_num_seqs: int | None = None,
-        profile: HardwareProfile | str | None = None,
+        profile: HardwareProfile | str | Path | None = None,
+        allow_foreign_profile: bool = False,
         overlap: bool = True,
+        calibrate: bool = True,
         progress: Callable[[str], None] | None = None,
     ) -> None:
         say = progress or _ignore
@@ -145,11 +159,27 @@ class LLM:
             plan = Plan.load(Path(plan))
         resources = resources_asked(plan, accelerator, gpu_mem_gb, cpu_mem_gb, link_gb_per_s)
         if not isinstance(profile, HardwareProfile):
-            profile = base_profile(profile, default_cache_dir(os.environ), progress)
+            profile = base_profile(
+                None if profile is None else str(profile),
+                default_cache_dir(os.environ),
+                progress,
+                allow_foreign=allow_foreign_profile,
+            )
+        elif profile.fingerprint is not None and not allow_foreign_profile:
+            check_own_profile(profile)
         if plan is not None:
             check_plan_is_for(plan, source, profile)
         self.hardware = usable_hardware(runnable_profile(profile), resources)
         self.spec = spec_as_run(source, dtype, self.hardware, say, quantization, plan)
+        self.calibrate = calibrate
+        self._say = say
+        # a run of one op at a time says nothing of ops that slow each other down
+        self._log = own_log(profile, os.environ) if overlap else None
+        self.corrections = NO_CORRECTIONS
+        if self._log is not None:
+            self.corrections = self._log.corrections(self.hardware, say)
+        self._uncorrected_costs = CostModel(self.hardware)
+        self._costs = CostModel(self.hardware, corrections=self.corrections)
         self.tokenizer = Tokenizer.load(source.folder)
         self._max_model_len = _context(self.spec, max_model_len)
         with Checkpoint.open(source.folder) as checkpoint:
@@ -160,12 +190,13 @@ class LLM:
                     self.hardware,
                     workload or default_workload(self._max_model_len),
                     strategy=strategy,
+                    corrections=self.corrections,
                 )
             elif strategy is not None:
                 raise UsageError("give a plan or a strategy, not both: a plan already has one")
             check_plan(plan, self.spec, self.hardware)
             self.plan = plan
-            self._backends = cpu_backends(self.spec, self.hardware, plan.wave)
+            self._backends = cpu_backends(self.spec, self._costs, plan.wave)
             self._threads_before = torch.get_num_threads()
             self._engine: Engine | None = None
             self._last_step: StepResult | None = None
@@ -220,7 +251,7 @@ class LLM:
         step = self._last_step
         if step is None:
             return None
-        return predict(step.graph, self.spec, self.hardware, step.batch.shape, self._backends)
+        return predict(step.graph, self.spec, self._costs, step.batch.shape, self._backends)
 
     @property
     def max_model_len(self) -> int:
@@ -318,6 +349,7 @@ class LLM:
                     "give one for all or one for each"
                 )
         before = {phase: (t.num_tokens, t.seconds) for phase, t in engine.stats.phases.items()}
+        samples = StepSamples(self.plan)
         try:
             running: list[RunningSequence] = []
             positions: dict[str, int] = {}
@@ -326,8 +358,14 @@ class LLM:
                 positions[str(self._num_requests)] = len(running)
                 running.append(engine.add_request(str(self._num_requests), ids, each))
             num_finished = 0
+            elapsed_s = sum(totals.seconds for totals in engine.stats.phases.values())
             while (result := engine.step()) is not None:
                 self._last_step = result
+                begin_s = elapsed_s
+                elapsed_s = sum(totals.seconds for totals in engine.stats.phases.values())
+                samples.watch(
+                    result.graph, result.batch.shape, result.timeline, elapsed_s - begin_s
+                )
                 num_finished += len(result.finished)
                 if observe is not None:
                     observe(
@@ -350,12 +388,31 @@ class LLM:
             self.predicted = estimate(
                 self.spec,
                 self.plan.placement,
-                self.hardware,
+                self._costs,
                 workload_of(outputs),
                 num_concurrent=min(len(outputs), engine.scheduler.max_num_seqs),
                 backends=self._backends,
             )
+            self._record(samples)
         return outputs
+
+    def _record(self, samples: StepSamples) -> None:
+        """Add a run to the calibration log; what cannot be written is said once."""
+        if self._log is None or not self.calibrate:
+            return
+        records = samples.records(self._predict_uncorrected, self._log.rates_fingerprint)
+        try:
+            self._log.append(records)
+        except EnvironmentProblemError as error:
+            self._say(f"warning: {error}; runs are not recorded for later predictions")
+            self._log = None
+
+    def _predict_uncorrected(self, graph: StepGraph, shape: BatchShape) -> StepTimes:
+        costs = self._uncorrected_costs
+        return StepTimes(
+            timeline=predict(graph, self.spec, costs, shape, self._backends),
+            host_s=costs.host_cost(shape).seconds,
+        )
 
 
 def _conversations(messages: Conversation | Sequence[Conversation]) -> list[Conversation]:

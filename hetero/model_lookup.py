@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 from hetero.errors import ModelFolderError
 from hetero.model_folder import parse_json, printable, read_json
 from planner.errors import ModelSpecError
+from planner.model_profile import read_model_profile
 from planner.model_spec import Dtype, ModelSpec
 
 DEMO_NAME = "demo"
@@ -37,16 +39,16 @@ def find_model(name: str | None = None, *, hub_cache: Path | None = None) -> Mod
     ----------
     name : str, optional
         In this order: None or "demo" (the small model inside the package), an existing folder, a
-        name of `profiles/models/` (shapes without weights), `org/name` in the local Hugging Face
-        cache.
+        name of `profiles/models/` in capitals or not (shapes without weights), `org/name` in the
+        local Hugging Face cache.
     hub_cache : Path, optional
         The cache to search, usually `default_hub_cache(os.environ)`; None searches none.
 
     Raises
     ------
     ModelFolderError
-        Nothing was found (the message lists what was tried), or the folder's config.json is
-        missing or is not a JSON object.
+        Nothing was found (the message lists what was tried, and the nearest names), or the
+        folder's config.json is missing or is not a JSON object.
     """
     if name is None or name == DEMO_NAME:
         return _from_folder(_demo_folder(), DEMO_NAME)
@@ -61,8 +63,8 @@ def find_model(name: str | None = None, *, hub_cache: Path | None = None) -> Mod
     except (OSError, RuntimeError) as error:  # no permission, name too long, unknown ~user
         raise ModelFolderError(f"cannot look at {printable(name)}: {error}") from None
     profiles = _model_profiles()
-    if name in profiles:
-        return _from_profile(profiles[name])
+    if name.lower() in profiles:
+        return _from_profile(profiles[name.lower()])
     tried = [f"no folder {path}", f"no model profile {name}"]
     if _HUB_ID.fullmatch(name) and ".." not in name and hub_cache is not None:
         snapshot = _hub_snapshot(name, hub_cache)
@@ -71,7 +73,7 @@ def find_model(name: str | None = None, *, hub_cache: Path | None = None) -> Mod
         tried.append(f"not in the Hugging Face cache {hub_cache} (nothing is downloaded)")
     raise ModelFolderError(
         f"model {printable(name)} was not found: {'; '.join(tried)}. Give a folder with "
-        f"config.json, a downloaded org/name, or one of: {', '.join((DEMO_NAME, *profiles))}"
+        f"config.json, a downloaded org/name, or {_nearest(name, (DEMO_NAME, *profiles))}"
     )
 
 
@@ -84,6 +86,8 @@ def read_model_spec(source: ModelSource, dtype: Dtype | None = None) -> ModelSpe
         The configuration is incomplete, out of range or of a family that is not supported.
     """
     try:
+        if source.folder is None and "architectures" not in source.config:
+            return read_model_profile(source.config).spec(dtype)
         return ModelSpec.from_config(source.config, name=source.name, dtype=dtype)
     except ModelSpecError as error:
         where = source.folder or f"model profile {source.name}"
@@ -103,6 +107,12 @@ def default_hub_cache(environ: Mapping[str, str]) -> Path:
         return Path(environ["HF_HOME"]).expanduser() / "hub"
     cache = environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache).expanduser() / "huggingface" / "hub"
+
+
+def _nearest(name: str, known: tuple[str, ...]) -> str:
+    """The known names that look like one that is not, or all where none does."""
+    found = difflib.get_close_matches(name.rpartition("/")[2].lower(), known, n=3)
+    return f"the nearest names: {', '.join(found)}" if found else f"one of: {', '.join(known)}"
 
 
 def _demo_folder() -> Path:

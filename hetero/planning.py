@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from hetero.errors import EnvironmentProblemError, MemoryBudgetError, PlanMismatchError, UsageError
-from hetero.measure.store import find_profile, load_or_measure
+from hetero.measure.store import find_profile, load_or_measure, why_foreign
 from hetero.model_lookup import ModelSource, read_model_spec
+from planner.calibration import NO_CORRECTIONS, Corrections
 from planner.errors import PlannerError
 from planner.hardware import AcceleratorName, HardwareProfile, Resources
 from planner.memory import needs
 from planner.model_spec import Dtype, ModelSpec, Quantization
 from planner.placement import check_matches
 from planner.plan import Plan
-from planner.priors import ASSUMED_FROM
 from planner.search import profile_fingerprint, search
 from planner.workload import Objective, Workload
 
@@ -88,15 +88,16 @@ def spec_as_run(
 
 def assumed_note(spec: ModelSpec, hardware: HardwareProfile) -> str | None:
     """What to say of rates that a profile lacks and the planner assumes; None where it has all."""
-    known = {sample.dtype for sample in hardware.cpu.linear}
+    if hardware.provenance == "datasheet" or not hardware.samples:
+        return None
     kinds = {spec.weight_kind(module) for layer in spec.layers for module in layer.modules}
     kinds.add(spec.weight_kind("head"))
-    lacking = " and ".join(sorted(kind for kind in kinds - known if kind in ("int4", "int8")))
+    lacking = " and ".join(sorted(kind for kind in kinds if not hardware.backends(kind)))
     if not lacking:
         return None
     return (
-        f"{hardware.name} has no rates for {lacking}; they are assumed from {ASSUMED_FROM}'s, and "
-        "so is the predicted speed"
+        f"{hardware.name} has no samples of {lacking} products; they are assumed from others, and "
+        "so is the predicted speed; hetero profile measures them"
     )
 
 
@@ -142,15 +143,63 @@ def _bytes_of(name: str, gigabytes: float | None) -> int | None:
 
 
 def base_profile(
-    name: str | None, cache_dir: Path, progress: Callable[[str], None] | None = None
+    name: str | None,
+    cache_dir: Path,
+    progress: Callable[[str], None] | None = None,
+    *,
+    allow_foreign: bool = False,
 ) -> HardwareProfile:
-    """A named or stored profile, or this machine's own, measured quickly if it has none."""
-    if name is not None:
-        try:
-            return find_profile(name)
-        except PlannerError as error:
-            raise UsageError(str(error)) from None
-    return load_or_measure(cache_dir, progress=progress)[0]
+    """A named or stored profile, or this machine's own, measured quickly if it has none.
+
+    Raises
+    ------
+    UsageError
+        There is no such profile, or it was measured on another machine.
+    """
+    if name is None:
+        return load_or_measure(cache_dir, progress=progress)[0]
+    try:
+        profile = find_profile(name)
+    except PlannerError as error:
+        raise UsageError(str(error)) from None
+    check_own_profile(profile, progress, allow_foreign=allow_foreign)
+    return profile
+
+
+def check_own_profile(
+    profile: HardwareProfile,
+    progress: Callable[[str], None] | None = None,
+    *,
+    allow_foreign: bool = False,
+) -> None:
+    """Refuse a profile that was measured on another machine, or warn of it where it is allowed.
+
+    A reference machine, from a datasheet, is another one for all to see.
+
+    Raises
+    ------
+    UsageError
+        Names the first difference, and how to go on. What is wrong is the profile that was asked
+        for, not the machine, which could run it under another.
+    """
+    foreign = None if profile.provenance == "datasheet" else why_foreign(profile)
+    if foreign is None:
+        return
+    if not allow_foreign:
+        raise UsageError(
+            f"the profile of {profile.name} is of another machine: {foreign}; leave --profile "
+            "(profile=) out to use this machine's own, or give --allow-foreign-profile "
+            "(allow_foreign_profile=True) to ask what if"
+        )
+    if progress is not None:
+        progress(f"warning: the profile of {profile.name} is of another machine: {foreign}")
+
+
+def low_confidence_note(profile: HardwareProfile) -> str | None:
+    """What to do about a profile of a busy machine; None where it can be trusted."""
+    if profile.confidence == "high":
+        return None
+    return "predictions have low confidence; when the machine is idle, run: hetero profile"
 
 
 def runnable_profile(profile: HardwareProfile) -> HardwareProfile:
@@ -245,6 +294,7 @@ def make_plan(
     objective: Objective = "latency",
     *,
     strategy: str | None = None,
+    corrections: Corrections = NO_CORRECTIONS,
 ) -> Plan:
     """Search, with the planner's complaints as errors that a user can fix.
 
@@ -259,7 +309,9 @@ def make_plan(
             f"context of {spec.max_position_embeddings}; lower --prompt-len or --output-len"
         )
     try:
-        return search(spec, hardware, workload, objective, strategy=strategy)
+        return search(
+            spec, hardware, workload, objective, strategy=strategy, corrections=corrections
+        )
     except PlannerError as error:
         raise UsageError(str(error)) from None
 

@@ -10,10 +10,12 @@ from rich.table import Table
 from rich.text import Text
 
 from hetero.terminal_text import one_line
+from planner.calibration import MAX_FACTOR, MIN_FACTOR
 from planner.hardware import HardwareProfile
+from planner.kernel_table import Source
 from planner.memory import available_bytes
 from planner.placement import Device, ModulePlacement, Runs, TierPlacement
-from planner.plan import Alternative, Plan
+from planner.plan import Alternative, Estimate, Plan, TimeMetric, Trial
 from planner.timeline import TERMS, TermComparison
 from planner.workload import PHASES, Phase, Workload
 
@@ -24,6 +26,12 @@ RED_RATIO = 1.5
 Side = Literal["left", "right"]
 
 _MAX_ALTERNATIVES = 8
+# A correction is worth a word where it moves a term of this share of its phase by this much.
+_MIN_CORRECTED_SHARE = 0.05
+_MIN_CORRECTION = 0.03
+# Of a phase's seconds that lie outside all samples: less is not worth a word.
+_MIN_GUESSED_SHARE = 0.1
+_GUESSES: tuple[Source, ...] = ("extrapolated", "assumed", "prior")
 _MS, _US = 1e-3, 1e-6
 
 
@@ -165,7 +173,73 @@ def plan_lines(plan: Plan, hardware: HardwareProfile) -> list[str]:
         f"predicted: first token after {seconds_text(est.ttft_s)}, then "
         f"{seconds_text(est.tpot_s)} a token ({rate_text(est.decode_tokens_per_s)})"
     )
+    lines.append(_bands_text(est))
+    lines += [text for text in (trust_text(plan, hardware),) if text is not None]
+    lines += calibration_lines(est)
     return [one_line(line) for line in lines]
+
+
+def _bands_text(est: Estimate) -> str:
+    names: tuple[tuple[TimeMetric, str], ...] = (("ttft_s", "first token"), ("tpot_s", "a token"))
+    parts = []
+    for metric, name in names:
+        low_s, high_s = est.band_by_metric.get(metric, (0.0, 0.0))
+        parts.append(f"{name} {seconds_text(low_s)} to {seconds_text(high_s)}")
+    return f"4 of 5 such predictions end in: {', '.join(parts)}"
+
+
+def trust_text(plan: Plan, hardware: HardwareProfile) -> str | None:
+    """What of the prediction rests on no measurement; None where nothing of weight does."""
+    if hardware.provenance == "datasheet":
+        return "not measured: datasheet rates, and what kernels usually reach of them"
+    texts = []
+    for phase in PHASES:
+        shares = plan.estimate.source_by_phase.get(phase, {})
+        guesses = [name for name in _GUESSES if shares.get(name, 0.0) > 0]
+        guessed = sum(shares[name] for name in guesses)
+        if guessed >= _MIN_GUESSED_SHARE:
+            texts.append(f"{guessed:.0%} of {phase} is {' or '.join(guesses)}")
+    return f"beyond what was measured: {', '.join(texts)}" if texts else None
+
+
+def calibration_lines(est: Estimate) -> list[str]:
+    """How many runs corrected the prediction, and by phase the corrections that matter."""
+    if est.calibrated_runs == 0:
+        return []
+    plural = "s" if est.calibrated_runs > 1 else ""
+    lines = [f"calibrated from {est.calibrated_runs} run{plural}"]
+    for phase in PHASES:
+        found = _corrections_text(est, phase)
+        if found:
+            lines.append(f"corrected in {phase}: {found}")
+    at_bound = [
+        f"{phase} {name}"
+        for phase, factors in est.correction_by_phase.items()
+        for name, factor in factors.items()
+        if factor in (MIN_FACTOR, MAX_FACTOR) and _share(est, phase, name) >= _MIN_CORRECTED_SHARE
+    ]
+    if at_bound:
+        lines.append(
+            f"warning: runs are further off the prediction than is corrected "
+            f"({MIN_FACTOR:.1f}x to {MAX_FACTOR:.1f}x) in {', '.join(at_bound)}; measure the "
+            "machine again with: hetero profile"
+        )
+    return lines
+
+
+def _corrections_text(est: Estimate, phase: Phase) -> str:
+    return ", ".join(
+        f"{name} {factor:.2f}x"
+        for name, factor in est.correction_by_phase.get(phase, {}).items()
+        if abs(factor - 1) >= _MIN_CORRECTION and _share(est, phase, name) >= _MIN_CORRECTED_SHARE
+    )
+
+
+def _share(est: Estimate, phase: Phase, lane_and_term: str) -> float:
+    """Share of a phase that the term of `cpu experts` takes."""
+    terms = {str(term): seconds for term, seconds in est.terms_by_phase.get(phase, {}).items()}
+    total_s = sum(terms.values())
+    return terms.get(lane_and_term.rpartition(" ")[2], 0.0) / total_s if total_s > 0 else 0.0
 
 
 def _tier_name(tier: TierPlacement) -> str:
@@ -209,6 +283,15 @@ def print_plan(console: Console, plan: Plan, hardware: HardwareProfile) -> None:
         if table.row_count:
             console.print()
             console.print(table)
+    trust = trust_text(plan, hardware)
+    if trust is not None:
+        console.print()
+        console.print(Text(one_line(trust)), soft_wrap=True)
+    if plan.trial is not None:
+        console.print()
+        print_trial(console, plan.trial)
+    for line in calibration_lines(plan.estimate):
+        console.print(Text(one_line(line)), soft_wrap=True)
     for note in hardware.notes:
         console.print(Text(one_line(f"note: {note}")))
 
@@ -248,19 +331,21 @@ def _memory_table(plan: Plan, hardware: HardwareProfile) -> Table:
 
 def _speed_table(plan: Plan) -> Table:
     est = plan.estimate
-    table = _table(("predicted", "left"), ("time", "right"), ("rate", "right"))
-    _add_row(
-        table,
-        ("first token", seconds_text(est.ttft_s), f"prefill {rate_text(est.prefill_tokens_per_s)}"),
+    rows: tuple[tuple[str, TimeMetric, float, str], ...] = (
+        ("first token", "ttft_s", est.ttft_s, f"prefill {rate_text(est.prefill_tokens_per_s)}"),
+        ("each token", "tpot_s", est.tpot_s, f"decode {rate_text(est.decode_tokens_per_s)}"),
+        ("all", "e2e_s", est.e2e_s, ""),
     )
-    _add_row(
-        table,
-        ("each token", seconds_text(est.tpot_s), f"decode {rate_text(est.decode_tokens_per_s)}"),
+    table = _table(
+        ("predicted", "left"), ("time", "right"), ("4 of 5 end in", "right"), ("rate", "right")
     )
-    _add_row(table, ("all", seconds_text(est.e2e_s), ""))
+    for name, metric, seconds, rate in rows:
+        low_s, high_s = est.band_by_metric.get(metric, (seconds, seconds))
+        band = f"{seconds_text(low_s)} to {seconds_text(high_s)}"
+        _add_row(table, (name, seconds_text(seconds), band, rate))
     if est.num_concurrent_seqs < plan.workload.num_seqs:
         waves = f"in waves of {est.num_concurrent_seqs} of {plan.workload.num_seqs} sequences"
-        _add_row(table, (waves, "", ""))
+        _add_row(table, (waves, "", "", ""))
     return table
 
 
@@ -304,6 +389,46 @@ def _times(other: Alternative) -> tuple[str, str, str]:
         for seconds in (other.ttft_s, other.tpot_s, other.e2e_s)
     )
     return (ttft, tpot, e2e)
+
+
+def print_trial(console: Console, trial: Trial) -> None:
+    """Print what was tried, predicted beside measured, and whether the plan changed."""
+    table = _table(
+        ("tried", "left"),
+        ("first", "right"),
+        ("measured", "right"),
+        ("each", "right"),
+        ("measured", "right"),
+        ("ratio", "right"),
+        ("", "left"),
+    )
+    for row in trial.rows:
+        ours, theirs = row.predicted, row.measured
+        if theirs is None:
+            cells = (seconds_text(ours.ttft_s), "-", seconds_text(ours.tpot_s), "-", Text("-"))
+            _add_row(table, (row.name, *cells, row.failure or ""))
+            continue
+        _add_row(
+            table,
+            (
+                row.name,
+                *(seconds_text(seconds) for seconds in (ours.ttft_s, theirs.ttft_s)),
+                *(seconds_text(seconds) for seconds in (ours.tpot_s, theirs.tpot_s)),
+                ratio_text(theirs.e2e_s / ours.e2e_s if ours.e2e_s > 0 else None),
+                "kept" if row.name == trial.kept else "",
+            ),
+        )
+    console.print(table)
+    console.print(Text(one_line(_trial_text(trial))), soft_wrap=True)
+
+
+def _trial_text(trial: Trial) -> str:
+    planned, ran = trial.rows[0].name, workload_text(trial.workload)
+    if len(trial.rows) == 1:
+        return f"tried with {ran}; no other placement fits"
+    if trial.kept == planned:
+        return f"tried with {ran}; the plan stands: {planned} is the fastest as measured"
+    return f"tried with {ran}; the plan changed: {trial.kept} instead of {planned}"
 
 
 def print_comparison(

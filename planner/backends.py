@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from planner.cost_model import Backends, op_cost
-from planner.hardware import Backend, HardwareProfile
+from planner.cost_model import Backends, CostModel
+from planner.kernels import Backend
 from planner.model_spec import ModelSpec, Module
 from planner.step_graph import Op, OpKind
 from planner.workload import DEFAULT_CHUNK_TOKENS, BatchShape, Workload, decode_shape
@@ -23,7 +23,7 @@ _KINDS: dict[Module, tuple[OpKind, ...]] = {
 }
 
 
-def cpu_backends(spec: ModelSpec, hardware: HardwareProfile, wave: Workload) -> Backends:
+def cpu_backends(spec: ModelSpec, costs: CostModel, wave: Workload) -> Backends:
     """Choose who computes each module wherever it runs on the CPU.
 
     A matrix lies in memory as one backend reads it, so the choice is for all steps: it has the
@@ -34,20 +34,18 @@ def cpu_backends(spec: ModelSpec, hardware: HardwareProfile, wave: Workload) -> 
     chosen: dict[Module, Backend] = {}
     for module in _KINDS:
         kind = spec.weight_kind(module)
-        found = [each for each in hardware.cpu.backends(kind) if each in _RUNNABLE]
+        found = [each for each in costs.hardware.backends(kind) if each in _RUNNABLE]
         is_choice = found == list(_RUNNABLE) and kind not in ("int8", "int4")
         if module not in modules or not is_choice:
             continue
-        seconds = {
-            backend: _seconds(module, backend, spec, hardware, wave) for backend in _RUNNABLE
-        }
+        seconds = {backend: _seconds(module, backend, spec, costs, wave) for backend in _RUNNABLE}
         is_faster = seconds["torch"] < (1 - _MARGIN) * seconds["numba"]
         chosen[module] = "torch" if is_faster else "numba"
     return chosen
 
 
 def _seconds(
-    module: Module, backend: Backend, spec: ModelSpec, hardware: HardwareProfile, wave: Workload
+    module: Module, backend: Backend, spec: ModelSpec, costs: CostModel, wave: Workload
 ) -> float:
     """Seconds of a module's ops in all layers, over a run on the CPU."""
     prompt_tokens = wave.num_seqs * wave.prompt_len
@@ -79,10 +77,9 @@ def _seconds(
     return sum(
         num_steps
         * num_layers
-        * op_cost(
+        * costs.op_cost(
             Op(index=0, kind=kind, lane="cpu", layer=layer, module=module),
             spec,
-            hardware,
             shape,
             {module: backend},
         ).seconds

@@ -1,55 +1,45 @@
-"""Seconds of one op: a roofline on measured rates, with named bounds."""
+"""Seconds of one op, as the kernels that it is made of; with named bounds and a band."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+import statistics
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal
 
-from planner.hardware import Backend, DeviceKind, DeviceProfile, HardwareProfile
+from planner.calibration import NO_CORRECTIONS, Corrections
+from planner.device import DeviceKind, DeviceProfile, Sample
+from planner.hardware import HardwareProfile
+from planner.kernel_table import SOURCES, KernelEstimate, KernelTable, Source
+from planner.kernels import Backend, Kernel, KernelCall, Resource
 from planner.memory import KV_BLOCK_TOKENS
 from planner.model_spec import ModelSpec, Module
-from planner.simulate import simulate
-from planner.step_graph import Op, OpKind, StepGraph
+from planner.popularity import Popularity
+from planner.priors import prior
+from planner.simulate import Slowdowns, simulate
+from planner.step_graph import Lane, Op, OpKind, StepGraph
 from planner.timeline import Timeline
 from planner.workload import BatchShape
 
-Bound = Literal["compute", "memory", "launch", "link"]
 # Who computes the products of each module on the CPU, for a whole run: a matrix lies in memory as
-# one backend reads it. One that is not named is by the first that has rates of its format.
+# one backend reads it. One that is not named is by the first that has samples of its format.
 Backends = Mapping[Module, Backend]
 OWN_BACKENDS: Backends = MappingProxyType({})
 
-# Small operations (norms, rotary, writes to the cache, residual adds) of an op, each of which costs
-# a launch whatever its size. Counted in hetero/model: tests/planner/test_launch_counts.py.
-_NUM_LAUNCHES = {
+# Passes over the hidden states (norms, rotary, writes to the cache, residual adds) of an op done by
+# torch, its products and attention left out. Counted in hetero/model:
+# tests/planner/test_launch_counts.py.
+NUM_TORCH_PASSES: dict[OpKind, int] = {
     "embed": 1,
-    "attention": 17,
-    "router": 8,
-    "dispatch": 8,
-    "experts": 4,
+    "attention": 14,
+    "router": 7,
+    "dispatch": 7,
+    "experts": 5,
     "combine": 1,
-    "dense": 7,
-    "head": 5,
-    "sample": 2,
+    "dense": 5,
+    "head": 4,
 }
-# Links of the CPU's chains, which do more each: hetero/model/cpu_layers.py.
-_NUM_CPU_LINKS = {
-    "attention": 7,
-    "router": 3,
-    "dispatch": 0,
-    "experts": 2,
-    "combine": 1,
-    "dense": 4,
-    "head": 2,
-}
-# What a step does in Python outside its kernels, in launches of torch, which is Python too: at 4.2
-# us each 1.08 ms where the caches hold weights only, as measured once (0.46 ms with all of it in
-# the caches). 0.18 ms are the embedding's. The rest has no op of its own (the scheduler, the batch,
-# tokens to text); it is counted to `sample`, which every step has once and a Timeline ends with.
-_NUM_STEP_LAUNCHES = {"embed": 40, "sample": 210}
 # The module whose backend an op goes by, where it is not the op's own.
 _MODULE_OF_KIND: dict[str, Module] = {
     "attention": "attention",
@@ -60,37 +50,41 @@ _MODULE_OF_KIND: dict[str, Module] = {
     "dense": "dense",
     "head": "head",
 }
-# Gate-up and down. One kernel does a product of all experts at once (`has_grouped_products`), or
-# every chosen expert has its own.
-_NUM_EXPERT_PRODUCTS = 2
 _LOGIT_BYTES = 4
 _BATCH_BYTES_PER_TOKEN = 24  # token id, position and slot, int64 each
 _ROUTING_ENTRY_BYTES = 12  # an int64 expert id and a float32 weight
+# A throttled link takes what it is told to; what others reach of their line rate: priors.py.
+_EMULATED_COPY_SIGMA = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpCost:
-    """Seconds of an op and what they are made of; `bound` is the largest part."""
+    """Predicted seconds of an op.
 
-    compute_s: float = 0.0
-    memory_s: float = 0.0
-    launch_s: float = 0.0
-    link_s: float = 0.0
+    Attributes
+    ----------
+    seconds : float
+        The median.
+    sigma_s : float
+        Standard deviation, as if all kernels of the op were off by as much at once.
+    least_s : float
+        What the device's ceilings allow.
+    by_resource : dict
+        What the seconds are made of, by the resource that bounds each kernel.
+    source : Source
+        The least certain origin of a kernel that takes a tenth of the seconds or more.
+    """
+
+    seconds: float = 0.0
+    sigma_s: float = 0.0
+    least_s: float = 0.0
+    by_resource: dict[Resource, float] = field(default_factory=dict)
+    source: Source = "measured"
 
     @property
-    def seconds(self) -> float:
-        """max(compute, memory) + launch + link."""
-        return max(self.compute_s, self.memory_s) + self.launch_s + self.link_s
-
-    @property
-    def bound(self) -> Bound:
-        parts: dict[Bound, float] = {
-            "compute": self.compute_s,
-            "memory": self.memory_s,
-            "launch": self.launch_s,
-            "link": self.link_s,
-        }
-        return max(parts, key=lambda name: parts[name])
+    def bound(self) -> Resource:
+        """The resource that takes most of the seconds."""
+        return max(self.by_resource, key=lambda name: self.by_resource[name], default="launch")
 
 
 def copy_bytes(op: Op, spec: ModelSpec, shape: BatchShape) -> float:
@@ -110,7 +104,8 @@ def copy_bytes(op: Op, spec: ModelSpec, shape: BatchShape) -> float:
         return float(shape.num_logits * spec.vocab_size * _LOGIT_BYTES)
     if op.payload == "kv":
         assert op.layer is not None
-        return float(shape.num_tokens * spec.kv_bytes_per_token(op.layer))
+        kept = spec.state_bytes(op.layer)  # of the one sequence that a move is of
+        return float(shape.num_tokens * spec.kv_bytes_per_token(op.layer) + kept)
     if op.payload == "hidden" and op.layer is None:
         rows = shape.num_logits
     num_bytes = float(rows * spec.hidden_size * spec.dtype_bytes)
@@ -120,127 +115,341 @@ def copy_bytes(op: Op, spec: ModelSpec, shape: BatchShape) -> float:
     return num_bytes
 
 
-def op_cost(
+# A kernel's call, and how many times an op makes it.
+_Calls = list[tuple[KernelCall, float]]
+
+
+class CostModel:
+    """Prices of ops on one machine.
+
+    Parameters
+    ----------
+    hardware : HardwareProfile
+        Ceilings, samples, link.
+    corrections : Corrections
+        What earlier runs say that predictions must be multiplied with.
+    popularity : Popularity, optional
+        How often each expert is chosen; None: all alike.
+    """
+
+    def __init__(
+        self,
+        hardware: HardwareProfile,
+        *,
+        corrections: Corrections = NO_CORRECTIONS,
+        popularity: Popularity | None = None,
+    ) -> None:
+        self.hardware = hardware
+        self.corrections = corrections
+        self.popularity = popularity
+        self._backends_of_kind: dict[str, tuple[Backend, ...]] = {}
+        cpu, gpu, link = hardware.cpu, hardware.gpu, hardware.link
+        self._tables: dict[Lane, KernelTable] = {
+            "cpu": KernelTable(cpu, hardware.samples, "cpu", hardware.cpu_by_threads)
+        }
+        if gpu is not None and link is not None:
+            self._tables["gpu"] = KernelTable(gpu, hardware.samples, "gpu")
+            rates: dict[Lane, float] = {"h2d": link.h2d_bytes_per_s, "d2h": link.d2h_bytes_per_s}
+            for lane, rate in rates.items():
+                copies = [each for each in hardware.samples if each.lane == lane]
+                if copies:
+                    self._tables[lane] = _copy_table(gpu, lane, rate, copies)
+
+    def op_cost(
+        self,
+        op: Op,
+        spec: ModelSpec,
+        shape: BatchShape,
+        backends: Backends = OWN_BACKENDS,
+    ) -> OpCost:
+        """Price one op, without corrections.
+
+        Each kernel takes its speed of light over its measured utilisation (`KernelTable`); one that
+        was never measured also a launch. Copies: a latency, and bytes over the link's rate.
+        Experts read E(1-(1-k/E)^T) experts' weights, or by their popularity.
+
+        Raises
+        ------
+        ProfileError
+            The profile lacks rates for the model's format.
+        """
+        if op.kind == "copy":
+            return self._copy_cost(op, spec, shape)
+        device = self._tables[op.lane].device
+        backend = self._backend(op, spec, device, backends)
+        calls = _op_calls(op, spec, shape, backend, device.kind, self._distinct(op, spec, shape))
+        if op.lane == "cpu" and _is_of_its_own(op, shape, backend):
+            calls.append((KernelCall(kernel="op", backend="torch"), 1.0))
+        return self._sum(op.lane, calls)
+
+    def host_cost(self, shape: BatchShape) -> OpCost:
+        """What a step takes beside its ops: the scheduler, the batch, tokens to text."""
+        call = KernelCall(kernel="step", backend="torch", num_seqs=shape.num_seqs)
+        return self._sum("cpu", [(call, 1.0)])
+
+    def _sum(self, lane: Lane, calls: _Calls) -> OpCost:
+        table = self._tables[lane]
+        by_resource: dict[Resource, float] = {}
+        seconds = sigma_s = least_s = 0.0
+        parts: list[tuple[float, KernelEstimate]] = []
+        for call, times in calls:
+            each = table.estimate(call)
+            part_s = times * each.seconds
+            if each.source == "prior" and call.kernel not in ("op", "step", "handover"):
+                launch_s = times * _launch_s(call, table.device)
+                by_resource["launch"] = by_resource.get("launch", 0.0) + launch_s
+                seconds += launch_s
+                sigma_s += launch_s * each.sigma
+            by_resource[each.resource] = by_resource.get(each.resource, 0.0) + part_s
+            seconds += part_s
+            sigma_s += part_s * each.sigma
+            least_s += times * each.least_s
+            parts.append((part_s, each))
+        known: list[Source] = [each.source for part_s, each in parts if part_s >= 0.1 * seconds]
+        return OpCost(
+            seconds=seconds,
+            sigma_s=sigma_s,
+            least_s=least_s,
+            by_resource=by_resource,
+            source=max(known, key=SOURCES.index, default="measured"),
+        )
+
+    def slowdowns(self) -> Slowdowns:
+        """What lanes that work at the same time cost each other.
+
+        As measured beside each other; otherwise copies and the CPU share the rate of its memory in
+        proportion to what each would take alone.
+        """
+        cpu, link = self.hardware.cpu, self.hardware.link
+        if link is None:
+            return {}
+        both = cpu.read_bytes_per_s + link.h2d_bytes_per_s
+        shared = both / cpu.read_bytes_per_s
+        found: dict[tuple[Lane, Lane], float] = {("cpu", "h2d"): shared, ("h2d", "cpu"): shared}
+        ratios: dict[tuple[Lane, Lane], list[float]] = {}
+        for sample in self.hardware.samples:
+            for other in sample.busy:
+                table = self._tables.get(sample.lane)
+                is_used = sample.lane != "cpu" or sample.num_threads == cpu.num_threads
+                if table is None or not is_used or other == sample.lane:
+                    continue
+                alone_s = table.estimate(sample.call).seconds
+                ratios.setdefault((sample.lane, other), []).append(sample.seconds / alone_s)
+        for lanes, seen in ratios.items():
+            found[lanes] = max(1.0, statistics.median(seen))
+        return found
+
+    def _copy_cost(self, op: Op, spec: ModelSpec, shape: BatchShape) -> OpCost:
+        link = self.hardware.link
+        assert link is not None, "a copy needs a link"
+        num_bytes = max(1.0, copy_bytes(op, spec, shape))
+        if op.lane in self._tables:
+            call = KernelCall(kernel="copy", shape=(num_bytes,), memory="pinned", backend="torch")
+            return self._sum(op.lane, [(call, 1.0)])
+        rate = link.h2d_bytes_per_s if op.lane == "h2d" else link.d2h_bytes_per_s
+        least_s, share, sigma = num_bytes / rate, 1.0, _EMULATED_COPY_SIGMA
+        assert self.hardware.gpu is not None
+        if self.hardware.gpu.kind == "cuda":
+            assumed = prior("copy", "link", "cuda", "float32")
+            share, sigma = assumed.utilisation, assumed.sigma
+        handover = self._tables["cpu"].estimate(KernelCall(kernel="handover", backend="torch"))
+        seconds = link.latency_s + handover.seconds + least_s / share
+        return OpCost(
+            seconds=seconds,
+            sigma_s=sigma * seconds,
+            least_s=least_s,
+            by_resource={"link": seconds},
+            source="prior" if self.hardware.provenance == "datasheet" else "interpolated",
+        )
+
+    def _backend(
+        self, op: Op, spec: ModelSpec, device: DeviceProfile, backends: Backends
+    ) -> Backend:
+        """Whose kernels an op is made of."""
+        module = _MODULE_OF_KIND.get(op.kind)
+        if module is None or op.lane != "cpu":
+            return "torch"
+        if module in backends:
+            return backends[module]
+        kind = spec.weight_kind(module)
+        if kind not in self._backends_of_kind:
+            self._backends_of_kind[kind] = self.hardware.backends(kind)
+        found = self._backends_of_kind[kind]
+        return found[0] if found else "numba"
+
+    def _distinct(self, op: Op, spec: ModelSpec, shape: BatchShape) -> float:
+        """Expected number of experts that get tokens."""
+        if op.kind != "experts":
+            return 0.0
+        assert op.layer is not None
+        if self.popularity is not None:
+            return self.popularity.distinct_experts(op.layer, shape.num_tokens)
+        return spec.distinct_experts(op.layer, shape.num_tokens)
+
+
+def _copy_table(
+    gpu: DeviceProfile, lane: Lane, rate: float, copies: Iterable[Sample]
+) -> KernelTable:
+    """Copies in one direction; the link's ceiling is its fastest copy."""
+    found = tuple(copies)
+    fastest = max(sample.shape[0] / sample.seconds for sample in found)
+    link = DeviceProfile(
+        name=f"{lane} link of {gpu.name}",
+        kind=gpu.kind,
+        memory_bytes=0,
+        read_bytes_per_s=max(rate, fastest),
+        flop_per_s={},
+        launch_s=0.0,
+    )
+    return KernelTable(link, found, lane)
+
+
+def _launch_s(call: KernelCall, device: DeviceProfile) -> float:
+    """Seconds of starting a kernel: a link of a chain of ours, or an operation of torch."""
+    return device.launch_s if call.backend == "numba" else device.torch_op_s
+
+
+def _op_calls(
     op: Op,
     spec: ModelSpec,
-    hardware: HardwareProfile,
     shape: BatchShape,
-    backends: Backends = OWN_BACKENDS,
-) -> OpCost:
-    """Price one op.
-
-    Compute: FLOPs over the device's matrix-product rate at this token count (log-log between
-    samples). Memory: bytes over the read rate. The larger counts, plus a launch for every small
-    operation (roofline; reference formulas: Williams et al. 2009, eq. 1). Copies: latency + bytes
-    over the link's rate. Experts read E(1-(1-k/E)^T) experts' weights.
-
-    Raises
-    ------
-    ProfileError
-        The profile lacks rates for the model's dtype.
-    """
-    if op.kind == "copy":
-        link = hardware.link
-        assert link is not None, "a copy needs a link"
-        rate = link.h2d_bytes_per_s if op.lane == "h2d" else link.d2h_bytes_per_s
-        return OpCost(link_s=link.latency_s + copy_bytes(op, spec, shape) / rate)
-    device = hardware.cpu if op.lane == "cpu" else hardware.gpu
-    assert device is not None, f"the machine has no {op.lane}"
-    backend = _backend(op.kind, spec, device, backends)
-    if op.kind == "attention":
-        return _attention(op, spec, device, shape, backend)
-    if op.kind == "experts":
-        return _experts(op, spec, device, shape, backend)
-    launch_s = _launch_s(op.kind, device, backend)
+    backend: Backend,
+    kind: DeviceKind,
+    distinct: float,
+) -> _Calls:
+    """The kernels that an op calls."""
     rows = shape.num_logits if op.kind in ("head", "sample") else shape.num_tokens
-    if op.kind in ("embed", "dispatch", "combine"):
-        # One read and one write of the hidden states; dispatch copies them to each chosen expert.
-        moved = 2.0 * rows * spec.hidden_size * spec.dtype_bytes
+    if op.kind == "sample":
+        call = KernelCall(
+            kernel="sample", backend="torch", shape=(spec.vocab_size,), num_seqs=max(1, rows)
+        )
+        return [(call, 1.0)]
+    if rows == 0:
+        return []
+    if backend == "numba" and op.kind not in ("embed", "sample"):
+        calls = _small_calls(op, spec, rows)
+    else:
+        width = spec.hidden_size
         if op.kind == "dispatch":
             assert op.layer is not None
-            moved *= spec.layers[op.layer].num_experts_per_token
-        launch_s += _NUM_STEP_LAUNCHES.get(op.kind, 0) * device.torch_op_s
-        return OpCost(memory_s=moved / device.read_bytes_per_s, launch_s=launch_s)
+            width *= spec.layers[op.layer].num_experts_per_token
+        passes = float(NUM_TORCH_PASSES[op.kind])
+        calls = [(_rowwise("elementwise", width, rows, "torch"), passes)]
+    if op.kind == "experts":
+        calls.append((_experts_call(op, spec, shape, backend, distinct), 1.0))
+    elif op.kind in ("attention", "router", "dense", "head"):
+        calls += _product_calls(op, spec, rows, backend)
+    if op.kind == "attention":
+        calls += _attention_calls(op, spec, shape, backend, kind)
+    return calls
+
+
+def _is_of_its_own(op: Op, shape: BatchShape, backend: Backend) -> bool:
+    """Is an op called from Python? Chains of a decode step go through layers, others do not."""
     if op.kind == "sample":
-        return OpCost(
-            memory_s=rows * spec.vocab_size * _LOGIT_BYTES / device.read_bytes_per_s,
-            launch_s=launch_s * max(1, rows) + _NUM_STEP_LAUNCHES["sample"] * device.torch_op_s,
+        return False  # which was measured with the Python around it
+    return op.kind == "embed" or (backend == "numba" and shape.phase == "prefill")
+
+
+def _rowwise(kernel: Kernel, width: float, rows: float, backend: Backend) -> KernelCall:
+    return KernelCall(kernel=kernel, shape=(width,), num_tokens=rows, backend=backend)
+
+
+def _small_calls(op: Op, spec: ModelSpec, rows: int) -> _Calls:
+    """Norms and the like of an op by our kernels."""
+    hidden = spec.hidden_size
+    norm = (_rowwise("norm", hidden, rows, "numba"), 1.0)
+    residual = (_rowwise("residual", hidden, rows, "numba"), 1.0)
+    if op.kind == "attention":
+        qkv = spec.q_size + 2 * spec.kv_size
+        return [norm, (_rowwise("rotary", qkv, rows, "numba"), 1.0), residual]
+    if op.kind == "router":
+        assert op.layer is not None
+        layer = spec.layers[op.layer]
+        choices = (layer.num_experts, layer.num_experts_per_token)
+        route = KernelCall(kernel="route", shape=choices, num_tokens=rows)
+        return [norm, (route, 1.0)]
+    if op.kind == "dense":
+        return [norm, residual]
+    if op.kind == "combine":
+        return [residual]
+    return [norm] if op.kind == "head" else []
+
+
+def _product_calls(op: Op, spec: ModelSpec, rows: int, backend: Backend) -> _Calls:
+    """The products of a module; a dense feed-forward is one expert that all tokens choose."""
+    module = _MODULE_OF_KIND[op.kind]
+    weights = spec.weight_kind(module)
+    if op.kind == "dense" and backend == "numba":
+        assert op.layer is not None
+        if not spec.matrices("dense", op.layer):  # an attention that no feed-forward follows
+            return []
+        shape = (1.0, spec.hidden_size, spec.gated_size(op.layer))
+        return [(KernelCall(kernel="experts", shape=shape, format=weights, num_tokens=rows), 1.0)]
+    return [
+        (
+            KernelCall(
+                kernel="linear",
+                shape=(num_rows, num_columns),
+                format=weights,
+                backend=backend,
+                num_tokens=rows,
+            ),
+            float(count),
         )
-    assert op.module is not None
-    if rows == 0:
-        return OpCost(launch_s=launch_s)
-    return OpCost(
-        compute_s=spec.flops(op.module, rows, op.layer)
-        / device.linear_flop_per_s(spec.weight_kind(op.module), rows, backend),
-        memory_s=spec.weight_bytes(op.module, op.layer) / device.read_bytes_per_s,
-        launch_s=launch_s,
-    )
+        for count, num_rows, num_columns in spec.matrices(module, op.layer)
+    ]
 
 
-def _backend(
-    kind: OpKind, spec: ModelSpec, device: DeviceProfile, backends: Backends
-) -> Backend | None:
-    """Whose products an op is made of; None where the device has no choice."""
-    module = _MODULE_OF_KIND.get(kind)
-    if module is None or device.kind != "cpu":
-        return None
-    found = device.backends(spec.weight_kind(module))
-    return backends.get(module, found[0] if found else None)
-
-
-def _launch_s(kind: OpKind, device: DeviceProfile, backend: Backend | None) -> float:
-    """Seconds of an op's small operations: links of a chain of our kernels, or torch's."""
-    if kind in _NUM_CPU_LINKS and device.kind == "cpu" and backend != "torch":
-        return _NUM_CPU_LINKS[kind] * device.launch_s
-    return _NUM_LAUNCHES[kind] * device.torch_op_s
-
-
-def _attention(
-    op: Op, spec: ModelSpec, device: DeviceProfile, shape: BatchShape, backend: Backend | None
-) -> OpCost:
-    """Projections as a product, then scores and values: bytes in decode, FLOPs in prefill."""
+def _attention_calls(
+    op: Op, spec: ModelSpec, shape: BatchShape, backend: Backend, kind: DeviceKind
+) -> _Calls:
+    """Scores and values: one call for a decode step, one for each sequence of a prefill."""
     assert op.layer is not None
-    tokens = shape.num_tokens
-    products_s = spec.flops("attention", tokens, op.layer) / device.linear_flop_per_s(
-        spec.weight_kind("attention"), tokens, backend
-    )
-    weights_s = spec.weight_bytes("attention", op.layer) / device.read_bytes_per_s
-    launch_s = _launch_s("attention", device, backend)
+    heads = spec.attention_heads(op.layer, shape.phase)
     if shape.phase == "decode":
         # Not rounded: the cost is affine in the context, so the mean context gives the mean cost.
-        context = shape.num_past_tokens + 1
-        window = spec.layers[op.layer].window
-        if window is not None:
-            context = min(window, context)
-        kv_bytes = shape.num_seqs * context * spec.kv_bytes_per_token(op.layer)
-        kv_s = kv_bytes / device.attention_bytes_per_s
-        return OpCost(compute_s=products_s + kv_s, memory_s=weights_s + kv_s, launch_s=launch_s)
-    each = max(1, round(tokens / shape.num_seqs))
-    flops = shape.num_seqs * spec.attention_flops(op.layer, each, round(shape.num_past_tokens))
-    scores_s = flops / device.attention_flop_per_s
-    # Prefill attention is one call per sequence.
-    launch_s *= 0.5 + 0.5 * shape.num_seqs
-    return OpCost(compute_s=products_s + scores_s, memory_s=weights_s, launch_s=launch_s)
+        context = spec.seen_tokens(op.layer, shape.num_past_tokens + 1)
+        call = KernelCall(
+            kernel="decode_attention",
+            shape=heads,
+            format=spec.dtype,
+            backend="torch" if kind != "cpu" else "numba",
+            num_seqs=shape.num_seqs,
+            context=context,
+        )
+        return [(call, 1.0)]
+    tokens = max(1.0, shape.num_tokens / shape.num_seqs)
+    flops = spec.attention_flops(op.layer, round(tokens), round(shape.num_past_tokens))
+    # What a query sees on average; causal calls of a span of tokens with no past see as much where
+    # a window or a state keeps it below half of the new tokens.
+    seen = flops / (4 * heads[0] * heads[2] * round(tokens))
+    span = max(1.0, min(tokens, 2 * seen - 1))
+    call = KernelCall(
+        kernel="prefill_attention",
+        shape=heads,
+        # whatever the model's format: cpu_layers.py widens queries, keys and values for torch
+        format="float32" if kind == "cpu" and backend == "numba" else spec.dtype,
+        backend="torch",
+        num_tokens=span,
+        # no past is another kernel: what rounding leaves is none
+        context=round(max(0.0, seen - (tokens + 1) / 2), 3),
+    )
+    return [(call, shape.num_seqs * tokens / span)]
 
 
-def _experts(
-    op: Op, spec: ModelSpec, device: DeviceProfile, shape: BatchShape, backend: Backend | None
-) -> OpCost:
+def _experts_call(
+    op: Op, spec: ModelSpec, shape: BatchShape, backend: Backend, distinct: float
+) -> KernelCall:
     """Distinct experts, each with its share of the tokens."""
     assert op.layer is not None
     layer = spec.layers[op.layer]
-    tokens = shape.num_tokens
-    distinct = spec.distinct_experts(op.layer, tokens)
-    tokens_each = tokens * layer.num_experts_per_token / distinct
-    rate = device.linear_flop_per_s(spec.weight_kind("experts"), tokens_each, backend)
-    num_calls = 1.0 if has_grouped_products(spec, device.kind) else distinct
-    launch_s = _launch_s("experts", device, backend)
-    if device.kind != "cpu" or backend == "torch":
-        launch_s += num_calls * _NUM_EXPERT_PRODUCTS * device.torch_op_s
-    return OpCost(
-        compute_s=spec.flops("experts", tokens, op.layer) / rate,
-        memory_s=distinct * spec.expert_bytes(op.layer) / device.read_bytes_per_s,
-        launch_s=launch_s,
+    return KernelCall(
+        kernel="experts",
+        shape=(distinct, spec.hidden_size, spec.gated_size(op.layer)),
+        format=spec.weight_kind("experts"),
+        backend=backend,
+        num_tokens=shape.num_tokens * layer.num_experts_per_token / distinct,
     )
 
 
@@ -265,34 +474,71 @@ class Pricer:
     def __init__(
         self,
         spec: ModelSpec,
-        hardware: HardwareProfile,
+        costs: CostModel,
         shape: BatchShape,
         backends: Backends = OWN_BACKENDS,
     ) -> None:
         self.spec = spec
-        self.hardware = hardware
+        self.costs = costs
         self.shape = shape
         self.backends = backends
         kinds = {layer: index for index, layer in enumerate(dict.fromkeys(spec.layers))}
-        self._kind_of_layer = [kinds[layer] for layer in spec.layers]
-        self._prices: dict[tuple[object, ...], float] = {}
+        by_layer = costs.popularity is not None and costs.popularity.is_by_layer
+        self._kind_of_layer = [
+            index if by_layer else kinds[layer] for index, layer in enumerate(spec.layers)
+        ]
+        self._costs: dict[tuple[object, ...], OpCost] = {}
+        self._seconds: dict[tuple[object, ...], float] = {}
 
     def __call__(self, op: Op) -> float:
+        """Seconds of an op, corrected by what earlier runs measured."""
+        key = self._key(op)
+        seconds = self._seconds.get(key)
+        if seconds is None:
+            factor = self.costs.corrections.factor(op.lane, op.term, self.shape.phase)
+            seconds = self._seconds[key] = self.cost(op).seconds * factor
+        return seconds
+
+    def _key(self, op: Op) -> tuple[object, ...]:
+        """What ops of one price share."""
         kind = None if op.layer is None else self._kind_of_layer[op.layer]
-        key = (op.kind, op.lane, op.payload, op.module, kind)
-        price = self._prices.get(key)
-        if price is None:
-            price = op_cost(op, self.spec, self.hardware, self.shape, self.backends).seconds
-            self._prices[key] = price
-        return price
+        return (op.kind, op.lane, op.payload, op.module, kind)
+
+    def cost(self, op: Op) -> OpCost:
+        """Price of an op without corrections."""
+        key = self._key(op)
+        found = self._costs.get(key)
+        if found is None:
+            found = self.costs.op_cost(op, self.spec, self.shape, self.backends)
+            self._costs[key] = found
+        return found
+
+    def sigma(self, op: Op) -> float:
+        """Standard deviation of the logarithm of an op's corrected seconds."""
+        known = self.costs.corrections.sigma(op.lane, op.term, self.shape.phase)
+        cost = self.cost(op)
+        if known is not None:
+            return known
+        return cost.sigma_s / cost.seconds if cost.seconds > 0 else 0.0
+
+    @property
+    def host_cost(self) -> OpCost:
+        """Price of what a step takes beside its ops, without corrections."""
+        return self.costs.host_cost(self.shape)
+
+    @property
+    def host_s(self) -> float:
+        """Seconds that a step takes beside its ops, corrected."""
+        factor = self.costs.corrections.factor("host", "host", self.shape.phase)
+        return self.host_cost.seconds * factor
 
 
 def predict(
     graph: StepGraph,
     spec: ModelSpec,
-    hardware: HardwareProfile,
+    costs: CostModel,
     shape: BatchShape,
     backends: Backends = OWN_BACKENDS,
 ) -> Timeline:
     """Predicted Timeline of a step: every op priced, then simulated."""
-    return simulate(graph, Pricer(spec, hardware, shape, backends))
+    return simulate(graph, Pricer(spec, costs, shape, backends), costs.slowdowns())

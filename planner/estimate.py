@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from dataclasses import dataclass
 
 from planner.backends import cpu_backends
-from planner.cost_model import Backends, Pricer, op_cost
-from planner.hardware import HardwareProfile
+from planner.cost_model import Backends, CostModel, Pricer
+from planner.kernel_table import SOURCES, Source
 from planner.memory import DeviceMemory
 from planner.model_spec import ModelSpec
 from planner.placement import Device, Placement
-from planner.plan import Estimate
+from planner.plan import Estimate, TimeMetric
+from planner.priors import P90_SIGMAS
 from planner.simulate import makespan_s, simulate
 from planner.step_graph import StepGraph, build, build_kv_move
 from planner.timeline import TERMS, TimelineTerm
-from planner.workload import BatchShape, Workload, decode_shape, prefill_shapes
+from planner.workload import PHASES, BatchShape, Phase, Workload, decode_shape, prefill_shapes
 
 # Steps of one size differ in their past only, and the cost of a step is affine in its past as long
 # as one lane binds, so a few evenly spread pasts miss little.
 _MAX_PRICED_PASTS = 4
+# What a step is off by though each of its kernels is priced right: the caches that one kernel
+# leaves to the next, the machine's mood.
+_MODEL_SIGMA = 0.03
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,10 +82,30 @@ class PrefillCost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PhaseTerms:
-    """What a phase's seconds are made of: critical path by term, and what takes most of it."""
+    """What a phase's seconds are made of: critical path by term, and what takes most of it.
+
+    `sigmas` are the standard deviations of the seconds of each lane and term, all ops of which are
+    off by the same factor; `sources` how many of the seconds are from samples and from elsewhere.
+    """
 
     terms: dict[TimelineTerm, float]
     bottleneck: str
+    seconds: dict[str, float]
+    sigmas: dict[str, float]
+    sources: dict[Source, float]
+
+    @property
+    def sigma(self) -> float:
+        """Standard deviation of the logarithm of all seconds: terms are off independently."""
+        total = sum(self.seconds.values())
+        spread = math.sqrt(sum(sigma * sigma for sigma in self.sigmas.values()))
+        return math.hypot(_MODEL_SIGMA, spread / total) if total > 0 else 0.0
+
+    @property
+    def source_shares(self) -> dict[Source, float]:
+        """Shares of the seconds by where their prices are from."""
+        total = sum(self.sources.values())
+        return {name: part / total for name, part in self.sources.items() if part > 0}
 
 
 class WavePricer:
@@ -99,36 +124,37 @@ class WavePricer:
     def __init__(
         self,
         spec: ModelSpec,
-        hardware: HardwareProfile,
+        costs: CostModel,
         wave: Workload,
         chunk_tokens: int,
         backends: Backends | None = None,
     ) -> None:
         if backends is None:
-            backends = cpu_backends(spec, hardware, wave)
+            backends = cpu_backends(spec, costs, wave)
         self._spec = spec
-        self._hardware = hardware
+        self._costs = costs
         self._wave = wave
+        self._slowdowns = costs.slowdowns()
         self._steps = [
-            (step, Pricer(spec, hardware, step.shape, backends))
+            (step, Pricer(spec, costs, step.shape, backends))
             for step in prefill_steps(wave, chunk_tokens)
         ]
         # Decode steps read prompt_len .. prompt_len + output_len - 2 tokens of past.
         past = wave.prompt_len + max(0, wave.output_len - 2) / 2
-        self._decode = Pricer(spec, hardware, decode_shape(wave.num_seqs, past), backends)
+        self._decode = Pricer(spec, costs, decode_shape(wave.num_seqs, past), backends)
 
     def prefill(self, graph: StepGraph) -> PrefillCost:
         """Price the prefill of all sequences."""
         seconds, awaited_s = 0.0, 0.0
         for step, price in self._steps:
-            step_s = makespan_s(graph, price)
+            step_s = makespan_s(graph, price, self._slowdowns) + price.host_s
             seconds += step.num_steps * step_s
             awaited_s += step.num_awaiting * step_s
         return PrefillCost(seconds=seconds, mean_first_s=awaited_s / self._wave.num_seqs)
 
     def decode_step_s(self, graph: StepGraph) -> float:
         """Price one decode step at mean context."""
-        return makespan_s(graph, self._decode)
+        return makespan_s(graph, self._decode, self._slowdowns) + self._decode.host_s
 
     def kv_move_s(self, graph: StepGraph) -> float:
         """Seconds to run a KV move graph (`step_graph.build_kv_move`) once for every sequence."""
@@ -139,26 +165,44 @@ class WavePricer:
             num_past_tokens=0,
             num_logits=1,
         )
-        each = sum(op_cost(op, self._spec, self._hardware, shape).seconds for op in graph.ops)
+        each = sum(self._costs.op_cost(op, self._spec, shape).seconds for op in graph.ops)
         return self._wave.num_seqs * each
 
     def prefill_terms(self, graph: StepGraph) -> PhaseTerms:
-        """What the seconds of `prefill` are made of; the bottleneck is the costliest step's."""
-        terms: dict[TimelineTerm, float] = dict.fromkeys(TERMS, 0.0)
-        costliest_s, bottleneck = -1.0, "none"
-        for step, price in self._steps:
-            timeline = simulate(graph, price)
-            for term, seconds in timeline.by_term().items():
-                terms[term] += step.num_steps * seconds
-            if step.num_steps * timeline.makespan_s > costliest_s:
-                costliest_s = step.num_steps * timeline.makespan_s
-                bottleneck = timeline.bottleneck()
-        return PhaseTerms(terms=terms, bottleneck=bottleneck)
+        """What the seconds of `prefill` are made of."""
+        return self._terms(graph, [(step.num_steps, price) for step, price in self._steps])
 
     def decode_terms(self, graph: StepGraph) -> PhaseTerms:
         """What the seconds of `decode_step_s` are made of."""
-        timeline = simulate(graph, self._decode)
-        return PhaseTerms(terms=timeline.by_term(), bottleneck=timeline.bottleneck())
+        return self._terms(graph, [(1.0, self._decode)])
+
+    def _terms(self, graph: StepGraph, steps: list[tuple[float, Pricer]]) -> PhaseTerms:
+        """Add up steps, each so many times; the bottleneck is the costliest one's."""
+        terms: dict[TimelineTerm, float] = dict.fromkeys(TERMS, 0.0)
+        found: dict[str, float] = {}
+        sigmas: dict[str, float] = {}
+        sources: dict[Source, float] = dict.fromkeys(SOURCES, 0.0)
+        costliest_s, bottleneck = -1.0, "none"
+        for num_steps, price in steps:
+            timeline = simulate(graph, price, self._slowdowns)
+            for term, seconds in timeline.by_term().items():
+                terms[term] += num_steps * seconds
+            for span in timeline.critical_path():
+                key, seconds = f"{span.op.lane} {span.op.term}", num_steps * span.seconds
+                found[key] = found.get(key, 0.0) + seconds
+                sigmas[key] = sigmas.get(key, 0.0) + seconds * price.sigma(span.op)
+                sources[price.cost(span.op).source] += seconds
+            host, host_s = price.host_cost, num_steps * price.host_s
+            terms["host"] += host_s
+            found["host"] = found.get("host", 0.0) + host_s
+            sigmas["host"] = sigmas.get("host", 0.0) + num_steps * host.sigma_s
+            sources[host.source] += host_s
+            if num_steps * timeline.makespan_s > costliest_s:
+                costliest_s = num_steps * timeline.makespan_s
+                bottleneck = timeline.bottleneck()
+        return PhaseTerms(
+            terms=terms, bottleneck=bottleneck, seconds=found, sigmas=sigmas, sources=sources
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,7 +236,7 @@ def num_waves(workload: Workload, num_concurrent: int) -> int:
 def estimate(
     spec: ModelSpec,
     placement: Placement,
-    hardware: HardwareProfile,
+    costs: CostModel,
     workload: Workload,
     memory: dict[Device, DeviceMemory] | None = None,
     *,
@@ -213,7 +257,7 @@ def estimate(
         prompt_len=workload.prompt_len, output_len=workload.output_len, num_seqs=concurrent
     )
     prefill_graph, decode_graph = build(spec, placement.prefill), build(spec, placement.decode)
-    pricer = WavePricer(spec, hardware, wave, placement.prefill.max_num_tokens, backends)
+    pricer = WavePricer(spec, costs, wave, placement.prefill.max_num_tokens, backends)
     prefill = pricer.prefill(prefill_graph)
     decode_step_s = pricer.decode_step_s(decode_graph)
     move_s = pricer.kv_move_s(build_kv_move(placement.prefill, placement.decode))
@@ -223,6 +267,7 @@ def estimate(
         pricer.decode_terms(decode_graph),
     )
     prefill_terms.terms["transfer"] += move_s
+    by_phase: dict[Phase, PhaseTerms] = {"prefill": prefill_terms, "decode": decode_terms}
     return Estimate(
         ttft_s=times.ttft_s,
         tpot_s=times.tpot_s,
@@ -231,12 +276,40 @@ def estimate(
         decode_tokens_per_s=concurrent / decode_step_s,
         num_concurrent_seqs=concurrent,
         bytes_by_device={device: need.needed_bytes for device, need in (memory or {}).items()},
-        terms_by_phase={"prefill": prefill_terms.terms, "decode": decode_terms.terms},
-        bottleneck_by_phase={
-            "prefill": prefill_terms.bottleneck,
-            "decode": decode_terms.bottleneck,
+        terms_by_phase={phase: found.terms for phase, found in by_phase.items()},
+        bottleneck_by_phase={phase: found.bottleneck for phase, found in by_phase.items()},
+        band_by_metric=_bands(times, by_phase),
+        source_by_phase={phase: found.source_shares for phase, found in by_phase.items()},
+        calibrated_runs=costs.corrections.num_runs,
+        correction_by_phase={
+            phase: {
+                key: factor
+                for key, factor in costs.corrections.factors(phase).items()
+                if key in found.seconds
+            }
+            for phase, found in by_phase.items()
         },
     )
+
+
+def _bands(
+    times: Latency, by_phase: dict[Phase, PhaseTerms]
+) -> dict[TimeMetric, tuple[float, float]]:
+    """10th and 90th percentile of each time, as if it were log-normal."""
+    first, later = (by_phase[phase].sigma for phase in PHASES)
+    # what both phases are off by may have one cause: their errors add up
+    decode_s = max(0.0, times.e2e_s - times.ttft_s)
+    both = (first * times.ttft_s + later * decode_s) / (times.ttft_s + decode_s)
+    parts: dict[TimeMetric, tuple[float, float]] = {
+        "ttft_s": (times.ttft_s, first),
+        "tpot_s": (times.tpot_s, later),
+        "e2e_s": (times.e2e_s, both),
+    }
+    factors = {metric: math.exp(P90_SIGMAS * sigma) for metric, (_, sigma) in parts.items()}
+    return {
+        metric: (seconds / factors[metric], seconds * factors[metric])
+        for metric, (seconds, _) in parts.items()
+    }
 
 
 def _size(shape: BatchShape) -> tuple[int, int, int]:

@@ -2,151 +2,28 @@
 
 from __future__ import annotations
 
-import math
-from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Literal
 
 import msgspec
-from msgspec import Meta
 from msgspec.structs import replace
 
+from planner.device import DeviceProfile, LinkProfile, PositiveInt, Sample
 from planner.errors import ProfileError
+from planner.fingerprint import Fingerprint
+from planner.kernels import BACKENDS, Backend
 from planner.model_spec import WeightKind
-from planner.priors import ASSUMED_FROM, assumed_rates
+from planner.speed_of_light import speed_of_light
+from planner.strict_json import decode_struct
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
-DeviceKind = Literal["cpu", "cuda", "emulated"]
 Provenance = Literal["measured", "datasheet"]
+Confidence = Literal["high", "low"]
 AcceleratorName = Literal["auto", "none", "cuda", "emulated"]
-# Who computes a product: our kernels on packed weights, torch on rows, Intel's extension of torch.
-Backend = Literal["numba", "torch", "ipex"]
-BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
-# Checked where a profile is read: a rate of 0 would divide by zero far from the file that has it.
-PositiveInt = Annotated[int, Meta(ge=1)]
-Rate = Annotated[float, Meta(gt=0)]
-Seconds = Annotated[float, Meta(ge=0)]
-
-
-class LinearSample(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Rate of `y = x W^T` for `num_tokens` rows of x, with W read from main memory (not cached).
-
-    Profiles from before `backend` was written down hold the rates of our kernels.
-    """
-
-    dtype: WeightKind
-    num_tokens: PositiveInt
-    flop_per_s: Rate
-    backend: Backend = "numba"
-
-
-class DeviceProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Rates of one compute device.
-
-    `read_bytes_per_s` is a plain sequential read of its memory. `linear` samples the matrix product
-    kernel by token count and dtype. `attention_bytes_per_s` is KV bytes per second of the decode
-    attention kernel, `attention_flop_per_s` the rate of prefill attention. `launch_s` is the cost
-    of one small operation: on a CPU that of a link in a chain of our kernels, where torch's
-    operations cost `torch_launch_s` (None: as much). `reserved_bytes` is taken by the runtime
-    before any weight (a CUDA context).
-    """
-
-    name: str
-    kind: DeviceKind
-    memory_bytes: Annotated[int, Meta(ge=0)]
-    read_bytes_per_s: Rate
-    attention_bytes_per_s: Rate
-    attention_flop_per_s: Rate
-    launch_s: Seconds
-    linear: tuple[LinearSample, ...]
-    num_threads: PositiveInt = 1
-    reserved_bytes: Annotated[int, Meta(ge=0)] = 0
-    torch_launch_s: Seconds | None = None
-
-    @property
-    def torch_op_s(self) -> float:
-        """Seconds of one small operation of torch."""
-        return self.launch_s if self.torch_launch_s is None else self.torch_launch_s
-
-    def backends(self, dtype: WeightKind) -> tuple[Backend, ...]:
-        """Who has samples of a format, our kernels first."""
-        found = {sample.backend for sample in self.linear if sample.dtype == dtype}
-        return tuple(backend for backend in BACKENDS if backend in found)
-
-    def linear_flop_per_s(
-        self, dtype: WeightKind, num_tokens: float, backend: Backend | None = None
-    ) -> float:
-        """Rate of the matrix product at a token count: log-log between samples, flat outside.
-
-        Parameters
-        ----------
-        backend
-            Who computes it; None is the first of `backends`.
-
-        Raises
-        ------
-        ProfileError
-            The profile has no sample of this dtype, or none of this backend.
-        """
-        if backend is None:
-            backend = next(iter(self.backends(dtype)), None)
-        points = sorted(
-            (s.num_tokens, s.flop_per_s)
-            for s in self.linear
-            if s.dtype == dtype and s.backend == backend
-        )
-        if not points and self.kind == "cpu" and backend in (None, "numba"):
-            known = [
-                (s.num_tokens, s.flop_per_s)
-                for s in self.linear
-                if s.dtype == ASSUMED_FROM and s.backend == "numba"
-            ]
-            points = assumed_rates(dtype, known)
-        if not points:
-            raise ProfileError(
-                f"the profile of {self.name} has no rates for {dtype}; "
-                "measure again with: hetero profile"
-            )
-        if num_tokens <= points[0][0]:
-            # Below the first sample time is what stays constant, not the rate.
-            return points[0][1] * num_tokens / points[0][0]
-        for (x0, y0), (x1, y1) in pairwise(points):
-            if num_tokens <= x1:
-                share = math.log(num_tokens / x0) / math.log(x1 / x0)
-                return float(y0 * (y1 / y0) ** share)
-        return points[-1][1]
-
-
-class LinkProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Rates of the link between host and GPU; `pageable_*` where the host memory is not pinned."""
-
-    name: str
-    h2d_bytes_per_s: Rate
-    d2h_bytes_per_s: Rate
-    latency_s: Seconds
-    pageable_h2d_bytes_per_s: Rate | None = None
-    pageable_d2h_bytes_per_s: Rate | None = None
-
-
-class Fingerprint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Which machine and which versions a measured profile belongs to.
-
-    `instructions` is the level of vector instructions that kernels were compiled for, which is
-    "unknown" for profiles from before it was written down.
-    """
-
-    cpu: str
-    instructions: str = "unknown"
-    num_cores: int
-    memory_bytes: int
-    gpu: str | None
-    gpu_uuid: str | None
-    driver: str | None
-    torch: str
-    numba: str
-    hetero: str
+# A sample may be faster than its device's ceilings by what rounding does to them.
+_ROUNDING = 1e-6
 
 
 class Resources(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -163,24 +40,28 @@ class Resources(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class HardwareProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What one machine can do: CPU rates by thread count, the GPU and its link where there is one.
+    """What one machine can do: CPU ceilings by thread count, the GPU and its link, and samples.
 
     Notes
     -----
-    `cpu_by_threads` holds the same CPU measured with different numbers of threads; `cpu` is the
-    one that reads weights fastest at one token, which is what decode needs. `notes` are sentences
-    on how far the numbers can be trusted.
+    `cpu_by_threads` holds the same CPU with different numbers of threads; `num_threads` is the
+    number that it is used with, the one that decodes fastest (None: that reads fastest). `notes`
+    are sentences on how far the numbers can be trusted; `confidence` is low where the machine was
+    busy with other things while it was measured.
     """
 
     schema_version: int = SCHEMA_VERSION
     name: str
     provenance: Provenance
     measured_at: str | None = None
+    confidence: Confidence = "high"
+    num_threads: PositiveInt | None = None
     cpu_by_threads: tuple[DeviceProfile, ...]
     gpu: DeviceProfile | None = None
     link: LinkProfile | None = None
     fingerprint: Fingerprint | None = None
     notes: tuple[str, ...] = ()
+    samples: tuple[Sample, ...] = ()
 
     def __post_init__(self) -> None:
         if self.schema_version != SCHEMA_VERSION:
@@ -189,10 +70,32 @@ class HardwareProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
             raise ValueError("cpu_by_threads is empty")
         if (self.gpu is None) != (self.link is None):
             raise ValueError("gpu and link must be given together")
+        counts = [cpu.num_threads for cpu in self.cpu_by_threads]
+        if self.num_threads is not None and self.num_threads not in counts:
+            raise ValueError(
+                f"num_threads is {self.num_threads}, which cpu_by_threads does not have"
+            )
 
     @property
     def cpu(self) -> DeviceProfile:
-        return max(self.cpu_by_threads, key=_decode_rate)
+        """The CPU with the number of threads that it is used with."""
+        for cpu in self.cpu_by_threads:
+            if cpu.num_threads == self.num_threads:
+                return cpu
+        return max(self.cpu_by_threads, key=lambda cpu: (cpu.read_bytes_per_s, cpu.num_threads))
+
+    def backends(self, kind: WeightKind) -> tuple[Backend, ...]:
+        """Whose products of a format were measured on the CPU as it is used, our kernels first."""
+        num_threads = self.cpu.num_threads
+        found = {
+            sample.backend
+            for sample in self.samples
+            if sample.kernel == "linear"
+            and sample.lane == "cpu"
+            and sample.format == kind
+            and sample.num_threads == num_threads
+        }
+        return tuple(backend for backend in BACKENDS if backend in found)
 
     @property
     def resources(self) -> Resources:
@@ -229,13 +132,13 @@ class HardwareProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     def with_emulated_gpu(self, *, memory_bytes: int, link_bytes_per_s: float) -> HardwareProfile:
         """The machine as the emulated accelerator uses it.
 
-        One core becomes the accelerator (its one-thread rates, `memory_bytes` taken from the host's
-        memory, a link of `link_bytes_per_s` in each direction); the CPU keeps the other cores, or
-        shares the one.
+        One core becomes the accelerator (what torch does with one thread, `memory_bytes` taken from
+        the host's memory, a link of `link_bytes_per_s` in each direction); the CPU keeps the other
+        cores, or shares the one.
         """
         by_threads = sorted(self.cpu_by_threads, key=lambda cpu: cpu.num_threads)
         one = by_threads[0]
-        rest = [cpu for cpu in by_threads if cpu.num_threads < by_threads[-1].num_threads]
+        rest = [cpu for cpu in by_threads if cpu.num_threads < by_threads[-1].num_threads] or [one]
         gpu = replace(
             one,
             name=f"emulated on {one.name}",
@@ -243,7 +146,6 @@ class HardwareProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
             memory_bytes=memory_bytes,
             reserved_bytes=0,
             launch_s=one.torch_op_s,
-            linear=_rows_products(one),
         )
         link = LinkProfile(
             name="emulated link",
@@ -254,12 +156,24 @@ class HardwareProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         return replace(
             self,
             name=f"{self.name} + emulated accelerator",
+            num_threads=rest[-1].num_threads,
             cpu_by_threads=tuple(
-                replace(cpu, memory_bytes=max(0, cpu.memory_bytes - memory_bytes))
-                for cpu in rest or [one]
+                replace(cpu, memory_bytes=max(0, cpu.memory_bytes - memory_bytes)) for cpu in rest
             ),
             gpu=gpu,
             link=link,
+            samples=(*self._cpu_samples(), *self._emulated_samples(one.num_threads)),
+        )
+
+    def _cpu_samples(self) -> tuple[Sample, ...]:
+        return tuple(sample for sample in self.samples if sample.lane == "cpu")
+
+    def _emulated_samples(self, num_threads: int) -> tuple[Sample, ...]:
+        """What torch did with one thread, as samples of the `gpu` lane."""
+        return tuple(
+            replace(sample, lane="gpu")
+            for sample in self._cpu_samples()
+            if sample.num_threads == num_threads and sample.backend == "torch"
         )
 
     def to_json(self) -> bytes:
@@ -273,12 +187,17 @@ class HardwareProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         Raises
         ------
         ProfileError
-            Not JSON, an unknown or missing key, a wrong type.
+            Not JSON, a key that is unknown, missing or twice there, a wrong type or value, a number
+            that is not finite, a sample faster than the device's ceilings.
         """
         try:
-            return msgspec.json.decode(data, type=cls)
-        except (msgspec.DecodeError, RecursionError) as error:
+            profile = decode_struct(data, cls)
+        except (ValueError, RecursionError) as error:
             raise ProfileError(f"{source} is not a hardware profile: {error}") from None
+        reason = _why_impossible(profile)
+        if reason is not None:
+            raise ProfileError(f"{source} is not a hardware profile: {reason}")
+        return profile
 
     @classmethod
     def load(cls, path: Path) -> HardwareProfile:
@@ -300,13 +219,25 @@ class HardwareProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 EMULATED_LINK_LATENCY_S = 150e-6
 
 
-def _rows_products(cpu: DeviceProfile) -> tuple[LinearSample, ...]:
-    """What a device that only has torch can do: torch's samples of a format where there are any."""
-    by_torch = {sample.dtype for sample in cpu.linear if sample.backend == "torch"}
-    return tuple(s for s in cpu.linear if s.backend == "torch" or s.dtype not in by_torch)
-
-
-def _decode_rate(cpu: DeviceProfile) -> tuple[float, int]:
-    """How fast a CPU setting decodes: one-token products first, then the read rate."""
-    one_token = [s.flop_per_s for s in cpu.linear if s.num_tokens == 1]
-    return (max(one_token, default=cpu.read_bytes_per_s), cpu.num_threads)
+def _why_impossible(profile: HardwareProfile) -> str | None:
+    """The first sample that is faster than its device can be; None where there is none."""
+    cpus = {cpu.num_threads: cpu for cpu in profile.cpu_by_threads}
+    for index, sample in enumerate(profile.samples):
+        if sample.lane in ("h2d", "d2h"):
+            continue
+        device = profile.gpu if sample.lane == "gpu" else cpus.get(sample.num_threads)
+        if device is None:
+            what = "the profile has no gpu"
+            if sample.lane == "cpu":
+                what = f"cpu_by_threads has no {sample.num_threads} threads"
+            return f"{what} - at `$.samples[{index}]`"
+        try:
+            least_s = speed_of_light(sample.call, device).seconds
+        except ProfileError as error:
+            return f"{error} - at `$.samples[{index}].format`"
+        if sample.seconds < least_s * (1 - _ROUNDING):
+            return (
+                f"{sample.seconds} s are less than the {least_s:.3g} s that the ceilings of "
+                f"{device.name} allow - at `$.samples[{index}].seconds`"
+            )
+    return None

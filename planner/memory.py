@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from planner.hardware import HardwareProfile
-from planner.model_spec import ModelSpec, Module
+from planner.model_spec import LayerSpec, ModelSpec, Module
 from planner.placement import Device, Placement, TierPlacement
 from planner.step_graph import NUM_STREAM_BUFFERS
 from planner.workload import PHASES, Phase, Workload
@@ -65,7 +65,7 @@ class ModelBytes:
             size = spec.weight_bytes(*key)
             self._mask_by_bytes[size] = self._mask_by_bytes.get(size, 0) | bit
         self._tied_mask = self._bit["embedding", None] | self._bit["head", None]
-        self._tied_bytes = spec.weight_bytes("embedding") if spec.shares_head else 0
+        self._tied_bytes = spec.tied_bytes
         # Norms and softmax widen bfloat16 to float32.
         self._token_bytes = activation_width(spec) * max(4, spec.dtype_bytes)
         self._logit_bytes = spec.vocab_size * _LOGIT_BYTES
@@ -112,7 +112,7 @@ class TierFacts:
 
 
 def kv_bytes_per_block(spec: ModelSpec, placement: Placement, device: Device) -> int:
-    """Bytes that one KV block of all layers takes on a device.
+    """Bytes that one KV block of all layers takes on a device; states of a sequence not included.
 
     A layer whose KV moves between the phases holds blocks on both devices.
     """
@@ -153,11 +153,25 @@ def activation_width(spec: ModelSpec) -> int:
     The widest moment of a layer: residual, normed input and output (4 hidden), with queries, keys,
     values and attention output, or with gate, up, product and output of every chosen expert.
     """
-    width = 2 * spec.q_size + 2 * spec.kv_size
+    width = 0
     for layer in dict.fromkeys(spec.layers):
         chosen = layer.num_experts_per_token if layer.is_moe else 1
-        width = max(width, chosen * (3 * layer.intermediate_size + 2 * spec.hidden_size))
+        width = max(
+            width,
+            _attention_width(spec, layer),
+            chosen * (3 * layer.intermediate_size + 2 * spec.hidden_size),
+            3 * layer.shared_size + 2 * spec.hidden_size,
+        )
     return width + 4 * spec.hidden_size
+
+
+def _attention_width(spec: ModelSpec, layer: LayerSpec) -> int:
+    """Elements per token of queries, keys, values and output; else all that products make."""
+    if layer.attention is None:
+        return 2 * spec.q_size + 2 * spec.kv_size
+    matrices = layer.attention.matrices(spec.hidden_size)
+    *_, (_, _, output) = matrices
+    return sum(count * rows for count, rows, _ in matrices[:-1]) + output
 
 
 def needs(
@@ -182,8 +196,7 @@ class WaveMemory:
         self._spec = spec
         self._sizes = sizes
         self._wave = wave
-        # All layers have one KV width.
-        self._layer_kv_bytes = num_kv_blocks(wave) * KV_BLOCK_TOKENS * spec.kv_bytes_per_token(0)
+        self._kv_kinds = _kv_kinds(spec, wave)
         devices: tuple[Device, ...] = ("cpu",) if hardware.gpu is None else ("gpu", "cpu")
         self._available = {device: available_bytes(hardware, device) for device in devices}
         self._activations: dict[tuple[TierFacts, Phase, Device], int] = {}
@@ -209,14 +222,29 @@ class WaveMemory:
             for device, available in self._available.items()
         )
 
+    def fits_alone(self, facts: TierFacts, phase: Phase) -> bool:
+        """Whether a tier would fit in its phase if the other phase needed nothing."""
+        return all(
+            self._sizes.weight_bytes(facts.lives[device])
+            + self._kv_bytes(facts.kv_layers[device])
+            + self._activation_bytes(facts, phase, device)
+            + (facts.staging_bytes if device == "gpu" else 0)
+            <= available
+            for device, available in self._available.items()
+        )
+
+    def _kv_bytes(self, layers: int) -> int:
+        """Bytes of the caches of some layers (a bit mask)."""
+        kinds = self._kv_kinds
+        return sum(kind.layer_bytes * (layers & kind.layers).bit_count() for kind in kinds)
+
     def _parts(
         self, prefill: TierFacts, decode: TierFacts, device: Device
     ) -> tuple[int, int, int, int]:
         """Bytes of weights, KV, activations and staging."""
-        num_kv_layers = (prefill.kv_layers[device] | decode.kv_layers[device]).bit_count()
         return (
             self._sizes.weight_bytes(prefill.lives[device] | decode.lives[device]),
-            self._layer_kv_bytes * num_kv_layers,
+            self._kv_bytes(prefill.kv_layers[device] | decode.kv_layers[device]),
             max(
                 self._activation_bytes(prefill, "prefill", device),
                 self._activation_bytes(decode, "decode", device),
@@ -247,7 +275,7 @@ class WaveMemory:
             # Prompts in parts read the cache: one sequence gathered at a time, behind a mask that
             # is made from two boolean ones.
             context_len = _whole_blocks(wave.prompt_len)
-            total += self._gathered_bytes(context_len)
+            total += self._gathered_bytes(context_len, facts.kv_layers[device])
             total += num_tokens * context_len * (self._spec.dtype_bytes + 2)
         return total
 
@@ -258,16 +286,49 @@ class WaveMemory:
         total = self._sizes.activation_bytes(wave.num_seqs, wave.num_seqs)
         if device == "gpu" and facts.kv_layers[device]:
             # The CPU's kernel reads the pages in place, the GPU's gathers them.
-            total += self._gathered_bytes(wave.num_seqs * _whole_blocks(wave.context_len))
+            num_gathered = wave.num_seqs * _whole_blocks(wave.context_len)
+            total += self._gathered_bytes(num_gathered, facts.kv_layers[device])
         return total
 
     def _logits_on_their_way(self, device: Device, num_logits: int) -> int:
         """Tokens are sampled on the CPU, whatever computes."""
         return self._sizes.activation_bytes(0, num_logits) if device == "cpu" else 0
 
-    def _gathered_bytes(self, num_tokens: int) -> int:
+    def _gathered_bytes(self, num_tokens: int, kv_layers: int) -> int:
         """One layer's KV, gathered: keys, then values before and after they are laid out."""
-        return num_tokens * self._spec.kv_bytes_per_token(0) * 3 // 2
+        kinds = self._kv_kinds
+        widest = max(kind.bytes_per_token for kind in kinds if kind.layers & kv_layers)
+        return num_tokens * widest * 3 // 2
+
+    def kv_layer_counts(self, layers: int) -> tuple[int, ...]:
+        """How many of some layers (a bit mask) there are of each kind of cache."""
+        return tuple((layers & kind.layers).bit_count() for kind in self._kv_kinds)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _KvKind:
+    """Layers (a bit mask) whose caches have one size, for all sequences of a wave."""
+
+    layers: int
+    layer_bytes: int
+    bytes_per_token: int
+
+
+def _kv_kinds(spec: ModelSpec, wave: Workload) -> tuple[_KvKind, ...]:
+    """The layers of a model by the size of their caches."""
+    layers_of: dict[tuple[int, int], int] = {}
+    for index in range(spec.num_layers):
+        key = (spec.kv_bytes_per_token(index), spec.state_bytes(index))
+        layers_of[key] = layers_of.get(key, 0) | 1 << index
+    num_tokens = num_kv_blocks(wave) * KV_BLOCK_TOKENS
+    return tuple(
+        _KvKind(
+            layers=layers,
+            layer_bytes=num_tokens * token_bytes + wave.num_seqs * state_bytes,
+            bytes_per_token=token_bytes,
+        )
+        for (token_bytes, state_bytes), layers in layers_of.items()
+    )
 
 
 def _whole_blocks(num_tokens: int) -> int:
@@ -285,7 +346,9 @@ def kv_block_capacity(
     for device, need in needs(spec, placement, workload, hardware).items():
         block_bytes = kv_bytes_per_block(spec, placement, device)
         if block_bytes:
-            free = need.available_bytes - (need.needed_bytes - need.kv_bytes)
+            # States of sequences stay; what is left is for blocks.
+            held = num_kv_blocks(workload) * block_bytes
+            free = need.available_bytes - (need.needed_bytes - held)
             blocks = free // block_bytes
             capacity = blocks if capacity is None else min(capacity, blocks)
     return max(num_kv_blocks(workload), capacity or 0)

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 import msgspec
 
+from planner.attention_kinds import Attention, Heads
+
 Dtype = Literal["float32", "bfloat16", "float16"]
 Quantization = Literal["int8", "int4"]
 WeightKind = Dtype | Quantization
@@ -15,6 +17,14 @@ Module = Literal["embedding", "attention", "router", "experts", "dense", "head"]
 QkNorm = Literal["none", "head", "full"]
 
 DTYPE_BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+# What a fingerprint leaves out where it has this value: plans from before it was there stay valid.
+_LATER_FACTS: dict[str, object] = {"quantization": None, "num_learned_positions": 0}
+_LATER_LAYER_FACTS: dict[str, object] = {
+    "shared_size": 0,
+    "num_ffn_matrices": 3,
+    "attention": None,
+}
 
 # Neighbours along a row that share a scale, as GPTQ and AWQ have it: int4 then takes 4.125 bits.
 QUANTIZATION_GROUP = 128
@@ -50,16 +60,32 @@ class RopeSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerSpec:
-    """One decoder layer: its feed-forward kind and its attention window.
+    """One decoder layer: its attention and its feed-forward.
 
-    `intermediate_size` is the width of the dense feed-forward, or of one expert where
-    `num_experts` > 0. `window` is the number of tokens a query sees, itself included; None is all.
+    Attributes
+    ----------
+    intermediate_size : int
+        Width of the dense feed-forward, or of one expert where `num_experts` > 0; a dense layer of
+        width 0 has an attention only.
+    window : int or None
+        Tokens that a query sees, itself included, the last ones or chosen ones; None is all.
+    shared_size : int
+        Width of the feed-forward that every token takes beside the experts: shared experts side by
+        side, or a dense one in parallel. It is computed where the router is, so it is part of the
+        module `router`, in bytes, FLOPs and placement.
+    num_ffn_matrices : int
+        3 where a gate is multiplied in (gate, up, down), 2 where not (up, down).
+    attention : Attention or None
+        None is the grouped attention of the model's own heads, as the supported families have it.
     """
 
     intermediate_size: int
     num_experts: int = 0
     num_experts_per_token: int = 0
     window: int | None = None
+    shared_size: int = 0
+    num_ffn_matrices: Literal[2, 3] = 3
+    attention: Attention | None = None
 
     @property
     def is_moe(self) -> bool:
@@ -104,6 +130,8 @@ class ModelSpec:
     clip_qkv: float | None = None
     norm_topk_prob: bool = True
     quantization: Quantization | None = None
+    # Positions with an embedding of their own, which is added to a token's; rotary models have 0.
+    num_learned_positions: int = 0
 
     @property
     def num_layers(self) -> int:
@@ -126,8 +154,9 @@ class ModelSpec:
         """Sixteen hex digits over every shape and format, the name left out."""
         facts = asdict(self)
         del facts["name"]
-        if self.quantization is None:  # as before there was any
-            del facts["quantization"]
+        _drop_defaults(facts, _LATER_FACTS)
+        for layer in facts["layers"]:
+            _drop_defaults(layer, _LATER_LAYER_FACTS)
         return hashlib.sha256(msgspec.json.encode(facts, order="sorted")).hexdigest()[:16]
 
     def num_params(self, module: Module, layer: int | None = None) -> int:
@@ -139,56 +168,67 @@ class ModelSpec:
         """
         hidden = self.hidden_size
         if module == "embedding":
-            return self.vocab_size * hidden
+            return (self.vocab_size + self.num_learned_positions) * hidden
         if module == "head":
             return self.vocab_size * hidden + hidden
         assert layer is not None, f"{module} lies inside a layer"
         this = self.layers[layer]
-        if module == "attention":
-            bias = (self.q_size + 2 * self.kv_size) if self.has_qkv_bias else 0
-            bias += hidden if self.has_o_bias else 0
-            norms = {
-                "none": 0,
-                "head": 2 * self.head_dim,
-                "full": self.q_size + self.kv_size,
-            }[self.qk_norm]
-            return hidden * (2 * self.q_size + 2 * self.kv_size) + bias + norms + hidden
-        if module == "router":
-            return this.num_experts * hidden + hidden
+        matrices = sum(count * rows * cols for count, rows, cols in self.matrices(module, layer))
         if module == "experts":
-            return this.num_experts * self.expert_params(layer)
-        bias = (2 * this.intermediate_size + hidden) if self.has_mlp_bias else 0
-        return 3 * hidden * this.intermediate_size + bias + hidden
+            return matrices
+        return matrices + self._num_vector_params(module, this) + hidden  # and the norm
+
+    def _num_vector_params(self, module: Module, layer: LayerSpec) -> int:
+        """Biases and inner norms of a module of a layer."""
+        if module == "router":
+            return 0
+        if module == "dense":
+            bias = (layer.num_ffn_matrices - 1) * layer.intermediate_size + self.hidden_size
+            return bias if self.has_mlp_bias else 0
+        if layer.attention is not None:
+            return layer.attention.num_vector_params(self.hidden_size)
+        bias = (self.q_size + 2 * self.kv_size) if self.has_qkv_bias else 0
+        bias += self.hidden_size if self.has_o_bias else 0
+        norms = {"none": 0, "head": 2 * self.head_dim, "full": self.q_size + self.kv_size}
+        return bias + norms[self.qk_norm]
 
     def expert_params(self, layer: int) -> int:
         """Weights of one expert (gate, up, down) of a layer."""
-        return 3 * self.hidden_size * self.layers[layer].intermediate_size
+        this = self.layers[layer]
+        return this.num_ffn_matrices * self.hidden_size * this.intermediate_size
 
     def expert_bytes(self, layer: int) -> int:
         """Bytes of one expert (gate, up, down) of a layer."""
-        hidden, width = self.hidden_size, self.layers[layer].intermediate_size
-        kind = self.weight_kind("experts")
-        return 2 * _matrix_bytes(kind, width, hidden) + _matrix_bytes(kind, hidden, width)
+        this, kind = self.layers[layer], self.weight_kind("experts")
+        matrices = _ffn_matrices(1, this.intermediate_size, self.hidden_size, this.num_ffn_matrices)
+        return sum(count * matrix_bytes(kind, *shape) for count, *shape in matrices)
+
+    def gated_size(self, layer: int) -> float:
+        """Width of the gate, up and down that have as many weights as a layer's feed-forward."""
+        this = self.layers[layer]
+        return this.intermediate_size * this.num_ffn_matrices / 3
 
     def weight_kind(self, module: Module) -> WeightKind:
         """How a module's matrices are stored: embedding and router are never quantised.
 
-        The head of an int4 model is int8: it is read once a token and decides every one.
+        The head of an int4 model is int8: it is read once a token and decides every one. A router
+        with shared experts is nearly all shared experts, and stored as experts are.
         """
-        if self.quantization is None or module in ("embedding", "router"):
+        is_small = module == "router" and not any(layer.shared_size for layer in self.layers)
+        if self.quantization is None or module == "embedding" or is_small:
             return self.dtype
         return "int8" if module == "head" else self.quantization
 
     def weight_bytes(self, module: Module, layer: int | None = None) -> int:
         """Bytes of one module's weights in the model's format, scales included."""
         kind = self.weight_kind(module)
-        matrices = self._matrices(module, layer)
+        matrices = self.matrices(module, layer)
         others = self.num_params(module, layer)
         others -= sum(count * rows * columns for count, rows, columns in matrices)
         total = others * self.dtype_bytes
-        return total + sum(count * _matrix_bytes(kind, *shape) for count, *shape in matrices)
+        return total + sum(count * matrix_bytes(kind, *shape) for count, *shape in matrices)
 
-    def _matrices(self, module: Module, layer: int | None) -> list[tuple[int, int, int]]:
+    def matrices(self, module: Module, layer: int | None) -> list[tuple[int, int, int]]:
         """(how many, rows, columns) of a module's matrices."""
         hidden = self.hidden_size
         if module in ("embedding", "head"):
@@ -196,31 +236,71 @@ class ModelSpec:
         assert layer is not None, f"{module} lies inside a layer"
         this = self.layers[layer]
         if module == "attention":
+            if this.attention is not None:
+                return this.attention.matrices(hidden)
             return [(1, self.q_size + 2 * self.kv_size, hidden), (1, hidden, self.q_size)]
         if module == "router":
-            return [(1, this.num_experts, hidden)]
+            shared = _ffn_matrices(1, this.shared_size, hidden, this.num_ffn_matrices)
+            return [(1, this.num_experts, hidden), *shared]
         count = this.num_experts if module == "experts" else 1
-        width = this.intermediate_size
-        return [(2 * count, width, hidden), (count, hidden, width)]
+        return _ffn_matrices(count, this.intermediate_size, hidden, this.num_ffn_matrices)
 
     @property
     def shares_head(self) -> bool:
         """Is one matrix both embedding and head? Not where the head is quantised."""
         return self.is_tied and self.quantization is None
 
+    @property
+    def tied_bytes(self) -> int:
+        """Bytes that embedding and head share where they lie on one device."""
+        return self.vocab_size * self.hidden_size * self.dtype_bytes if self.shares_head else 0
+
     def total_weight_bytes(self) -> int:
         """Bytes of all weights, a tied embedding matrix counted once."""
         total = self.weight_bytes("embedding") + self.weight_bytes("head")
-        if self.shares_head:
-            total -= self.weight_bytes("embedding")
+        total -= self.tied_bytes
         for index, layer in enumerate(self.layers):
             total += sum(self.weight_bytes(module, index) for module in layer.modules)
         return total
 
     def kv_bytes_per_token(self, layer: int) -> int:
-        """Bytes that one token adds to one layer's KV cache: 2 (K and V) * kv heads * head dim."""
+        """Bytes that one token adds to one layer's KV cache: 2 (K and V) * kv heads * head dim.
+
+        Latent attention adds its latent, a layer with a state nothing. A window does not shorten
+        the cache: the engine keeps all tokens.
+        """
         assert 0 <= layer < self.num_layers
-        return 2 * self.kv_size * self.dtype_bytes
+        attention = self.layers[layer].attention
+        elements = 2 * self.kv_size if attention is None else attention.kv_elements_per_token
+        return elements * self.dtype_bytes
+
+    def state_bytes(self, layer: int) -> int:
+        """Bytes that one layer keeps of a sequence whatever its length."""
+        attention = self.layers[layer].attention
+        return 0 if attention is None else attention.state_bytes(self.dtype_bytes)
+
+    def attention_heads(self, layer: int, phase: Literal["prefill", "decode"] = "decode") -> Heads:
+        """Heads, KV heads and head size of the ordinary attention that a layer's equals in cost.
+
+        4 * heads * head size are the FLOPs of scores and values for each token that a query sees,
+        2 * KV heads * head size the elements that are read of it (`seen_tokens` counts them).
+        Other kinds than grouped attention have fractions.
+        """
+        attention = self.layers[layer].attention
+        if attention is None:
+            return (self.num_heads, self.num_kv_heads, self.head_dim)
+        return attention.heads(phase)
+
+    def seen_tokens(self, layer: int, context: float) -> float:
+        """Tokens that a query of a context sees, itself included, in those of `attention_heads`.
+
+        A state is as many as make its bytes, whatever the context.
+        """
+        this = self.layers[layer]
+        seen = context if this.window is None else min(this.window, context)
+        if this.attention is None:
+            return seen
+        return this.attention.seen_tokens(seen, self.dtype_bytes)
 
     def flops(self, module: Module, num_tokens: int, layer: int | None = None) -> float:
         """FLOPs of a module's matrix products for `num_tokens` tokens (2 per multiply-add).
@@ -228,35 +308,31 @@ class ModelSpec:
         Attention counts its projections only; scores and values depend on the context and are in
         `attention_flops`. Experts count the chosen experts only.
         """
-        hidden = self.hidden_size
         if module == "embedding":
             return 0.0
-        if module == "head":
-            return 2.0 * num_tokens * hidden * self.vocab_size
-        assert layer is not None, f"{module} lies inside a layer"
-        this = self.layers[layer]
-        if module == "attention":
-            return 2.0 * num_tokens * hidden * (2 * self.q_size + 2 * self.kv_size)
-        if module == "router":
-            return 2.0 * num_tokens * hidden * this.num_experts
-        width = this.intermediate_size
         if module == "experts":
-            width *= this.num_experts_per_token
-        return 6.0 * num_tokens * hidden * width
+            assert layer is not None, f"{module} lies inside a layer"
+            chosen = self.layers[layer].num_experts_per_token
+            return 2.0 * num_tokens * chosen * self.expert_params(layer)
+        matrices = self.matrices(module, layer)
+        return 2.0 * num_tokens * sum(count * rows * columns for count, rows, columns in matrices)
 
     def attention_flops(self, layer: int, num_tokens: int, num_past_tokens: int) -> float:
         """FLOPs of scores and values of `num_tokens` new tokens of one sequence after a past.
 
         Causal: 4 * heads * head_dim * (c*p + c(c+1)/2); a window w cuts each
-        query's keys to w.
+        query's keys to w. Other kinds of attention by their own formulas (`attention_kinds.py`).
         """
-        window = self.layers[layer].window
+        this = self.layers[layer]
+        window = this.window
         num_growing = num_tokens  # queries that still see everything before them
         if window is not None:
             num_growing = min(num_tokens, max(0, window - num_past_tokens))
         pairs = num_growing * num_past_tokens + num_growing * (num_growing + 1) / 2
         pairs += (num_tokens - num_growing) * (window or 0)
-        return 4.0 * self.q_size * pairs
+        if this.attention is None:
+            return 4.0 * self.q_size * pairs
+        return this.attention.score_flops(num_tokens, num_past_tokens, pairs)
 
     def distinct_experts(self, layer: int, num_tokens: float) -> float:
         """Expected number of different experts that `num_tokens` tokens choose.
@@ -297,7 +373,22 @@ class ModelSpec:
         return read_config(config, name=name, dtype=dtype)
 
 
-def _matrix_bytes(kind: WeightKind, num_rows: int, num_columns: int) -> int:
+def _drop_defaults(facts: dict[str, Any], defaults: dict[str, object]) -> None:
+    for name, default in defaults.items():
+        if facts[name] == default:
+            del facts[name]
+
+
+def _ffn_matrices(
+    count: int, width: int, hidden: int, num_matrices: int
+) -> list[tuple[int, int, int]]:
+    """(how many, rows, columns) of some feed-forwards of one width; none of width 0."""
+    if width == 0:
+        return []
+    return [((num_matrices - 1) * count, width, hidden), (count, hidden, width)]
+
+
+def matrix_bytes(kind: WeightKind, num_rows: int, num_columns: int) -> int:
     """Bytes of a matrix; of a quantised one with a scale for every group of a row."""
     if kind == "int8" or kind == "int4":
         num_groups = -(-num_columns // QUANTIZATION_GROUP)

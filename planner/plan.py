@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 from msgspec.structs import replace
 
 from planner.errors import PlanError
 from planner.hardware import Resources
+from planner.kernel_table import Source
 from planner.placement import Device, Placement
+from planner.strict_json import decode_struct
 from planner.timeline import TimelineTerm
 from planner.workload import Objective, Phase, Workload
 
 SCHEMA_VERSION = 1
+
+TimeMetric = Literal["ttft_s", "tpot_s", "e2e_s"]
 
 
 class Estimate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -36,6 +41,15 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         Critical-path seconds by term: of all prefill steps, of one decode step at mean context.
     bottleneck_by_phase : dict
         Lane and term that take most of it.
+    band_by_metric : dict
+        10th and 90th percentile of each of the three times.
+    source_by_phase : dict
+        Shares of each phase's seconds by where their prices are from: kernels that were measured,
+        lie between samples or beyond them, are assumed from others, or from published priors.
+    calibrated_runs : int
+        Runs on this machine that the prediction was corrected by.
+    correction_by_phase : dict
+        What they multiplied predicted seconds by, by lane and term, as `cpu experts`.
     """
 
     ttft_s: float
@@ -47,6 +61,10 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     bytes_by_device: dict[Device, int]
     terms_by_phase: dict[Phase, dict[TimelineTerm, float]]
     bottleneck_by_phase: dict[Phase, str]
+    band_by_metric: dict[TimeMetric, tuple[float, float]] = {}
+    source_by_phase: dict[Phase, dict[Source, float]] = {}
+    calibrated_runs: int = 0
+    correction_by_phase: dict[Phase, dict[str, float]] = {}
 
 
 class Alternative(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -61,13 +79,42 @@ class Alternative(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     reason: str
 
 
+class TrialTimes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Times of the sequences of a workload that run at once, as in `Estimate`."""
+
+    ttft_s: float
+    tpot_s: float
+    e2e_s: float
+
+
+class TrialRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A placement that was tried; `failure` says why nothing was measured."""
+
+    name: str
+    cut_by_phase: dict[Phase, int]
+    predicted: TrialTimes
+    measured: TrialTimes | None
+    failure: str | None = None
+
+
+class Trial(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Placements that were really run for a few steps (`workload`), and which one was kept.
+
+    The first row is the placement that was planned without trying.
+    """
+
+    workload: Workload
+    rows: tuple[TrialRow, ...]
+    kept: str
+
+
 class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Where everything lives and runs, how fast that will be, and what else was considered.
 
     `placement` and `estimate` are those of the nearest miss where `feasible` is false. `resources`
     is what of the machine the plan may use.
     `optimality_gap` is the share by which a better plan could be faster: 0 where the search covered
-    its whole space.
+    its whole space. `trial` is what was found where placements were tried before one was kept.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -83,6 +130,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     estimate: Estimate
     optimality_gap: float
     alternatives: tuple[Alternative, ...]
+    trial: Trial | None = None
 
     @property
     def wave(self) -> Workload:
@@ -104,11 +152,12 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         Raises
         ------
         PlanError
-            Not JSON, an unknown or missing key, a wrong type or value.
+            Not JSON, a key that is unknown, missing or twice there, a wrong type or value, a number
+            that is not finite.
         """
         try:
-            return msgspec.json.decode(data, type=cls)
-        except (msgspec.DecodeError, RecursionError) as error:
+            return decode_struct(data, cls)
+        except ValueError as error:
             raise PlanError(f"{source} is not a plan: {error}") from None
 
     @classmethod

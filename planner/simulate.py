@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Mapping
 
-from planner.step_graph import LANES, Op, StepGraph
+from planner.step_graph import LANES, Lane, Op, OpKind, StepGraph
 from planner.timeline import Span, Timeline
 
+# How many times as long an op of the first lane takes while the second works.
+Slowdowns = Mapping[tuple[Lane, Lane], float]
 
-def op_times(graph: StepGraph, seconds: Callable[[Op], float]) -> list[tuple[float, float]]:
-    """Start and end of every op on ideal lanes: each does one op at a time, in graph order.
+_LONG_KINDS: frozenset[OpKind] = frozenset({"attention", "experts", "dense"})
+
+
+def op_times(
+    graph: StepGraph, seconds: Callable[[Op], float], slowdowns: Slowdowns | None = None
+) -> list[tuple[float, float]]:
+    """Start and end of every op: each lane does one op at a time, in graph order.
 
     An op begins when its lane is free and its dependencies have ended. Lanes never reorder, as the
-    executor's do not, and a graph is in topological order, so one pass over it is exact.
+    executor's do not, and a graph is in topological order, so one pass over it is exact where
+    lanes do not slow each other down.
+
+    Parameters
+    ----------
+    slowdowns : mapping, optional
+        What lanes that share a memory or a core cost each other; only weights are copied for long
+        enough to matter, so that a graph without such copies is simulated without.
     """
+    if slowdowns and _has_neighbours(graph, slowdowns):
+        return _shared_times(graph, seconds, slowdowns)
     free_s = dict.fromkeys(LANES, 0.0)
     times: list[tuple[float, float]] = []
     for op in graph.ops:
@@ -27,12 +44,51 @@ def op_times(graph: StepGraph, seconds: Callable[[Op], float]) -> list[tuple[flo
     return times
 
 
-def makespan_s(graph: StepGraph, seconds: Callable[[Op], float]) -> float:
-    """Seconds of the whole step: `simulate(graph, seconds).makespan_s` without the Timeline."""
-    return max((end_s for _, end_s in op_times(graph, seconds)), default=0.0)
+def _has_neighbours(graph: StepGraph, slowdowns: Slowdowns) -> bool:
+    """Do two lanes that slow each other down both have work that takes long?"""
+    lanes = {op.lane for op in graph.ops if op.payload == "weights" or op.kind in _LONG_KINDS}
+    return any(one in lanes and other in lanes for one, other in slowdowns)
 
 
-def simulate(graph: StepGraph, seconds: Callable[[Op], float]) -> Timeline:
+def _shared_times(
+    graph: StepGraph, seconds: Callable[[Op], float], slowdowns: Slowdowns
+) -> list[tuple[float, float]]:
+    """The same where lanes slow each other down: from event to event at constant speeds."""
+    queues = {lane: deque(graph.lane(lane)) for lane in graph.lanes}
+    starts: dict[int, float] = {}
+    ends: dict[int, float] = {}
+    left_s: dict[Lane, float] = {}  # of what each lane works on, at full speed
+    clock = 0.0
+    while len(ends) < len(graph.ops):
+        for lane, queue in queues.items():
+            if queue and lane not in left_s and ends.keys() >= set(queue[0].deps):
+                starts[queue[0].index] = clock
+                left_s[lane] = seconds(queue[0])
+        factors = {
+            lane: max((slowdowns.get((lane, other), 1.0) for other in left_s), default=1.0)
+            for lane in left_s
+        }
+        passed_s = min(left_s[lane] * factors[lane] for lane in left_s)
+        clock += passed_s
+        for lane in list(left_s):
+            left_s[lane] -= passed_s / factors[lane]
+            # what rounding leaves of an op that ends now
+            if left_s[lane] <= 1e-12 * (1 + clock):
+                ends[queues[lane].popleft().index] = clock
+                del left_s[lane]
+    return [(starts[op.index], ends[op.index]) for op in graph.ops]
+
+
+def makespan_s(
+    graph: StepGraph, seconds: Callable[[Op], float], slowdowns: Slowdowns | None = None
+) -> float:
+    """Seconds of the whole step: `simulate(...).makespan_s` without the Timeline."""
+    return max((end_s for _, end_s in op_times(graph, seconds, slowdowns)), default=0.0)
+
+
+def simulate(
+    graph: StepGraph, seconds: Callable[[Op], float], slowdowns: Slowdowns | None = None
+) -> Timeline:
     """Run the graph on ideal lanes.
 
     Parameters
@@ -41,6 +97,8 @@ def simulate(graph: StepGraph, seconds: Callable[[Op], float]) -> Timeline:
         Ops in a topological order.
     seconds : callable
         Predicted seconds of an op.
+    slowdowns : mapping, optional
+        What lanes cost each other while both work.
 
     Examples
     --------
@@ -51,7 +109,7 @@ def simulate(graph: StepGraph, seconds: Callable[[Op], float]) -> Timeline:
     >>> simulate(graph, lambda op: 2.0 if op.kind == "copy" else 3.0).makespan_s
     5.0
     """
-    times = op_times(graph, seconds)
+    times = op_times(graph, seconds, slowdowns)
     return Timeline(
         spans=tuple(
             Span(op=op, start_s=start_s, end_s=end_s)

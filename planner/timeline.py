@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from planner.step_graph import LANES, Lane, Op, Term
 
-TimelineTerm = Term | Literal["wait"]
+# `wait`: gaps of the critical path; `host`: what a step takes beside its ops, in no Timeline.
+TimelineTerm = Term | Literal["wait", "host"]
 
 TERMS: tuple[TimelineTerm, ...] = (
     "attention",
@@ -20,6 +21,7 @@ TERMS: tuple[TimelineTerm, ...] = (
     "head",
     "transfer",
     "wait",
+    "host",
 )
 
 

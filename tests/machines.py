@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from planner.hardware import DeviceProfile, HardwareProfile, LinearSample
+from planner.device import DeviceProfile, Sample
+from planner.hardware import HardwareProfile
 from planner.model_spec import Dtype
+
+_DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16", "float16")
 
 
 def toy_cpu(num_threads: int = 1, memory_bytes: int = 8_000_000_000) -> DeviceProfile:
     """A CPU of 10 GB/s and 100 GFLOP/s per thread."""
-    dtypes: tuple[Dtype, ...] = ("float32", "bfloat16", "float16")
     return DeviceProfile(
         name="toy cpu",
         kind="cpu",
         memory_bytes=memory_bytes,
         read_bytes_per_s=num_threads * 10e9,
-        attention_bytes_per_s=num_threads * 5e9,
-        attention_flop_per_s=num_threads * 50e9,
+        flop_per_s={
+            **dict.fromkeys(_DTYPES, num_threads * 100e9),
+            "int8": num_threads * 100e9,
+            "int4": num_threads * 100e9,
+        },
         launch_s=5e-6,
         num_threads=num_threads,
-        linear=tuple(
-            LinearSample(dtype=dtype, num_tokens=tokens, flop_per_s=num_threads * rate)
-            for dtype in dtypes
-            for tokens, rate in ((1, 5e9), (16, 50e9), (512, 100e9))
-        ),
     )
 
 
@@ -32,8 +32,28 @@ def toy_machine(num_threads: int = 1) -> HardwareProfile:
     One thread by default: the models of the tests are too small to gain from two, and threads that
     wait for each other on a busy machine lose much.
     """
+    cpus = tuple(toy_cpu(threads) for threads in sorted({1, num_threads}))
     return HardwareProfile(
         name="toy machine",
         provenance="measured",
-        cpu_by_threads=tuple(toy_cpu(threads) for threads in sorted({1, num_threads})),
+        cpu_by_threads=cpus,
+        samples=tuple(sample for cpu in cpus for sample in _products(cpu.num_threads)),
+    )
+
+
+def _products(num_threads: int) -> tuple[Sample, ...]:
+    """Products of our kernels in each format, of 1, 16 and 512 tokens."""
+    return tuple(
+        Sample(
+            lane="cpu",
+            kernel="linear",
+            format=dtype,
+            shape=(1024, 1024),
+            num_tokens=tokens,
+            num_threads=num_threads,
+            # 2 * 1024 * 1024 FLOPs a token
+            seconds=tokens * 2 * 1024**2 / (num_threads * flop_per_s),
+        )
+        for dtype in _DTYPES
+        for tokens, flop_per_s in ((1, 4e9), (16, 50e9), (512, 90e9))
     )

@@ -32,13 +32,14 @@ class MachineOptions:
     """What of which machine may be used, as the command line said it."""
 
     profile: str | None
+    allow_foreign_profile: bool
     accelerator: AcceleratorName
     gpu_mem_gb: float | None
     cpu_mem_gb: float | None
 
 
 def machine_options(command: _Command) -> _Command:
-    """Add --profile, --accelerator, the memory budgets, --strategy, --dtype, --quantization."""
+    """Add the machine's profile, --accelerator, budgets, --strategy, --dtype, --quantization."""
     positive = click.FloatRange(min=0, max=1e6, min_open=True)
     for option in (
         click.option(
@@ -72,6 +73,11 @@ def machine_options(command: _Command) -> _Command:
             help="What to use beside the CPU; emulated rehearses a GPU on one core.",
         ),
         click.option(
+            "--allow-foreign-profile",
+            is_flag=True,
+            help="Take a --profile that was measured on another machine.",
+        ),
+        click.option(
             "--profile",
             metavar="NAME|PATH",
             help="The machine: a reference machine or a file; otherwise this machine as measured.",
@@ -88,22 +94,32 @@ def say(line: str) -> None:
     click.echo(one_line(line), err=True)
 
 
-def use_kernel_cache() -> None:
+def use_kernel_cache(progress: Callable[[str], None] = say) -> None:
     """Keep compiled kernels in hetero's own cache; an error where that is not safe."""
-    from hetero.measure.store import default_cache_dir, kernel_cache_dir
+    from hetero.measure.store import CacheNotWritableError, default_cache_dir, kernel_cache_dir
 
-    if _KERNEL_CACHE not in os.environ:
+    if _KERNEL_CACHE in os.environ:
+        return
+    try:
         os.environ[_KERNEL_CACHE] = str(kernel_cache_dir(default_cache_dir(os.environ)))
+    except CacheNotWritableError as error:
+        os.environ[_KERNEL_CACHE] = os.devnull  # not a folder: nothing is kept, nor said twice
+        progress(f"warning: compiled kernels are not kept and will be compiled again: {error}")
 
 
-def read_profile(name: str | None, progress: Callable[[str], None] = say) -> HardwareProfile:
+def read_profile(options: MachineOptions, progress: Callable[[str], None] = say) -> HardwareProfile:
     """A named profile, or this machine's own, measured now if it has none."""
     from hetero.measure.store import default_cache_dir
     from hetero.planning import base_profile
 
-    if name is None:
-        use_kernel_cache()
-    return base_profile(name, default_cache_dir(os.environ), progress)
+    if options.profile is None:
+        use_kernel_cache(progress)
+    return base_profile(
+        options.profile,
+        default_cache_dir(os.environ),
+        progress,
+        allow_foreign=options.allow_foreign_profile,
+    )
 
 
 def usable_part(

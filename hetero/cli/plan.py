@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from hetero.cli.machine import (
     say,
     usable_part,
 )
+from hetero.cli.run_plan import check_has_weights, try_plan
 from hetero.errors import ExitCode
 
 if TYPE_CHECKING:
@@ -46,6 +48,12 @@ if TYPE_CHECKING:
     show_default=True,
     help="latency runs all sequences at once; throughput may run them in waves.",
 )
+@click.option(
+    "--trial",
+    "is_tried",
+    is_flag=True,
+    help="Really run the best placements for a few steps and keep the fastest; needs weights.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as one JSON document.")
 @click.option(
     "-o",
@@ -63,6 +71,7 @@ def plan(
     output_len: int | None,
     num_seqs: int,
     objective: Objective,
+    is_tried: bool,
     as_json: bool,
     output: Path | None,
     strategy: str | None,
@@ -76,18 +85,23 @@ def plan(
     the default is the small model that ships with hetero. Lengths that are not given are 512 and
     128 tokens, less where the model's context is shorter.
     """
+    from hetero.measure.calibration_log import own_corrections
     from hetero.measure.store import write_atomically
     from hetero.planning import (
         assumed_note,
         default_workload,
         lacking_memory,
+        low_confidence_note,
         make_plan,
         spec_as_run,
     )
 
     options = MachineOptions(**machine)
     source = lookup_model(model)
-    hardware = usable_part(read_profile(options.profile), options)
+    if is_tried:
+        check_has_weights(source, "to try it")
+    profile = read_profile(options)
+    hardware = usable_part(profile, options)
     spec = spec_as_run(source, dtype, hardware, say, quantization)
     workload = default_workload(
         spec.max_position_embeddings,
@@ -95,31 +109,33 @@ def plan(
         output_len=output_len,
         num_seqs=num_seqs,
     )
-    made = make_plan(spec, hardware, workload, objective, strategy=strategy)
+    known = own_corrections(profile, hardware, os.environ, say)
+    made = make_plan(spec, hardware, workload, objective, strategy=strategy, corrections=known)
+    if is_tried and made.feasible:
+        made = try_plan(made, spec, hardware, known, model, say, profile=profile)
     if output is not None:
         write_atomically(output, made.to_json(), is_private=False)
         say(f"wrote {output}")
-    note = assumed_note(spec, hardware)
+    found = (low_confidence_note(hardware), assumed_note(spec, hardware))
+    notes = tuple(note for note in found if note is not None)
     if as_json:
         click.echo(made.to_json(), nl=False)
-        if note is not None:
+        for note in notes:
             say(f"note: {note}")
     else:
-        _print(made, hardware, note)
+        _print(made, hardware, notes)
     if not made.feasible:
         say(f"error: {lacking_memory(made, spec, hardware)}")
         context.exit(ExitCode.DOES_NOT_FIT)
 
 
-def _print(made: Plan, hardware: HardwareProfile, note: str | None) -> None:
+def _print(made: Plan, hardware: HardwareProfile, notes: tuple[str, ...]) -> None:
     from msgspec.structs import replace
     from rich.console import Console
 
     from hetero.report import print_plan
 
-    if note is not None:
-        hardware = replace(hardware, notes=(*hardware.notes, note))
-
+    hardware = replace(hardware, notes=(*hardware.notes, *notes))
     # A pipe has no width: a table of 100 columns is what grep and a mail can take.
     width = None if sys.stdout.isatty() else 100
     print_plan(Console(width=width, highlight=False), made, hardware)

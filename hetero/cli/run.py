@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +22,8 @@ from hetero.cli.machine import (
 )
 from hetero.cli.rows import Row, RowWriter, read_rows, refuse_existing
 from hetero.cli.run_output import TextStream, run_document, show_plan, show_result, teller
-from hetero.cli.run_plan import plan_job, read_plan
-from hetero.errors import ExitCode, HeteroError, ModelFolderError, UsageError
+from hetero.cli.run_plan import check_has_weights, plan_job, read_plan, try_plan
+from hetero.errors import ExitCode, HeteroError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -114,6 +115,12 @@ class Run:
     type=click.Path(path_type=Path, dir_okay=False),
     help="A plan of hetero plan -o, for this model and this machine.",
 )
+@click.option(
+    "--trial",
+    "is_tried",
+    is_flag=True,
+    help="First run the best placements for a few steps, and keep the fastest.",
+)
 @machine_options
 @click.option("--no-overlap", is_flag=True, help="One operation at a time, for comparison.")
 @click.option(
@@ -144,6 +151,7 @@ def run(
     seed: int | None,
     stop: tuple[str, ...],
     plan_path: Path | None,
+    is_tried: bool,
     strategy: str | None,
     dtype: DtypeName,
     quantization: Quantization | None,
@@ -168,22 +176,20 @@ def run(
         rows = read_rows(input_path)
     else:
         rows = (Row(custom_id="prompt", prompt=prompt or DEMO_PROMPT),)
-    from hetero.planning import assumed_note, spec_as_run
+    from hetero.measure.calibration_log import own_corrections
+    from hetero.planning import assumed_note, low_confidence_note, spec_as_run
 
     options = MachineOptions(**machine)
     source = lookup_model(model)
-    if source.folder is None:
-        raise ModelFolderError(
-            f"{source.name} is known by its shapes only, which is enough for hetero plan; to run "
-            "it give a folder with its weights"
-        )
-    profile = read_profile(options.profile, teller(progress))
-    given = read_plan(plan_path, strategy)
+    check_has_weights(source, "to run it")
+    assert source.folder is not None
+    profile = read_profile(options, teller(progress))
+    given = read_plan(plan_path, strategy, is_tried=is_tried)
     hardware = usable_part(profile, options, given)
     spec = spec_as_run(source, dtype, hardware, teller(progress), quantization, given)
-    if hardware.notes:
-        notes = "; ".join(hardware.notes)
-        teller(progress)(f"warning: the profile of {hardware.name}: {notes}")
+    doubts = [note for note in (*hardware.notes, low_confidence_note(hardware)) if note is not None]
+    if doubts:
+        teller(progress)(f"warning: the profile of {hardware.name}: {'; '.join(doubts)}")
     assumed = assumed_note(spec, hardware)
     if assumed is not None:
         teller(progress)(f"warning: {assumed}")
@@ -194,7 +200,13 @@ def run(
         with RowWriter(output) as writer:
             _write_bad(writer, job)
         context.exit(_rows_code(writer, job))
-    made = plan_job(given, spec, hardware, job, max_tokens, strategy)
+    known = own_corrections(profile, hardware, os.environ, teller(progress))
+    made = plan_job(given, spec, hardware, job, max_tokens, strategy, known)
+    if is_tried:
+        tell = teller(progress)
+        made = try_plan(
+            made, spec, hardware, known, model, tell, profile=profile, overlap=not no_overlap
+        )
     console = _console()
     show_plan(console, progress, made, hardware)
 
@@ -215,6 +227,8 @@ def run(
         model,
         plan=made,
         profile=profile,
+        # known, allowed and said above
+        allow_foreign_profile=True,
         # what was decided above, and said: a plan's own format where none was asked for
         dtype=spec.dtype,
         quantization=spec.quantization,

@@ -64,13 +64,15 @@ def teller(progress: Progress) -> Callable[[str], None]:
 
 def show_plan(console: Console, progress: Progress, plan: Plan, hardware: HardwareProfile) -> None:
     """The plan in a few lines, before the run."""
-    from hetero.report import plan_lines
+    from hetero.report import plan_lines, print_trial
 
     if progress == "json":
         _say_json("plan", plan=json.loads(plan.to_json()))
     elif progress != "none":
         for line in plan_lines(plan, hardware):
             console.print(line, markup=False, soft_wrap=True)
+        if plan.trial is not None:
+            print_trial(console, plan.trial)
 
 
 def show_result(console: Console, progress: Progress, llm: LLM, last: LastStep | None) -> None:

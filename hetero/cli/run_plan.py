@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hetero.cli.job import Job
-from hetero.errors import MemoryBudgetError, UsageError
+from hetero.errors import MemoryBudgetError, ModelFolderError, UsageError
 
 if TYPE_CHECKING:
+    from hetero.model_lookup import ModelSource
+    from planner.calibration import Corrections
     from planner.hardware import HardwareProfile
     from planner.model_spec import ModelSpec
     from planner.plan import Plan
 
 
-def read_plan(path: Path | None, strategy: str | None) -> Plan | None:
+def check_has_weights(source: ModelSource, purpose: str) -> None:
+    """Refuse a model of `profiles/models`, which has shapes and no weights."""
+    if source.folder is None:
+        raise ModelFolderError(
+            f"{source.name} is known by its shapes only, which is enough for hetero plan; "
+            f"{purpose} give a folder with its weights"
+        )
+
+
+def read_plan(path: Path | None, strategy: str | None, *, is_tried: bool) -> Plan | None:
     """The plan of --plan, which has its strategy."""
     if path is None:
         return None
@@ -23,6 +35,8 @@ def read_plan(path: Path | None, strategy: str | None) -> Plan | None:
     plan = Plan.load(path)
     if strategy is not None:
         raise UsageError("give --plan or --strategy, not both: a plan already has one")
+    if is_tried:
+        raise UsageError("give --plan or --trial, not both: hetero plan --trial makes a tried plan")
     return plan
 
 
@@ -33,6 +47,7 @@ def plan_job(
     job: Job,
     max_tokens: int,
     strategy: str | None,
+    corrections: Corrections,
 ) -> Plan:
     """The plan that was given, if it applies, or one for this job."""
     from hetero.planning import MAX_NUM_SEQS, check_plan, lacking_memory, make_plan
@@ -49,9 +64,43 @@ def plan_job(
             output_len=min(max_tokens, spec.max_position_embeddings - job.longest),
             num_seqs=num_seqs,
         )
-        made = make_plan(spec, hardware, workload, strategy=strategy)
+        made = make_plan(spec, hardware, workload, strategy=strategy, corrections=corrections)
         if made.feasible:
             return made
         if num_seqs == 1:
             raise MemoryBudgetError(lacking_memory(made, spec, hardware))
         num_seqs = -(-num_seqs // 2)
+
+
+def try_plan(
+    made: Plan,
+    spec: ModelSpec,
+    hardware: HardwareProfile,
+    corrections: Corrections,
+    model: str | None,
+    tell: Callable[[str], None],
+    *,
+    profile: HardwareProfile,
+    overlap: bool = True,
+) -> Plan:
+    """Run a plan and its rivals for a few steps; the fastest is the plan from then on."""
+    from hetero.api import LLM
+    from hetero.trial import trial
+    from planner.cost_model import CostModel
+
+    def load(plan: Plan) -> LLM:
+        return LLM(
+            model,
+            plan=plan,
+            profile=profile,
+            # what was planned for: a plan's own format where none was asked for
+            dtype=spec.dtype,
+            quantization=spec.quantization,
+            # told of by whoever chose it
+            allow_foreign_profile=True,
+            max_model_len=made.workload.context_len,
+            overlap=overlap,
+            progress=tell,
+        )
+
+    return trial(made, spec, CostModel(hardware, corrections=corrections), load, say=tell)

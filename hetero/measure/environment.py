@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import resource
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Literal
@@ -18,22 +20,35 @@ from cpu_kernels.isa import ENVIRONMENT_VARIABLE, Isa, isa
 from cpu_kernels.numa import numa_note
 from cpu_kernels.threads import available_cores, physical_cores
 from hetero.errors import EnvironmentProblemError
-from hetero.measure.fingerprint import cpu_flags, cpu_model, nvidia_gpus, package_version
+from hetero.measure.fingerprint import (
+    HUGE_PAGES_FILE,
+    cpu_flags,
+    cpu_model,
+    huge_pages,
+    nvidia_gpus,
+    package_version,
+)
 from hetero.measure.memory_limit import (
     available_memory_bytes,
     cgroup_memory,
     memory_limit_bytes,
 )
-from hetero.measure.store import PROFILE_FILE, private_folder, stored_profile, why_foreign
+from hetero.measure.store import (
+    PROFILE_FILE,
+    CacheNotWritableError,
+    private_folder,
+    stored_profile,
+    why_foreign,
+)
 from planner.errors import ProfileError
-from planner.hardware import BACKENDS, Backend
+from planner.kernel_table import KernelTable
+from planner.kernels import BACKENDS, Backend, KernelCall
 
 Status = Literal["ok", "warn", "fail"]
 
 _MIN_PYTHON = (3, 11)
 _MIN_TORCH = (2, 8)
 _IPEX = "intel-extension-for-pytorch"
-_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 # Instruction sets that torch's products and our kernels choose between, best last.
 _ISA = (
     "avx2",
@@ -218,12 +233,10 @@ def check_memlock() -> Check:
     return Check(name="memlock", status="ok", text=f"{text}; only a GPU would need more")
 
 
-def check_huge_pages(file: Path = _HUGE_PAGES) -> Check:
-    try:
-        words = file.read_text()
-    except OSError:
+def check_huge_pages(file: Path = HUGE_PAGES_FILE) -> Check:
+    mode = huge_pages(file)
+    if mode == "unknown":
         return Check(name="huge pages", status="ok", text="not offered by this system")
-    mode = words.partition("[")[2].partition("]")[0]
     if mode == "never":
         return Check(
             name="huge pages",
@@ -327,13 +340,20 @@ def _chosen_texts(cache_dir: Path) -> list[str]:
         return []  # their own checks say so
     if profile is None or why_foreign(profile) is not None:
         return []
-    texts, cpu = [], profile.cpu
+    table = KernelTable(profile.cpu, profile.samples, "cpu", profile.cpu_by_threads)
+    texts = []
     for kind in _PRODUCT_KINDS:
-        if not {"numba", "torch"} <= set(cpu.backends(kind)):
+        if not {"numba", "torch"} <= set(profile.backends(kind)):
             continue
+        shapes = (
+            sample.shape
+            for sample in profile.samples
+            if (sample.lane, sample.kernel, sample.format) == ("cpu", "linear", kind)
+        )
+        call = KernelCall(kernel="linear", shape=max(shapes, key=math.prod), format=kind)
         few, many = (
-            cpu.linear_flop_per_s(kind, tokens, "torch")
-            / cpu.linear_flop_per_s(kind, tokens, "numba")
+            table.estimate(replace(call, num_tokens=tokens)).seconds
+            / table.estimate(replace(call, num_tokens=tokens, backend="torch")).seconds
             for tokens in _COMPARED_TOKENS
         )
         texts.append(
@@ -346,6 +366,15 @@ def _chosen_texts(cache_dir: Path) -> list[str]:
 def check_cache(cache_dir: Path) -> Check:
     try:
         private_folder(cache_dir)
+        with tempfile.TemporaryFile(dir=cache_dir):
+            pass
+    except (CacheNotWritableError, OSError) as error:
+        return Check(
+            name="cache",
+            status="warn",
+            text=f"{cache_dir} cannot be written: {error}; profiles and kernels are made each time",
+            fix="set XDG_CACHE_HOME to a folder that you can write to",
+        )
     except EnvironmentProblemError as error:
         return Check(
             name="cache",
@@ -374,8 +403,9 @@ def check_stored_profile(cache_dir: Path) -> Check:
     if foreign is not None:
         return Check(name="profile", status="warn", text=f"not used: {foreign}", fix=fix)
     text = f"{cache_dir / PROFILE_FILE}, measured {profile.measured_at}"
-    if profile.notes:
-        text = "; ".join((text, *profile.notes))
+    if profile.notes or profile.confidence == "low":
+        doubts = ("low confidence",) if profile.confidence == "low" else ()
+        text = "; ".join((text, *doubts, *profile.notes))
         return Check(name="profile", status="warn", text=text, fix=f"{fix}, with nothing else on")
     return Check(name="profile", status="ok", text=text)
 

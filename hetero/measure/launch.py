@@ -1,4 +1,4 @@
-"""Seconds of one small operation, which no operation goes below."""
+"""Seconds of one small operation, and of handing work from one lane to another."""
 
 from __future__ import annotations
 
@@ -15,13 +15,18 @@ from cpu_kernels.linear import PackedMatrix, linear_link
 from cpu_kernels.memory_read import read_memory
 from cpu_kernels.scratch import Scratch, aligned_bytes
 from hetero.measure.cold_memory import ColdMemory
-from hetero.measure.timing import median_seconds
+from hetero.measure.timing import Timing, host_seconds, median_seconds
 from hetero.model.norm import rms_norm
+from hetero.runtime.lanes import LaneRunner, ThreadLane, last_core
+from planner.device import Sample
 
 _WIDTH = 1024
 _NUM_OPS = 32
 _NUM_LINKS = 300
 _MIN_RUNS = 3
+_NUM_HANDOVERS = 50
+# A lane that has just worked is awake; one that waits for a layer of the CPU's is not.
+_PARKED_S = 1e-3
 # An item of a product is four panels.
 _ROWS_PER_THREAD = 4 * PANEL_ROWS
 _EPS = 1e-6
@@ -43,6 +48,43 @@ def launch_s(device: torch.device, *, budget_s: float) -> float:
             y = rms_norm(y, weight, _EPS) * weight + x
 
     return median_seconds(chain, device=device, budget_s=budget_s, min_calls=20) / _NUM_OPS
+
+
+def handover_sample(lane: LaneRunner | None = None, *, num_threads: int = 1) -> Sample:
+    """Measure an empty piece of work on another lane, from handing it over to knowing it is done.
+
+    `lane` is an accelerator's; None is a thread of this process, as the emulated one has.
+    """
+    own = ThreadLane("handover", last_core()) if lane is None else None
+    target = own or lane
+    assert target is not None
+    target.begin_step()
+
+    def hand_over() -> None:
+        target.submit(_nothing, ()).wait()
+
+    try:
+        hand_over()
+        samples = []
+        for _ in range(_NUM_HANDOVERS):
+            time.sleep(_PARKED_S)
+            samples.append(host_seconds(hand_over))
+    finally:
+        if own is not None:
+            own.close()
+    found = Timing.of(samples)
+    return Sample(
+        lane="cpu",
+        kernel="handover",
+        backend="torch",
+        num_threads=num_threads,
+        seconds=found.seconds,
+        spread=found.spread,
+    )
+
+
+def _nothing() -> None:
+    pass
 
 
 def link_s(memory: ColdMemory, *, num_threads: int, budget_s: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import fcntl
 import os
 import stat
@@ -16,7 +17,8 @@ from typing import Literal
 from hetero.errors import EnvironmentProblemError
 from hetero.measure.fingerprint import describe_mismatch, machine_fingerprint
 from planner.errors import ProfileError
-from planner.hardware import Fingerprint, HardwareProfile
+from planner.fingerprint import Fingerprint
+from planner.hardware import HardwareProfile
 
 Origin = Literal["stored", "measured"]
 Progress = Callable[[str], None]
@@ -24,6 +26,11 @@ Measure = Callable[[], HardwareProfile]
 
 PROFILE_FILE = "machine.json"
 _LOCK_FILE = "machine.lock"
+_NUM_NEAREST_NAMES = 3
+
+
+class CacheNotWritableError(EnvironmentProblemError):
+    """The cache folder cannot be made or written; nothing is wrong with what it holds."""
 
 
 def default_cache_dir(environ: Mapping[str, str]) -> Path:
@@ -60,8 +67,10 @@ def private_folder(path: Path) -> Path:
 
     Raises
     ------
+    CacheNotWritableError
+        It cannot be made.
     EnvironmentProblemError
-        It cannot be made, is not a folder, belongs to someone else, or others may write to it.
+        It is not a folder, belongs to someone else, or others may write to it.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,7 +78,7 @@ def private_folder(path: Path) -> Path:
             path.mkdir(mode=0o700)
         facts = path.stat()
     except OSError as error:
-        raise EnvironmentProblemError(
+        raise CacheNotWritableError(
             f"cannot make the cache folder {path}: {error.strerror}; set XDG_CACHE_HOME to a "
             "folder that you can write to"
         ) from None
@@ -103,8 +112,10 @@ def write_atomically(path: Path, data: bytes, *, is_private: bool = True) -> Non
 
     Raises
     ------
+    CacheNotWritableError
+        A file of the cache cannot be written.
     EnvironmentProblemError
-        The file cannot be written.
+        Another file cannot be written.
     """
     try:
         with tempfile.NamedTemporaryFile(
@@ -121,7 +132,8 @@ def write_atomically(path: Path, data: bytes, *, is_private: bool = True) -> Non
                 os.unlink(file.name)
                 raise
     except OSError as error:
-        raise EnvironmentProblemError(f"cannot write {path}: {error.strerror}") from None
+        kind = CacheNotWritableError if is_private else EnvironmentProblemError
+        raise kind(f"cannot write {path}: {error.strerror}") from None
 
 
 def _umask() -> int:
@@ -169,6 +181,9 @@ def load_or_measure(
 ) -> tuple[HardwareProfile, Origin]:
     """The stored profile of this machine, or else a new measurement, which is then stored.
 
+    Where the cache folder cannot be written a new measurement is used and not stored, which is
+    said in one line.
+
     Parameters
     ----------
     cache_dir
@@ -188,24 +203,55 @@ def load_or_measure(
     Raises
     ------
     EnvironmentProblemError
-        The cache folder is not safe or not writable.
+        The cache folder is not safe.
     """
     say = progress or _ignore
-    private_folder(cache_dir)
-    profile, reason = _usable_profile(cache_dir)
-    if profile is not None:
-        return profile, "stored"
-    with _locked(cache_dir / _LOCK_FILE, say):
-        # Whoever held the lock has measured meanwhile; two at once would spoil each other's rates.
-        profile, reason = _usable_profile(cache_dir)
-        if profile is not None:
-            return profile, "stored"
-        kind = "quickly (about 10 s)" if quick else "(about 60 s)"
-        say(f"measuring this machine {kind}: {reason}")
-        profile = measure() if measure is not None else _measure(quick, say)
-        path = store_profile(cache_dir, profile)
-        say(f"stored the profile in {path}")
-    return profile, "measured"
+    measured, reason = None, "there is no folder to store a profile in"
+    try:
+        private_folder(cache_dir)
+        stored, reason = _usable_profile(cache_dir)
+        if stored is not None:
+            return stored, "stored"
+        with measuring(cache_dir, say):
+            # Whoever held the lock has measured meanwhile.
+            stored, reason = _usable_profile(cache_dir)
+            if stored is not None:
+                return stored, "stored"
+            measured = _measured(quick, say, measure, reason)
+            say(f"stored the profile in {store_profile(cache_dir, measured)}")
+    except CacheNotWritableError as error:
+        if measured is None:
+            measured = _measured(quick, say, measure, reason)
+        say(f"warning: the profile is not stored and will be measured again: {error}")
+    return measured, "measured"
+
+
+@contextlib.contextmanager
+def measuring(cache_dir: Path, say: Progress) -> Iterator[None]:
+    """Measure alone: two at once would spoil each other's rates, so the second waits.
+
+    Raises
+    ------
+    CacheNotWritableError
+        The cache folder, where the lock lies, cannot be written.
+    EnvironmentProblemError
+        The cache folder is not safe.
+    """
+    path = private_folder(cache_dir) / _LOCK_FILE
+    try:
+        file = open(path, "w", opener=_open_private)  # noqa: SIM115
+    except OSError as error:
+        raise CacheNotWritableError(
+            f"cannot write {path}: {error.strerror}; set XDG_CACHE_HOME to a folder that you can "
+            "write to"
+        ) from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("another hetero is measuring this machine: waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def find_profile(name_or_path: str) -> HardwareProfile:
@@ -223,9 +269,11 @@ def find_profile(name_or_path: str) -> HardwareProfile:
     path = Path(name_or_path).expanduser()
     if path.suffix == ".json" or path.exists() or "/" in name_or_path:
         return HardwareProfile.load(path)
+    near = difflib.get_close_matches(name_or_path, machines, n=_NUM_NEAREST_NAMES, cutoff=0.0)
     raise ProfileError(
-        f"there is no profile {name_or_path!r}; give the path of a JSON file or one of: "
-        f"{', '.join(machines) or 'none'}"
+        f"there is no profile {name_or_path!r}; give the path of a JSON file, or a reference "
+        f"machine, nearest first: {', '.join(near)} (hetero profile --list lists all "
+        f"{len(machines)})"
     )
 
 
@@ -254,23 +302,14 @@ def _usable_profile(cache_dir: Path) -> tuple[HardwareProfile | None, str]:
     return profile, ""
 
 
-def _measure(quick: bool, say: Progress) -> HardwareProfile:
+def _measured(quick: bool, say: Progress, measure: Measure | None, reason: str) -> HardwareProfile:
+    say(f"measuring this machine {'quickly (about 10 s)' if quick else '(about 60 s)'}: {reason}")
+    if measure is not None:
+        return measure()
     # Here and not above: with a stored profile `hetero plan` runs without torch and numba.
     from hetero.measure.machine import measure_machine
 
     return measure_machine(quick=quick, progress=say)
-
-
-@contextlib.contextmanager
-def _locked(path: Path, say: Progress) -> Iterator[None]:
-    """Hold a lock file for the block; wait for whoever holds it."""
-    with open(path, "w", opener=_open_private) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say("another hetero is measuring this machine: waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _open_private(path: str, flags: int) -> int:

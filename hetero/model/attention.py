@@ -96,7 +96,7 @@ def attention_step(
                 for index in range(batch.num_seqs)
             )
         elif kernel == "torch":
-            pages[window] = _page_reads(batch, window, block_size, dtype)
+            pages[window] = page_reads(batch, window, block_size, dtype)
     return AttentionStep(
         phase=batch.phase,
         kernel=kernel,
@@ -156,7 +156,7 @@ def attention_layer(
     elif step.kernel == "numba":
         attended = _decode_numba(q_THK, kv, step, window, num_threads)
     else:
-        attended = _decode_torch(q_THK, kv, step.pages[window])
+        attended = decode_torch(q_THK, kv, step.pages[window])
     return F.linear(attended, weights["o"], weights.get("o_bias")).add_(x_TD)
 
 
@@ -200,7 +200,7 @@ def _gather(pages: Tensor, blocks_B: Tensor) -> Tensor:
     return pages.index_select(0, blocks_B).transpose(0, 1).flatten(1, 2)
 
 
-def _decode_torch(q_SHK: Tensor, kv: LayerKV, reads: PageReads) -> Tensor:
+def decode_torch(q_SHK: Tensor, kv: LayerKV, reads: PageReads) -> Tensor:
     """One query a sequence over gathered pages; the query heads of a KV head are rows."""
     num_seqs, num_heads, head_dim = q_SHK.shape
     num_kv_heads = kv.key.shape[1]
@@ -286,7 +286,7 @@ def prompt_reads(
     return PromptReads(start=start, end=end, blocks_B=blocks_B, mask_TC=mask_TC, num_keys=exact)
 
 
-def _page_reads(
+def page_reads(
     batch: BatchTensors, window: int | None, block_size: int, dtype: torch.dtype
 ) -> PageReads:
     tables_SB, lens_S = batch.block_tables_SB, batch.context_lens_S

@@ -69,6 +69,8 @@ def split_runs(ops: Sequence[Op], find_packed: FindPacked) -> tuple[tuple[Op, ..
         else:  # between a router and its experts, or after them, in the same run
             fits = op.kind in ("dispatch", "combine") and is_open
             fits = fits and parts[-1][-1].kind in ("router", "experts")
+            # torch's experts, beside a router of ours, need what only their own dispatch sorts
+            fits = fits and find_packed(op, "experts") is not None
         if fits and is_open:
             parts[-1].append(op)
         else:

@@ -32,7 +32,7 @@ from cpu_kernels.linear import PackedMatrix, linear
 from cpu_kernels.microkernels import fastest_compute
 from cpu_kernels.packing import pack_into
 from cpu_kernels.scratch import ALIGNMENT, Scratch, aligned_bytes
-from planner.hardware import BACKENDS, Backend
+from planner.kernels import BACKENDS, Backend
 from planner.model_spec import QUANTIZATION_GROUP
 
 IPEX = "intel-extension-for-pytorch"

@@ -31,7 +31,8 @@ from planner.model_spec import Dtype, Quantization
 from tests.conftest import Hetero
 
 SHARED = {
-    *("accelerator", "cpu_mem_gb", "dtype", "gpu_mem_gb", "profile", "quantization", "strategy")
+    *("accelerator", "allow_foreign_profile", "cpu_mem_gb", "dtype", "gpu_mem_gb", "profile"),
+    *("quantization", "strategy"),
 }
 OPTIONS = {
     "plan": SHARED
@@ -42,7 +43,7 @@ OPTIONS = {
         *("top_k", "min_p", "seed", "stop", "plan_path", "no_overlap", "trace", "progress"),
         "as_json",
     },
-    "profile": {"output", "quick", "model", "as_json"},
+    "profile": {"output", "quick", "model", "is_list", "as_json"},
     "doctor": {"as_json"},
 }
 

@@ -20,11 +20,12 @@ from tests.machines import toy_machine
 PLAN_KEYS = {
     *("schema_version", "model", "model_fingerprint", "profile", "profile_fingerprint"),
     *("resources", "workload", "objective", "feasible", "placement", "estimate"),
-    *("optimality_gap", "alternatives"),
+    *("optimality_gap", "alternatives", "trial"),
 }
 ESTIMATE_KEYS = {
     *("ttft_s", "tpot_s", "e2e_s", "prefill_tokens_per_s", "decode_tokens_per_s"),
     *("num_concurrent_seqs", "bytes_by_device", "terms_by_phase", "bottleneck_by_phase"),
+    *("band_by_metric", "source_by_phase", "calibrated_runs", "correction_by_phase"),
 }
 ALTERNATIVE_KEYS = {
     *("name", "cut_by_phase", "feasible", "ttft_s", "tpot_s", "e2e_s", "reason"),

@@ -17,7 +17,7 @@ from hetero.cli.doctor import doctor
 from hetero.cli.main import run_command
 from hetero.cli.profile import profile
 from hetero.errors import EnvironmentProblemError, ExitCode
-from hetero.measure import machine
+from hetero.measure import machine, settling
 from hetero.measure.environment import (
     Check,
     _products_text,
@@ -27,17 +27,10 @@ from hetero.measure.environment import (
     check_products,
     check_stored_profile,
 )
-from hetero.measure.machine import Effort
 from hetero.measure.store import stored_profile
+from hetero.model_lookup import find_model, read_model_spec
 from planner.hardware import HardwareProfile
-
-TINY = Effort(
-    budget_s=0.0,
-    tokens={"bfloat16": (1,), "float32": (1,)},
-    other_tokens={"bfloat16": (1,)},
-    gpu_tokens=(1,),
-    has_all_thread_counts=False,
-)
+from tests.hetero.measure.tiny_effort import MEMORY_BYTES, TINY
 
 
 @pytest.fixture
@@ -49,7 +42,8 @@ def environ(tmp_path: Path) -> dict[str, str | None]:
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measure next to nothing."""
     monkeypatch.setattr(machine, "QUICK", TINY)
-    monkeypatch.setattr(machine, "cold_bytes", lambda available, caches: 40 << 20)
+    monkeypatch.setattr(settling, "_MAX_ROUNDS", 0)
+    monkeypatch.setattr(machine, "cold_bytes", lambda available, caches: MEMORY_BYTES)
 
 
 def test_doctor_json_has_a_status_for_every_check(environ: dict[str, str | None]) -> None:
@@ -112,8 +106,10 @@ def test_doctor_says_who_multiplies_and_how_fast(
     numba, torch, *_ = before.text.split("; ")
     assert numba.startswith("numba ") and numba.endswith(" available")
     assert torch.startswith("torch ")
-    compared = r"; bfloat16: torch has [0-9.]+x the rate of numba at 1 token, [0-9.]+x at 256"
-    assert re.fullmatch(re.escape(before.text) + compared, after.text)
+    compared = r"torch has [0-9.]+x the rate of numba at 1 token, [0-9.]+x at 256"
+    assert after.text.startswith(f"{before.text}; bfloat16: torch has ")
+    for text in after.text.removeprefix(f"{before.text}; ").split("; "):
+        assert re.fullmatch(rf"(bfloat16|float32|int8|int4): {compared}", text)
 
 
 def test_doctor_names_the_format_that_a_backend_lacks() -> None:
@@ -197,8 +193,23 @@ def test_profile_prints_a_table(environ: dict[str, str | None], tiny: None) -> N
     """A row a quantity, a column a thread count, notes below."""
     result = CliRunner().invoke(profile, ["--quick"], env=environ, catch_exceptions=False)
     assert "1 thread" in result.stdout
-    assert "bfloat16 product by numba, 1 token, GFLOP/s" in result.stdout
+    assert "bfloat16 products, best, GFLOP/s" in result.stdout
+    assert "cpu decode_attention" in result.stdout
     assert "note: quick measurement" in result.stdout
+
+
+def test_profile_measures_a_model_as_well(
+    tmp_path: Path, environ: dict[str, str | None], tiny: None
+) -> None:
+    """Its own shapes beside those of any machine; a note names it, and the profile is stored."""
+    arguments = ["--quick", "--model", "demo", "--json"]
+    result = CliRunner().invoke(profile, arguments, env=environ, catch_exceptions=False)
+    measured = HardwareProfile.from_json(result.stdout_bytes, source="stdout")
+    spec = read_model_spec(find_model("demo"))
+    heads = {each.shape for each in measured.samples if each.kernel == "decode_attention"}
+    assert heads == {(spec.num_heads, spec.num_kv_heads, spec.head_dim), *TINY.heads}
+    assert f"measured with the shapes of {spec.name}" in measured.notes
+    assert stored_profile(tmp_path / "hetero") == measured
 
 
 def test_profile_refuses_an_unsafe_cache_first(

@@ -101,7 +101,39 @@ def test_a_hub_model_that_is_not_downloaded_is_not_fetched(tmp_path: Path) -> No
     message = lookup_error("org/other", hub_cache=tmp_path)
     assert f"not in the Hugging Face cache {tmp_path} (nothing is downloaded)" in message
     assert "no folder org/other" in message
-    assert "demo, llama-3.1-70b" in message
+    assert f"one of: demo, {', '.join(model_names())}" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("qwen3-8", "qwen3-8b"),
+        ("DeepSeek-V3.1", "deepseek-v3"),
+        ("meta-llama/Llama-3.1-8B-Instruct", "llama-3.1-8b"),
+        ("mixtral", "mixtral-8x7b"),
+    ],
+)
+def test_a_name_that_is_not_known_is_answered_with_the_nearest(name: str, nearest: str) -> None:
+    """A few names that look alike, not all of them."""
+    message = lookup_error(name)
+    assert nearest in message.partition("the nearest names: ")[2].split(", ")
+    assert len(message.partition("the nearest names: ")[2].split(", ")) <= 3
+
+
+def test_a_model_profile_is_found_in_capitals_too() -> None:
+    """Makers write names as they like."""
+    assert find_model("Qwen3-8B") == find_model("qwen3-8b")
+    assert read_model_spec(find_model("DeepSeek-V3")).name == "deepseek-v3"
+
+
+def test_a_folder_of_a_model_that_can_be_planned_only_is_refused(tmp_path: Path) -> None:
+    """Neither its own config.json nor the file of a profile makes a folder one that can be run."""
+    config = CONFIG | {"architectures": ["DeepseekV3ForCausalLM"]}
+    message = lookup_error(str(write_config(tmp_path / "a", config)))
+    assert "architecture 'DeepseekV3ForCausalLM' is not supported; supported: Llama" in message
+    profile = find_model("deepseek-v3").config
+    message = lookup_error(str(write_config(tmp_path / "b", profile)))
+    assert "architectures is missing; supported: Llama" in message
 
 
 @pytest.mark.parametrize("revision", ["../../../..", "/etc", "gone", "", "a b", "x" * 300, "\0"])

@@ -14,6 +14,7 @@ from hetero.outputs import Measured
 from hetero.planning import make_plan
 from hetero.report import (
     bytes_text,
+    calibration_lines,
     is_emulated,
     plan_lines,
     print_comparison,
@@ -26,7 +27,7 @@ from hetero.report import (
 )
 from planner.hardware import HardwareProfile
 from planner.model_spec import ModelSpec
-from planner.plan import Alternative, Plan
+from planner.plan import Alternative, Plan, Trial, TrialRow, TrialTimes
 from planner.strategies import STRATEGIES
 from planner.timeline import TermComparison
 from planner.workload import Workload
@@ -245,3 +246,79 @@ def test_terms_add_up_to_the_step() -> None:
         "wait 0 ms 1.00 ms -",
         "step 1.00 ms 3.00 ms 3.00x",
     ]
+
+
+def corrected(plan: Plan, **factors: float) -> list[str]:
+    """What is said of a plan whose decode spends 60 ms in experts and 2 ms in the head."""
+    names = {name.replace("_", " "): factor for name, factor in factors.items()}
+    est = replace(
+        plan.estimate,
+        calibrated_runs=7,
+        terms_by_phase={"prefill": {"experts": 1.0}, "decode": {"experts": 0.060, "head": 0.002}},
+        correction_by_phase={"prefill": {}, "decode": names},
+    )
+    return calibration_lines(est)
+
+
+def test_a_prediction_without_runs_says_nothing_of_calibration(plan: Plan) -> None:
+    assert calibration_lines(plan.estimate) == []
+
+
+def test_only_corrections_that_matter_are_told(plan: Plan) -> None:
+    """A factor within 3 %, or of a term below 5 % of its phase, changes nothing to speak of."""
+    assert corrected(plan, cpu_experts=1.08, gpu_experts=1.02, cpu_head=1.5) == [
+        "calibrated from 7 runs",
+        "corrected in decode: cpu experts 1.08x",
+    ]
+
+
+def test_a_correction_at_its_bound_asks_for_a_new_measurement(plan: Plan) -> None:
+    *_, last = corrected(plan, cpu_experts=2.0, cpu_head=0.5)
+    assert last.startswith("warning: runs are further off the prediction than is corrected")
+    assert last.endswith("in decode cpu experts; measure the machine again with: hetero profile")
+
+
+def tried(name: str, *, predicted_s: float, measured_s: float | None) -> TrialRow:
+    def times(seconds: float) -> TrialTimes:
+        return TrialTimes(ttft_s=seconds, tpot_s=seconds / 10, e2e_s=2 * seconds)
+
+    return TrialRow(
+        name=name,
+        cut_by_phase={"prefill": 1, "decode": 1},
+        predicted=times(predicted_s),
+        measured=None if measured_s is None else times(measured_s),
+        failure=None if measured_s is not None else "needs 3.00 GB [on] the gpu",
+    )
+
+
+def test_a_trial_is_a_table_of_predicted_and_measured(
+    plan: Plan, hardware: HardwareProfile
+) -> None:
+    rows = (
+        tried("split", predicted_s=1.0, measured_s=2.0),
+        tried("cpu", predicted_s=1.5, measured_s=1.2),
+        tried("gpu", predicted_s=1.0, measured_s=None),
+    )
+    workload = Workload(prompt_len=512, output_len=9)
+    found = Trial(workload=workload, rows=rows, kept="cpu")
+    to = console(100)
+    print_plan(to, replace(plan, trial=found), hardware)
+    lines = [" ".join(line.split()) for line in printed(to)]
+    assert "split 1.00 s 2.00 s 100 ms 200 ms 2.00x" in lines
+    assert "cpu 1.50 s 1.20 s 150 ms 120 ms 0.80x kept" in lines
+    assert "gpu 1.00 s - 100 ms - - needs 3.00 GB [on] the gpu" in lines
+    assert any(line.endswith("the plan changed: cpu instead of split") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [(("split", "cpu"), "the plan stands: split is"), (("split",), "no other placement fits")],
+)
+def test_a_trial_that_changes_nothing_says_so(
+    plan: Plan, hardware: HardwareProfile, names: tuple[str, ...], words: str
+) -> None:
+    rows = tuple(tried(name, predicted_s=1.0, measured_s=1.0) for name in names)
+    to = console(100)
+    found = Trial(workload=WORKLOAD, rows=rows, kept="split")
+    print_plan(to, replace(plan, trial=found), hardware)
+    assert any(words in line for line in printed(to))

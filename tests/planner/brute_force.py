@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from msgspec.structs import replace
 
+from planner.cost_model import CostModel
 from planner.estimate import estimate
 from planner.hardware import HardwareProfile
 from planner.memory import needs
@@ -74,12 +75,13 @@ def brute_force(
     """Price everything that fits."""
     fitting: dict[str, Estimate] = {}
     lacking: dict[str, int] = {}
+    costs = CostModel(hardware)
     for each in all_candidates(spec, hardware, workload, objective, chunk_tokens):
         name = each.placement.name
         lacking[name] = min(lacking.get(name, each.lacking_bytes), each.lacking_bytes)
         if each.lacking_bytes == 0:
             priced = estimate(
-                spec, each.placement, hardware, workload, num_concurrent=each.num_concurrent
+                spec, each.placement, costs, workload, num_concurrent=each.num_concurrent
             )
             if name not in fitting or priced.e2e_s < fitting[name].e2e_s:
                 fitting[name] = priced

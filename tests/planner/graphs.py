@@ -10,10 +10,10 @@ _KINDS: tuple[OpKind, ...] = ("attention", "router", "dispatch", "experts", "den
 
 
 @st.composite
-def timed_graphs(draw: st.DrawFn) -> tuple[StepGraph, tuple[float, ...]]:
-    """A graph of up to 12 ops on any lanes with any earlier ops as dependencies."""
+def timed_graphs(draw: st.DrawFn, max_num_ops: int = 12) -> tuple[StepGraph, tuple[float, ...]]:
+    """A graph of a few ops on any lanes with any earlier ops as dependencies."""
     ops = []
-    for index in range(draw(st.integers(1, 12))):
+    for index in range(draw(st.integers(1, max_num_ops))):
         earlier = st.sets(st.integers(0, index - 1), max_size=3) if index else st.just(set[int]())
         lane = draw(st.sampled_from(LANES))
         kind: OpKind = "copy" if lane in ("h2d", "d2h") else draw(st.sampled_from(_KINDS))

@@ -62,6 +62,7 @@ def digests(model: str, machine: str) -> list[dict[str, Any]]:
                     "decode": plan.placement.decode.cut,
                 },
                 "feasible": plan.feasible,
+                "optimality_gap": plan.optimality_gap,
                 "estimate": msgspec.to_builtins(plan.estimate),
                 "alternatives": [
                     [other.name, other.feasible, other.e2e_s] for other in plan.alternatives

@@ -9,10 +9,12 @@ from msgspec.structs import replace
 
 from planner import strategies
 from planner.backends import cpu_backends
-from planner.cost_model import OWN_BACKENDS
+from planner.cost_model import OWN_BACKENDS, Backends, CostModel
+from planner.device import Sample
 from planner.estimate import estimate
-from planner.hardware import Backend, DeviceProfile, HardwareProfile, LinearSample
-from planner.model_spec import Module, WeightKind
+from planner.hardware import HardwareProfile
+from planner.kernels import Backend
+from planner.model_spec import ModelSpec, Module, WeightKind
 from planner.workload import Workload
 from tests.planner.tiny import tiny_device, tiny_machine, tiny_spec
 
@@ -20,27 +22,50 @@ SPEC = tiny_spec("dm")
 MODULES: tuple[Module, ...] = ("attention", "dense", "router", "experts", "head")
 
 
-def cpu(
-    *, numba: tuple[float, float], torch: tuple[float, float], launch_s: float = 0.0
-) -> DeviceProfile:
-    """Rates at 1 and at 64 tokens; memory and attention take no time."""
-    fast = tiny_device(
-        "cpu", read_bytes_per_s=2.0**60, attention_bytes_per_s=2.0**60, launch_s=launch_s
-    )
-    rates: dict[Backend, tuple[float, float]] = {"numba": numba, "torch": torch}
+Rates = tuple[float, float]
+
+
+def machine(
+    *,
+    numba: Rates | None,
+    torch: Rates | None,
+    launch_s: float = 0.0,
+    kind: WeightKind = "bfloat16",
+) -> HardwareProfile:
+    """FLOP/s of products of 1 and of 64 tokens; all else takes no time but launches."""
+    swift = tiny_device("cpu", read_bytes_per_s=2.0**60, launch_s=launch_s)
+    rates: dict[Backend, Rates | None] = {"numba": numba, "torch": torch}
     return replace(
-        fast,
-        linear=tuple(
-            LinearSample(dtype="bfloat16", num_tokens=tokens, flop_per_s=rate, backend=backend)
-            for backend, each in rates.items()
-            for tokens, rate in zip((1, 64), each, strict=True)
+        tiny_machine(cpu=swift),
+        samples=tuple(
+            sample
+            for backend, found in rates.items()
+            if found is not None
+            for tokens, rate in zip((1, 64), found, strict=True)
+            for sample in products(backend, tokens, rate, kind)
         ),
-        torch_launch_s=launch_s,
     )
 
 
-def machine(device: DeviceProfile) -> HardwareProfile:
-    return tiny_machine(cpu=device)
+def products(
+    backend: Backend, num_tokens: int, flop_per_s: float, kind: WeightKind
+) -> tuple[Sample, Sample]:
+    """A matrix and an expert, each of 8 * 8 weights."""
+    linear = Sample(
+        lane="cpu",
+        kernel="linear",
+        format=kind,
+        backend=backend,
+        shape=(8, 8),
+        num_tokens=num_tokens,
+        seconds=2 * 8 * 8 * num_tokens / flop_per_s,
+    )
+    experts = replace(linear, kernel="experts", shape=(1, 8, 8), seconds=3 * linear.seconds)
+    return linear, experts
+
+
+def chosen(hardware: HardwareProfile, wave: Workload, spec: ModelSpec = SPEC) -> Backends:
+    return cpu_backends(spec, CostModel(hardware), wave)
 
 
 @pytest.mark.parametrize(
@@ -48,8 +73,8 @@ def machine(device: DeviceProfile) -> HardwareProfile:
 )
 def test_torch_must_win_by_a_tenth(torch_rate: float, winner: Backend) -> None:
     """100 / 112 is 0.89 of the seconds, 100 / 110 is 0.91."""
-    device = cpu(numba=(100.0, 100.0), torch=(torch_rate, torch_rate))
-    assert cpu_backends(SPEC, machine(device), Workload()) == dict.fromkeys(MODULES, winner)
+    hardware = machine(numba=(100.0, 100.0), torch=(torch_rate, torch_rate))
+    assert chosen(hardware, Workload()) == dict.fromkeys(MODULES, winner)
 
 
 def test_long_prompts_and_long_outputs_may_differ() -> None:
@@ -58,56 +83,58 @@ def test_long_prompts_and_long_outputs_may_differ() -> None:
     Attention: seconds are tokens * FLOPs / rate: 64/100 + 0 by us and 64/200 by torch; with 640
     steps 64/100 + 640/100 against 64/200 + 640/50. The head has one row in both phases.
     """
-    device = cpu(numba=(100.0, 100.0), torch=(50.0, 200.0))
-    short = cpu_backends(SPEC, machine(device), Workload(prompt_len=64, output_len=1))
-    long = cpu_backends(SPEC, machine(device), Workload(prompt_len=64, output_len=641))
+    hardware = machine(numba=(100.0, 100.0), torch=(50.0, 200.0))
+    short = chosen(hardware, Workload(prompt_len=64, output_len=1))
+    long = chosen(hardware, Workload(prompt_len=64, output_len=641))
 
     assert (short["attention"], short["dense"], short["head"]) == ("torch", "torch", "numba")
     assert long == dict.fromkeys(MODULES, "numba")
 
 
-def test_small_operations_count() -> None:
-    """Torch has 17 for our 7 of attention, which twice the rate of products does not pay for."""
-    rates = {"numba": (1e6, 1e6), "torch": (2e6, 2e6)}
-    without = cpu(numba=rates["numba"], torch=rates["torch"])
-    with_launches = cpu(numba=rates["numba"], torch=rates["torch"], launch_s=1.0)
+def test_small_kernels_count() -> None:
+    """Torch has 14 passes for our 3 kernels, which twice the rate of products does not pay for."""
+    without = machine(numba=(1e6, 1e6), torch=(2e6, 2e6))
+    with_launches = machine(numba=(1e6, 1e6), torch=(2e6, 2e6), launch_s=1.0)
     one = Workload(prompt_len=1, output_len=8)
 
-    assert cpu_backends(SPEC, machine(without), one)["attention"] == "torch"
-    assert cpu_backends(SPEC, machine(with_launches), one)["attention"] == "numba"
+    assert chosen(without, one)["attention"] == "torch"
+    assert chosen(with_launches, one)["attention"] == "numba"
 
 
 def test_there_is_no_choice_of_one_backend() -> None:
     """Profiles of reference machines, and of float16, which only torch multiplies."""
-    device = cpu(numba=(1.0, 1.0), torch=(9.0, 9.0))
-    for backend in ("numba", "torch"):
-        only = tuple(sample for sample in device.linear if sample.backend == backend)
-        found = cpu_backends(SPEC, machine(replace(device, linear=only)), Workload())
-        assert found == OWN_BACKENDS
+    for hardware in (
+        machine(numba=(1.0, 1.0), torch=None),
+        machine(numba=None, torch=(9.0, 9.0)),
+        machine(numba=None, torch=None),
+    ):
+        assert chosen(hardware, Workload()) == OWN_BACKENDS
 
 
 def test_quantised_weights_stay_with_our_kernels() -> None:
     """The engine has no path for torch's products of them; routers are not quantised."""
-    device = cpu(numba=(1.0, 1.0), torch=(9.0, 9.0))
-    kinds: tuple[WeightKind, ...] = ("int4", "int8")
-    rates: dict[Backend, float] = {"numba": 1.0, "torch": 9.0}
-    samples = tuple(
-        LinearSample(dtype=kind, num_tokens=1, flop_per_s=rate, backend=backend)
-        for kind in kinds
-        for backend, rate in rates.items()
+    kinds: tuple[WeightKind, ...] = ("bfloat16", "int4", "int8")
+    machines = [machine(numba=(1.0, 1.0), torch=(9.0, 9.0), kind=kind) for kind in kinds]
+    rates: dict[WeightKind, float] = dict.fromkeys(("bfloat16", "float32", *QUANTISED), 2.0**60)
+    hardware = replace(
+        machines[0],
+        cpu_by_threads=(replace(machines[0].cpu, flop_per_s=rates),),
+        samples=tuple(sample for each in machines for sample in each.samples),
     )
-    device = replace(device, linear=(*device.linear, *samples))
     spec = dataclasses.replace(SPEC, quantization="int4")
 
-    assert cpu_backends(spec, machine(device), Workload()) == {"router": "torch"}
+    assert chosen(hardware, Workload(), spec) == {"router": "torch"}
+
+
+QUANTISED: tuple[WeightKind, ...] = ("int8", "int4")
 
 
 def test_what_is_chosen_is_what_is_priced() -> None:
     """Torch is 10 times as fast: decode takes a tenth of what our kernels would."""
-    hardware = machine(cpu(numba=(10.0, 10.0), torch=(100.0, 100.0)))
+    costs = CostModel(machine(numba=(10.0, 10.0), torch=(100.0, 100.0)))
     placement, workload = strategies.placement(SPEC, "cpu", 0), Workload(prompt_len=8, output_len=9)
-    ours = estimate(SPEC, placement, hardware, workload, backends=dict.fromkeys(MODULES, "numba"))
-    chosen = estimate(SPEC, placement, hardware, workload)
+    ours = estimate(SPEC, placement, costs, workload, backends=dict.fromkeys(MODULES, "numba"))
+    found = estimate(SPEC, placement, costs, workload)
 
-    assert chosen.tpot_s == pytest.approx(ours.tpot_s / 10, rel=1e-6)
-    assert chosen.e2e_s == pytest.approx(ours.e2e_s / 10, rel=1e-6)
+    assert found.tpot_s == pytest.approx(ours.tpot_s / 10, rel=1e-6)
+    assert found.e2e_s == pytest.approx(ours.e2e_s / 10, rel=1e-6)

@@ -1,27 +1,33 @@
-"""Seconds of one op: every term written out."""
+"""Seconds of one op: every kernel that it is made of written out."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 from msgspec.structs import replace
 
-from planner.cost_model import OpCost, Pricer, copy_bytes, has_grouped_products, op_cost, predict
+from planner.calibration import Correction, Corrections
+from planner.cost_model import CostModel, OpCost, Pricer, copy_bytes, has_grouped_products, predict
+from planner.device import Sample
 from planner.errors import ProfileError
-from planner.hardware import Backend, DeviceProfile, LinearSample
+from planner.hardware import HardwareProfile
+from planner.kernels import Backend, Kernel
 from planner.model_spec import LayerSpec, ModelSpec, Module
-from planner.step_graph import Op, OpKind, Payload, build
+from planner.popularity import Popularity
+from planner.priors import prior
+from planner.step_graph import Lane, Op, OpKind, Payload, build
 from planner.strategies import STRATEGIES, cuts
 from planner.workload import BatchShape, decode_shape
 from tests.planner.tiny import (
-    ATTENTION,
-    DENSE,
+    ATTENTION_MATRICES,
+    DENSE_MATRICES,
     EXPERT,
-    HEAD,
+    HEAD_MATRIX,
     HIDDEN,
     LOGITS,
-    ROUTER,
+    ROUTER_MATRIX,
     real_machine,
     tiny_device,
     tiny_machine,
@@ -31,40 +37,54 @@ from tests.planner.tiny import (
 # Two sequences with 9 tokens in the cache, in decode; 16 bytes per second everywhere.
 DECODE = decode_shape(2, 9.0)
 MACHINE = tiny_machine(gpu=tiny_device("gpu"))
+EMULATED = tiny_machine(gpu=tiny_device("emulated"))
+MODULES: tuple[Module, ...] = ("attention", "router", "experts", "dense", "head")
+# Products in no time.
+SWIFT = 2.0**80
 
 
-def op(kind: OpKind, *, layer: int | None = None) -> Op:
-    modules = {"attention", "router", "experts", "dense", "head"}
-    module = kind if kind in modules else None
-    return Op(index=0, kind=kind, lane="cpu", layer=layer, module=module)  # type: ignore[arg-type]
+def op(kind: OpKind, *, layer: int | None = None, lane: Lane = "cpu") -> Op:
+    module = kind if kind in MODULES else None
+    return Op(index=0, kind=kind, lane=lane, layer=layer, module=module)
 
 
-def copy(payload: Payload, *, layer: int | None = None) -> Op:
-    return Op(index=0, kind="copy", lane="h2d", payload=payload, layer=layer)
+def copy(payload: Payload, *, layer: int | None = None, lane: Lane = "h2d") -> Op:
+    return Op(index=0, kind="copy", lane=lane, payload=payload, layer=layer)
+
+
+def price(
+    one: Op,
+    machine: HardwareProfile = MACHINE,
+    shape: BatchShape = DECODE,
+    *,
+    spec: ModelSpec | None = None,
+    backend: Backend | None = None,
+) -> OpCost:
+    backends = {} if backend is None else dict.fromkeys(MODULES, backend)
+    return CostModel(machine).op_cost(one, spec or tiny_spec("dm"), shape, backends)
 
 
 @pytest.mark.parametrize(
     ("kind", "layer", "num_bytes"),
     [
-        ("embed", None, 2 * 2 * HIDDEN),  # 2 rows, read and written
-        ("dispatch", 1, 2 * 2 * 2 * HIDDEN),  # to each of 2 chosen experts
-        ("combine", 1, 2 * 2 * HIDDEN),
-        ("dense", 0, DENSE),
-        ("router", 1, ROUTER),
-        ("head", None, HEAD),
-        ("sample", None, 2 * LOGITS),
+        ("dense", 0, DENSE_MATRICES),
+        ("router", 1, ROUTER_MATRIX),
+        ("head", None, HEAD_MATRIX),
         # 2 of 4 experts a token: 4 * (1 - (1 - 2/4)**2) = 3 distinct experts for 2 tokens.
         ("experts", 1, 3 * EXPERT),
         # The weights, and 2 sequences * 10 tokens of context * 16 bytes of KV.
-        ("attention", 0, ATTENTION + 2 * 10 * 16),
+        ("attention", 0, ATTENTION_MATRICES + 2 * 10 * 16),
     ],
 )
+@pytest.mark.parametrize("lane", ["cpu", "gpu"])
 def test_an_op_that_memory_bounds_takes_its_bytes_over_the_read_rate(
-    kind: OpKind, layer: int | None, num_bytes: int
+    kind: OpKind, layer: int | None, num_bytes: int, lane: Lane
 ) -> None:
-    cost = op_cost(op(kind, layer=layer), tiny_spec("dm"), MACHINE, DECODE)
+    """Where kernels were measured at the speed of light, whoever computes."""
+    cost = price(op(kind, layer=layer, lane=lane))
 
-    assert cost.seconds == num_bytes / 16
+    assert cost.seconds == pytest.approx(num_bytes / 16, rel=1e-12)
+    assert cost.least_s == pytest.approx(num_bytes / 16, rel=1e-12)
     assert cost.bound == "memory"
 
 
@@ -82,42 +102,50 @@ def test_an_op_that_products_bound_takes_its_flops_over_their_rate(
     kind: OpKind, layer: int | None, num_flops: int
 ) -> None:
     """16 FLOP/s, and memory so fast that it counts for nothing."""
-    device = tiny_device(
-        "cpu", read_bytes_per_s=2.0**80, attention_bytes_per_s=2.0**80, flop_per_s=16.0
-    )
-    cost = op_cost(op(kind, layer=layer), tiny_spec("dm"), tiny_machine(cpu=device), DECODE)
+    device = tiny_device("cpu", read_bytes_per_s=SWIFT, flop_per_s=16.0)
+    cost = price(op(kind, layer=layer), tiny_machine(cpu=device))
 
-    assert cost.seconds == num_flops / 16
+    assert cost.seconds == pytest.approx(num_flops / 16, rel=1e-12)
     assert cost.bound == "compute"
 
 
+def test_a_measured_utilisation_divides_the_speed_of_light() -> None:
+    """Products of our kernels at a quarter of the read rate: 768 / 16 * 4, and half of it 96."""
+    slow = [
+        replace(sample, seconds=4 * sample.seconds) if sample.kernel == "experts" else sample
+        for sample in MACHINE.samples
+    ]
+    cost = price(op("dense", layer=0), replace(MACHINE, samples=tuple(slow)))
+
+    assert cost.seconds == pytest.approx(192.0, rel=1e-12)
+    assert cost.least_s == pytest.approx(48.0, rel=1e-12)
+
+
 def test_decode_attention_adds_the_cache_to_whichever_of_the_projections_is_slower() -> None:
-    """400 bytes of weights or 768 FLOP, then 2 * 10 * 16 = 320 bytes of KV at 32 bytes per second.
+    """384 bytes of weights or 768 FLOP, then 2 * 10 * 16 = 320 bytes of KV, 16 of each a second."""
+    machine = tiny_machine(cpu=tiny_device("cpu", flop_per_s=16.0))
+    cost = price(op("attention", layer=0), machine)
 
-    At 16 bytes and 16 FLOP per second: max(25, 48) + 10.
-    """
-    device = tiny_device("cpu", flop_per_s=16.0, attention_bytes_per_s=32.0)
-    cost = op_cost(op("attention", layer=0), tiny_spec("d"), tiny_machine(cpu=device), DECODE)
-
-    assert (cost.compute_s, cost.memory_s) == (48.0 + 10.0, 25.0 + 10.0)
-    assert cost.seconds == 58.0
+    assert cost.by_resource["compute"] == pytest.approx(48.0, rel=1e-12)
+    assert cost.by_resource["memory"] == pytest.approx(20.0, rel=1e-12)
+    assert cost.seconds == pytest.approx(68.0, rel=1e-12)
+    assert cost.bound == "compute"
 
 
 def test_a_window_bounds_the_cache_that_decode_attention_reads() -> None:
     """4 of 10 tokens: 2 sequences * 4 * 16 bytes."""
-    cost = op_cost(op("attention", layer=0), windowed(4), MACHINE, DECODE)
+    cost = price(op("attention", layer=0), spec=windowed(4))
 
-    assert cost.seconds == (ATTENTION + 2 * 4 * 16) / 16
+    assert cost.seconds == pytest.approx((ATTENTION_MATRICES + 2 * 4 * 16) / 16, rel=1e-12)
 
 
 def test_decode_attention_is_affine_in_a_context_that_is_not_whole() -> None:
     """Half a token more of mean context is half the bytes of one."""
-    spec = tiny_spec("d")
     shapes = [decode_shape(2, past) for past in (9.0, 9.5, 10.0)]
-    low, mean, high = (op_cost(op("attention", layer=0), spec, MACHINE, s).seconds for s in shapes)
+    low, mean, high = (price(op("attention", layer=0), shape=shape).seconds for shape in shapes)
 
-    assert mean == (low + high) / 2
-    assert high - low == 2 * 16 / 16
+    assert mean == pytest.approx((low + high) / 2, rel=1e-12)
+    assert high - low == pytest.approx(2 * 16 / 16, rel=1e-12)
 
 
 def test_prefill_attention_adds_scores_and_values_to_the_projections() -> None:
@@ -125,115 +153,208 @@ def test_prefill_attention_adds_scores_and_values_to_the_projections() -> None:
 
     Projections 2 * 4 * 8 * 24 = 1536 FLOP.
     """
-    device = tiny_device("cpu", read_bytes_per_s=2.0**80, flop_per_s=16.0)
-    device = replace(device, attention_flop_per_s=32.0)
+    device = tiny_device("cpu", read_bytes_per_s=SWIFT)
+    device = replace(device, flop_per_s={"bfloat16": 16.0, "float32": 32.0})
     shape = prefill(num_tokens=4, num_past_tokens=2.0)
-    cost = op_cost(op("attention", layer=0), tiny_spec("d"), tiny_machine(cpu=device), shape)
+    cost = price(op("attention", layer=0), tiny_machine(cpu=device), shape)
 
-    assert cost.seconds == 1536 / 16 + 576 / 32
+    assert cost.seconds == pytest.approx(1536 / 16 + 576 / 32, rel=1e-12)
 
 
 def test_prefill_attention_of_a_window_counts_the_keys_that_are_seen() -> None:
     """Window 3, 4 new tokens after 2: 1 query sees 3 (itself and both), the others 3 each."""
-    device = tiny_device("cpu", read_bytes_per_s=2.0**80, flop_per_s=16.0)
+    device = tiny_device("cpu", read_bytes_per_s=SWIFT)
+    device = replace(device, flop_per_s={"bfloat16": SWIFT, "float32": 32.0})
     shape = prefill(num_tokens=4, num_past_tokens=2.0)
-    cost = op_cost(op("attention", layer=0), windowed(3), tiny_machine(cpu=device), shape)
+    cost = price(op("attention", layer=0), tiny_machine(cpu=device), shape, spec=windowed(3))
 
-    assert cost.seconds == (1536 + 4 * 8 * (3 + 3 * 3)) / 16
+    assert cost.seconds == pytest.approx(4 * 8 * (3 + 3 * 3) / 32, rel=1e-12)
+
+
+def test_prompts_that_share_a_step_do_not_see_each_other() -> None:
+    """8 tokens of two sequences: twice 4 * 5 / 2 = 10 pairs, not 8 * 9 / 2 = 36."""
+    device = tiny_device("cpu", read_bytes_per_s=SWIFT)
+    device = replace(device, flop_per_s={"bfloat16": SWIFT, "float32": 32.0})
+    shape = prefill(num_tokens=8, num_seqs=2)
+    cost = price(op("attention", layer=0), tiny_machine(cpu=device), shape)
+
+    assert cost.seconds == pytest.approx(4 * 8 * 20 / 32, rel=1e-12)
 
 
 @pytest.mark.parametrize(
-    ("kind", "layer", "num_links", "num_launches"),
+    ("kind", "layer", "num_ours", "num_torchs"),
     [
-        ("attention", 0, 7, 17),
-        ("dense", 0, 4, 7),
-        ("router", 1, 3, 8),
-        ("dispatch", 1, 0, 8),
-        ("combine", 1, 1, 1),
-        ("head", None, 2, 5),
-        ("experts", 1, 2, 4 + 3 * 2),  # two products of each of 3 distinct experts
+        ("embed", None, 8, 8),  # by torch in any case: one pass over rows of hidden 8
+        # norm 8, queries, keys and values 16, residual 8; by torch 14 passes
+        ("attention", 0, 32, 14 * 8),
+        ("router", 1, 8 + 4, 7 * 8),  # norm, and 4 probabilities
+        ("dispatch", 1, 0, 7 * 8 * 2),  # by torch to each of 2 chosen experts
+        ("experts", 1, 0, 5 * 8),
+        ("combine", 1, 8, 8),
+        ("dense", 0, 16, 5 * 8),  # norm and residual
+        ("head", None, 8, 4 * 8),
+        ("sample", None, 10, 10),  # the vocabulary
     ],
 )
-def test_every_small_operation_costs_a_launch(
-    kind: OpKind, layer: int | None, num_links: int, num_launches: int
+def test_small_kernels_take_their_elements_over_the_rate_at_what_is_assumed_of_it(
+    kind: OpKind, layer: int | None, num_ours: int, num_torchs: int
 ) -> None:
-    """A link of our kernels does more than an operation of torch, which rows are computed with."""
-    cpu = replace(tiny_device("cpu", launch_s=0.5), torch_launch_s=4.0)
-    emulated = replace(tiny_device("gpu", launch_s=0.5), kind="emulated")
-    machine = tiny_machine(cpu=with_torch(cpu, flop_per_s=1.0), gpu=emulated)
-    on_cpu, spec = op(kind, layer=layer), tiny_spec("dm")
-    on_gpu = dataclasses.replace(on_cpu, lane="gpu")
-    modules: tuple[Module, ...] = ("attention", "router", "experts", "dense", "head")
-    by_torch: dict[Module, Backend] = dict.fromkeys(modules, "torch")
-
-    assert op_cost(on_cpu, spec, machine, DECODE).launch_s == num_links * 0.5
-    assert op_cost(on_gpu, spec, machine, DECODE).launch_s == num_launches * 0.5
-    assert op_cost(on_cpu, spec, machine, DECODE, by_torch).launch_s == num_launches * 4.0
-
-
-def test_a_step_is_embedded_and_sampled_by_torch_and_led_by_python() -> None:
-    """One lookup and what 40 take; two operations for each of two sequences, and what 210 take."""
-    cpu = replace(tiny_device("cpu", launch_s=0.5), torch_launch_s=4.0)
+    """8 elements a second, half of which is reached; 2 rows, products in no time."""
+    cpu, gpu = (
+        tiny_device(kind, read_bytes_per_s=SWIFT, elements_per_s=8.0) for kind in ("cpu", "gpu")
+    )
+    machine = tiny_machine(cpu=cpu, gpu=gpu)
+    one = op(kind, layer=layer)
     costs = [
-        op_cost(op(kind), tiny_spec("d"), tiny_machine(cpu=cpu), DECODE)
-        for kind in ("embed", "sample")
+        price(one, machine),
+        price(one, machine, backend="torch"),
+        price(dataclasses.replace(one, lane="gpu"), machine),
     ]
 
-    assert [cost.launch_s for cost in costs] == [(1 + 40) * 4.0, (2 * 2 + 210) * 4.0]
+    expected = [2 * num / 8 / 0.5 for num in (num_ours, num_torchs, num_torchs)]
+    assert [cost.seconds for cost in costs] == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("kind", "layer", "num_ours", "num_torchs"),
+    [
+        # Ours: norm, projections, rotary, attention, output, residual.
+        ("attention", 0, 6, 14 + 3),  # by torch 14 passes, two products and the attention
+        ("dense", 0, 3, 5 + 3),  # norm, one chain of three products, residual
+        ("router", 1, 3, 7 + 1),
+        ("dispatch", 1, 0, 7),
+        ("combine", 1, 1, 1),
+        ("head", None, 2, 4 + 1),
+        ("experts", 1, 1, 5 + 1),
+    ],
+)
+def test_every_kernel_that_was_not_measured_costs_a_launch(
+    kind: OpKind, layer: int | None, num_ours: int, num_torchs: int
+) -> None:
+    """0.5 s for a link of our chains, 4 for an operation of torch; 0.5 on the accelerator.
+
+    Attention of a decode step on the CPU is ours whoever computes the products.
+    """
+    cpu = replace(tiny_device("cpu", launch_s=0.5), torch_launch_s=4.0)
+    gpu = replace(tiny_device("gpu", launch_s=0.5), kind="emulated")
+    machine = unmeasured(tiny_machine(cpu=cpu, gpu=gpu))
+    one = op(kind, layer=layer)
+    costs = [
+        price(one, machine),
+        price(one, machine, backend="torch"),
+        price(dataclasses.replace(one, lane="gpu"), machine),
+    ]
+
+    own = 4.0 - 0.5 if kind == "attention" else 0.0
+    expected = [num_ours * 0.5, num_torchs * 4.0 - own, num_torchs * 0.5]
+    assert [cost.by_resource.get("launch", 0.0) for cost in costs] == expected
+
+
+def test_a_kernel_that_was_measured_has_its_launch_in_it() -> None:
+    """Of our dense feed-forward only the norm and the residual cost one."""
+    machine = tiny_machine(cpu=tiny_device("cpu", launch_s=0.5))
+
+    assert price(op("dense", layer=0), machine).by_resource["launch"] == 2 * 0.5
+
+
+def test_an_op_of_a_prefill_by_our_kernels_also_costs_python() -> None:
+    """What six operations of torch take, as nothing was measured."""
+    cpu = replace(tiny_device("cpu", launch_s=0.5), torch_launch_s=4.0)
+    machine = tiny_machine(cpu=cpu)
+    one, shape = op("dense", layer=0), prefill(num_tokens=2)
+
+    decode, first = price(one, machine), price(one, machine, shape)
+    assert first.by_resource["launch"] - decode.by_resource["launch"] == 6 * 4.0
+    # by torch the passes are Python's
+    assert price(one, machine, shape, backend="torch").by_resource["launch"] == 5 * 4.0 + 3 * 4.0
+
+
+def test_a_step_costs_python_beside_its_ops() -> None:
+    """What 210 operations of torch take; where it was measured, that."""
+    cpu = replace(tiny_device("cpu", launch_s=0.5), torch_launch_s=4.0)
+    machine = tiny_machine(cpu=cpu)
+    cost = CostModel(machine).host_cost(DECODE)
+    assert (cost.seconds, cost.bound, cost.source) == (840.0, "launch", "prior")
+
+    step = Sample(lane="cpu", kernel="step", backend="torch", num_seqs=2, seconds=3.0)
+    measured = replace(machine, samples=(*machine.samples, step))
+    assert CostModel(measured).host_cost(DECODE).seconds == 3.0
 
 
 @pytest.mark.parametrize("kind", ["attention", "dense", "router", "experts", "head"])
 def test_products_are_priced_at_the_rate_of_who_computes_them(kind: OpKind) -> None:
     """Ours at 1 FLOP/s, torch's at 4, both far below what memory gives."""
-    ours = tiny_device("cpu", flop_per_s=1.0, read_bytes_per_s=2.0**60)
-    cpu = with_torch(replace(ours, attention_bytes_per_s=2.0**60), flop_per_s=4.0)
+    cpu = tiny_device("cpu", flop_per_s=4.0, read_bytes_per_s=SWIFT)
+    cpu = replace(cpu, flop_per_s={**cpu.flop_per_s, "float32": SWIFT})
+    machine = tiny_machine(cpu=cpu)
+    kernels: tuple[Kernel, ...] = ("linear", "experts")
+    by_torch = [
+        replace(sample, backend="torch") for sample in machine.samples if sample.kernel in kernels
+    ]
+    ours = [
+        replace(sample, seconds=4 * sample.seconds) if sample.kernel in kernels else sample
+        for sample in machine.samples
+    ]
+    machine = replace(machine, samples=(*ours, *by_torch))
     layer = {"dense": 0, "attention": 0, "head": None}.get(kind, 1)
-    one, machine = op(kind, layer=layer), tiny_machine(cpu=cpu)
-    assert one.module is not None
-    by_torch: dict[Module, Backend] = {one.module: "torch"}
+    one = op(kind, layer=layer)
 
-    by_us = op_cost(one, tiny_spec("dm"), machine, DECODE).compute_s
-    assert op_cost(one, tiny_spec("dm"), machine, DECODE, by_torch).compute_s == (
-        pytest.approx(by_us / 4, rel=1e-9)
-    )
+    by_us = price(one, machine).seconds
+    assert price(one, machine, backend="torch").seconds == pytest.approx(by_us / 4, rel=1e-12)
+    assert price(one, machine, backend="numba").seconds == by_us
 
 
-def with_torch(cpu: DeviceProfile, *, flop_per_s: float) -> DeviceProfile:
-    sample = LinearSample(dtype="bfloat16", num_tokens=1, flop_per_s=flop_per_s, backend="torch")
-    return replace(cpu, linear=(*cpu.linear, sample))
-
-
-def test_prefill_attention_launches_half_of_its_operations_for_each_sequence() -> None:
-    """7 launches for one sequence, 7 * (0.5 + 0.5 * 3) for three."""
-    machine = tiny_machine(cpu=tiny_device("cpu", launch_s=0.5))
-    spec = tiny_spec("d")
-    costs = [
-        op_cost(op("attention", layer=0), spec, machine, prefill(num_tokens=6, num_seqs=count))
+def test_prefill_attention_is_a_call_for_each_sequence() -> None:
+    """Unmeasured: 5 kernels of ours and 6 operations' worth of Python, one more each sequence."""
+    machine = unmeasured(tiny_machine(cpu=tiny_device("cpu", launch_s=0.5)))
+    launches = [
+        price(op("attention", layer=0), machine, prefill(num_tokens=6, num_seqs=count)).by_resource
         for count in (1, 3)
     ]
 
-    assert [cost.launch_s for cost in costs] == [3.5, 7.0]
+    assert [each["launch"] for each in launches] == [(5 + 6 + 1) * 0.5, (5 + 6 + 3) * 0.5]
 
 
 def test_cuda_multiplies_all_experts_in_one_call_where_rows_are_aligned() -> None:
     """bfloat16 rows of a multiple of 8 elements: the tiny expert of width 6 is not."""
-    gpu, cpu = tiny_device("gpu", launch_s=0.5), tiny_device("cpu")
     aligned = tiny_moe(width=16)
 
-    assert has_grouped_products(aligned, gpu.kind)
-    assert not has_grouped_products(aligned, cpu.kind)
-    assert not has_grouped_products(tiny_spec("m"), gpu.kind)
-    on_gpu = Op(index=0, kind="experts", lane="gpu", layer=0, module="experts")
-    assert op_cost(on_gpu, aligned, tiny_machine(gpu=gpu), DECODE).launch_s == (4 + 2) * 0.5
+    assert has_grouped_products(aligned, "cuda")
+    assert not has_grouped_products(aligned, "cpu")
+    assert not has_grouped_products(tiny_spec("m"), "cuda")
 
 
-def test_a_middle_chunk_of_a_prompt_pays_only_launches_for_the_head() -> None:
+def test_a_middle_chunk_of_a_prompt_pays_only_python_for_the_head() -> None:
     """No row reaches the head, whose weights are then not read."""
     machine = tiny_machine(cpu=tiny_device("cpu", launch_s=0.5))
-    shape = prefill(num_tokens=4, num_logits=0)
-    cost = op_cost(op("head"), tiny_spec("d"), machine, shape)
+    cost = price(op("head"), machine, prefill(num_tokens=4, num_logits=0))
 
-    assert (cost.seconds, cost.bound) == (1.0, "launch")
+    assert (cost.seconds, cost.bound) == (6 * 0.5, "launch")
+
+
+def test_experts_that_are_chosen_more_often_are_read_less_often_together() -> None:
+    """Two tokens that always choose the same two of four read two experts, not three."""
+    spec = tiny_spec("dm")
+    skewed = Popularity(probabilities=((), (1.0, 1.0, 0.0, 0.0)))
+    one = op("experts", layer=1)
+
+    cost = CostModel(MACHINE, popularity=skewed).op_cost(one, spec, DECODE)
+    assert cost.seconds == pytest.approx(2 * EXPERT / 16, rel=1e-12)
+    even = Popularity(probabilities=((), (0.5,) * 4))
+    cost = CostModel(MACHINE, popularity=even).op_cost(one, spec, DECODE)
+    assert cost.seconds == pytest.approx(price(one).seconds, rel=1e-12)
+
+
+def test_the_source_is_the_least_certain_of_what_takes_a_tenth_of_the_seconds() -> None:
+    """A norm that was never measured is no matter; a dense feed-forward beyond samples is."""
+    assert price(op("dense", layer=0)).source == "extrapolated"
+    assert price(op("dense", layer=0), unmeasured(MACHINE)).source == "prior"
+    slow = replace(tiny_device("cpu"), elements_per_s=1.0)
+    assert price(op("dense", layer=0), tiny_machine(cpu=slow)).source == "prior"
+
+
+def unmeasured(machine: HardwareProfile) -> HardwareProfile:
+    return replace(machine, samples=())
 
 
 @pytest.mark.parametrize(
@@ -252,11 +373,45 @@ def test_a_middle_chunk_of_a_prompt_pays_only_launches_for_the_head() -> None:
 def test_a_copy_takes_a_latency_and_its_bytes_over_the_links_rate(
     payload: Payload, layer: int | None, num_bytes: int
 ) -> None:
-    machine = tiny_machine(gpu=tiny_device("gpu"), latency_s=0.25)
-    cost = op_cost(copy(payload, layer=layer), tiny_spec("dm"), machine, DECODE)
+    machine = tiny_machine(gpu=tiny_device("emulated"), latency_s=0.25)
+    cost = price(copy(payload, layer=layer), machine)
 
     assert cost.seconds == 0.25 + num_bytes / 16
     assert cost.bound == "link"
+
+
+def test_a_copy_is_handed_over_to_another_lane() -> None:
+    """2 * 16 bytes at 16 a second after half a second."""
+    handover = Sample(lane="cpu", kernel="handover", backend="torch", seconds=0.5)
+    machine = replace(EMULATED, samples=(handover,))
+
+    assert price(copy("hidden", layer=0), machine).seconds == 0.5 + 2 * HIDDEN / 16
+
+
+def test_a_link_that_was_not_measured_reaches_what_is_assumed_of_its_rate() -> None:
+    """The emulated one is throttled to its rate, which it keeps."""
+    share = prior("copy", "link", "cuda", "float32").utilisation
+    costs = [price(copy("hidden", layer=0), machine) for machine in (MACHINE, EMULATED)]
+
+    assert 0.5 < share < 1.0
+    assert [cost.seconds for cost in costs] == pytest.approx([2 / share, 2.0], rel=1e-12)
+    assert [cost.least_s for cost in costs] == [2.0, 2.0]
+    assert costs[1].sigma_s < costs[0].sigma_s
+
+
+def test_copies_that_were_measured_are_priced_by_their_samples() -> None:
+    """32 bytes took 5 s up, though the link's rate says 2; down nothing was measured."""
+    sample = Sample(
+        lane="h2d", kernel="copy", backend="torch", shape=(32,), memory="pinned", seconds=5.0
+    )
+    machine = replace(EMULATED, samples=(*EMULATED.samples, sample))
+    up, down = (price(copy("hidden", layer=0, lane=lane), machine) for lane in LINK_LANES)
+
+    assert (up.seconds, up.bound, up.source) == (5.0, "link", "measured")
+    assert down.seconds == 2 * HIDDEN / 16
+
+
+LINK_LANES: tuple[Lane, ...] = ("h2d", "d2h")
 
 
 def test_streamed_weights_travel_whole_however_few_experts_are_used() -> None:
@@ -274,50 +429,115 @@ def test_only_the_rows_that_need_logits_travel_to_the_head() -> None:
 
 
 def test_each_direction_of_the_link_has_its_own_rate() -> None:
-    machine = tiny_machine(gpu=tiny_device("gpu"))
-    assert machine.link is not None
-    machine = replace(machine, link=replace(machine.link, d2h_bytes_per_s=32.0))
-    up = copy("hidden", layer=0)
-    down = Op(index=0, kind="copy", lane="d2h", payload="hidden", layer=0)
+    assert EMULATED.link is not None
+    machine = replace(EMULATED, link=replace(EMULATED.link, d2h_bytes_per_s=32.0))
+    up, down = (price(copy("hidden", layer=0, lane=lane), machine) for lane in LINK_LANES)
 
-    assert op_cost(up, tiny_spec("d"), machine, DECODE).seconds == 2 * HIDDEN / 16
-    assert op_cost(down, tiny_spec("d"), machine, DECODE).seconds == 2 * HIDDEN / 32
+    assert (up.seconds, down.seconds) == (2 * HIDDEN / 16, 2 * HIDDEN / 32)
 
 
-def test_seconds_are_the_larger_of_compute_and_memory_and_all_of_the_rest() -> None:
-    cost = OpCost(compute_s=3.0, memory_s=5.0, launch_s=0.5, link_s=0.25)
-
-    assert cost.seconds == 5.75
-    assert cost.bound == "memory"
-    assert OpCost(compute_s=3.0, link_s=4.0).bound == "link"
+def test_the_bound_is_the_resource_that_takes_most() -> None:
+    assert OpCost(seconds=5.0, by_resource={"compute": 2.0, "memory": 3.0}).bound == "memory"
+    assert OpCost().bound == "launch"
 
 
 def test_a_profile_without_the_models_format_is_refused_by_name() -> None:
-    device = replace(
-        tiny_device("cpu"), linear=(LinearSample(dtype="float32", num_tokens=1, flop_per_s=1.0),)
-    )
+    device = replace(tiny_device("cpu"), flop_per_s={"float32": 1.0})
+    machine = replace(MACHINE, cpu_by_threads=(device,), samples=())
     with pytest.raises(ProfileError, match=r"profile of tiny cpu has no rates for bfloat16"):
-        op_cost(op("dense", layer=0), tiny_spec("d"), tiny_machine(cpu=device), DECODE)
+        price(op("dense", layer=0), machine)
+
+
+def test_lanes_that_share_the_hosts_memory_slow_each_other_down() -> None:
+    """The CPU reads 16 bytes a second and copies 48: both at once want 64 of 16."""
+    machine = tiny_machine(gpu=tiny_device("gpu"), link_bytes_per_s=48.0)
+
+    assert CostModel(machine).slowdowns() == {("cpu", "h2d"): 4.0, ("h2d", "cpu"): 4.0}
+    assert CostModel(machine.without_gpu()).slowdowns() == {}
+
+
+def test_slowdowns_that_were_measured_replace_those() -> None:
+    """Reads of the CPU beside copies: 3 and 5 times as long in two samples, 1 without effect."""
+    alone = Sample(lane="cpu", kernel="read", shape=(16,), seconds=1.0)
+    beside = [replace(alone, busy=("h2d",), seconds=seconds) for seconds in (3.0, 5.0)]
+    quick = replace(alone, busy=("gpu",), seconds=0.5)
+    others = replace(alone, num_threads=4, busy=("h2d",), seconds=90.0)
+    machine = replace(MACHINE, samples=(alone, *beside, quick, others))
+
+    assert CostModel(machine).slowdowns() == {
+        ("cpu", "h2d"): pytest.approx(4.0),
+        ("h2d", "cpu"): 2.0,
+        ("cpu", "gpu"): 1.0,
+    }
 
 
 def test_the_pricer_gives_every_op_its_own_cost() -> None:
     """What it remembers for one layer is right for every layer that it is used for."""
-    spec, machine = tiny_spec("dmmdd"), real_machine()
+    spec, costs = tiny_spec("dmmdd"), CostModel(real_machine())
     for shape in (DECODE, prefill(num_tokens=6, num_seqs=2, num_past_tokens=3.5, num_logits=1)):
-        price = Pricer(spec, machine, shape)
+        pricer = Pricer(spec, costs, shape)
         for name, make in STRATEGIES.items():
             for cut in cuts(name, spec, has_gpu=True):
                 for each in build(spec, make(spec, shape.phase, cut)).ops:
-                    assert price(each) == op_cost(each, spec, machine, shape).seconds
+                    assert pricer(each) == costs.op_cost(each, spec, shape).seconds
+
+
+def test_the_pricer_tells_layers_of_other_popularity_apart() -> None:
+    """Layer 0 reads 2 experts of two tokens, layer 1 reads 4 * (1 - 0.25) = 3."""
+    popularity = Popularity(probabilities=((1.0, 1.0, 0.0, 0.0), (0.5,) * 4))
+    costs = CostModel(MACHINE, popularity=popularity)
+    pricer = Pricer(tiny_spec("mm"), costs, DECODE)
+
+    assert [pricer(op("experts", layer=layer)) for layer in (0, 1)] == pytest.approx(
+        [2 * EXPERT / 16, 3 * EXPERT / 16], rel=1e-12
+    )
+
+
+def test_corrections_multiply_prices_and_replace_their_uncertainty() -> None:
+    """Dense work of decode takes 1.5 times as long; prefill and other terms are left alone."""
+    known = Correction(factor=1.5, sigma=0.07, is_bounded=False, num_runs=3)
+    corrections = Corrections(by_key={("cpu", "dense", "decode"): known}, num_runs=3)
+    costs, spec, dense = CostModel(MACHINE), tiny_spec("dm"), op("dense", layer=0)
+    corrected = CostModel(MACHINE, corrections=corrections)
+    plain, better = Pricer(spec, costs, DECODE), Pricer(spec, corrected, DECODE)
+
+    assert better(dense) == 1.5 * plain(dense)
+    assert better.cost(dense) == plain.cost(dense)
+    assert better.sigma(dense) == 0.07
+    assert plain.sigma(dense) == pytest.approx(plain.cost(dense).sigma_s / plain(dense))
+    others = (op("head"), op("router", layer=1), op("dense", layer=0, lane="gpu"))
+    assert [better(one) for one in others] == [plain(one) for one in others]
+    first = Pricer(spec, corrected, prefill(num_tokens=4))
+    assert first(dense) == first.cost(dense).seconds
+
+
+def test_the_seconds_beside_the_ops_have_a_correction_of_their_own() -> None:
+    known = Correction(factor=0.5, sigma=0.1, is_bounded=False, num_runs=1)
+    corrections = Corrections(by_key={("host", "host", "decode"): known}, num_runs=1)
+    machine = tiny_machine(cpu=tiny_device("cpu", launch_s=1.0))
+    pricer = Pricer(tiny_spec("d"), CostModel(machine, corrections=corrections), DECODE)
+
+    assert pricer.host_s == 0.5 * pricer.host_cost.seconds == 105.0
+
+
+def test_an_op_is_as_uncertain_as_its_kernels_are_together() -> None:
+    """All of it beyond one sample: 0.05 and 0.06 for each factor of e, of the seconds it takes.
+
+    The expert of the sample has 8 * 8 weights and one token, this one 8 * 16 and two.
+    """
+    cost = price(op("dense", layer=0))
+    sigma = 0.05 + 0.06 * (math.log(2) + math.log(2))
+
+    assert cost.sigma_s == pytest.approx(sigma * cost.seconds, rel=1e-9)
 
 
 def test_predict_prices_every_op_of_a_step() -> None:
     """All on the CPU, one op after the other: the makespan is the sum."""
-    spec, machine = tiny_spec("dm"), real_machine()
+    spec, costs = tiny_spec("dm"), CostModel(real_machine())
     graph = build(spec, STRATEGIES["cpu"](spec, "decode", 0))
-    timeline = predict(graph, spec, machine, DECODE)
+    timeline = predict(graph, spec, costs, DECODE)
 
-    expected = sum(op_cost(each, spec, machine, DECODE).seconds for each in graph.ops)
+    expected = sum(costs.op_cost(each, spec, DECODE).seconds for each in graph.ops)
     assert timeline.makespan_s == pytest.approx(expected, rel=1e-14)
 
 

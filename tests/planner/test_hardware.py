@@ -1,4 +1,4 @@
-"""HardwareProfile: interpolation, what may be used of a machine, and strict JSON."""
+"""HardwareProfile: which of its settings counts, what may be used of it, and strict JSON."""
 
 from __future__ import annotations
 
@@ -9,160 +9,80 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
+from planner.device import Sample
 from planner.errors import ProfileError
-from planner.hardware import (
-    EMULATED_LINK_LATENCY_S,
-    DeviceProfile,
-    HardwareProfile,
-    LinearSample,
-    Resources,
-)
-from planner.model_spec import WeightKind
+from planner.hardware import EMULATED_LINK_LATENCY_S, HardwareProfile, Resources
 from tests.planner.tiny import tiny_device, tiny_machine
 
-MACHINE = tiny_machine(gpu=tiny_device("gpu", reserved_bytes=7))
+MACHINE = replace(tiny_machine(gpu=tiny_device("gpu", reserved_bytes=7)), samples=())
 
 
-def sampled(*points: tuple[int, float]) -> DeviceProfile:
-    samples = tuple(
-        LinearSample(dtype="bfloat16", num_tokens=tokens, flop_per_s=rate)
-        for tokens, rate in points
-    )
-    return replace(tiny_device("cpu"), linear=samples)
+ATTENTION = {"kernel": "decode_attention", "shape": [2, 1, 4], "context": 9, "seconds": 99.0}
 
 
-@pytest.mark.parametrize(
-    ("num_tokens", "flop_per_s"),
-    [
-        (4, 100.0),
-        (16, 400.0),
-        (8, 200.0),  # halfway in the logarithm: the geometric mean of 100 and 400
-        (32, 800.0**0.5 * 800.0**0.5),  # halfway to 64 tokens
-        (64, 1600.0),
-        (1000, 1600.0),  # flat above
-        (1, 25.0),  # below, a step takes the time of 4 tokens
-        (2, 50.0),
-    ],
-)
-def test_rates_lie_between_the_samples(num_tokens: int, flop_per_s: float) -> None:
-    """Log-log between samples; samples in any order."""
-    device = sampled((64, 1600.0), (4, 100.0), (16, 400.0))
-
-    assert device.linear_flop_per_s("bfloat16", num_tokens) == pytest.approx(flop_per_s, rel=1e-12)
+def product(seconds: float = 1.0, **changes: Any) -> Sample:
+    """16 rows of 16 columns for one token: 512 bytes, 512 FLOPs."""
+    sample = Sample(lane="cpu", kernel="linear", format="bfloat16", shape=(16, 16), seconds=seconds)
+    return replace(sample, **changes)
 
 
-def test_one_sample_serves_every_token_count() -> None:
-    device = sampled((4, 100.0))
-    assert [device.linear_flop_per_s("bfloat16", tokens) for tokens in (2, 4, 8)] == [50, 100, 100]
-
-
-def test_two_samples_of_one_token_count_are_not_a_division_by_zero() -> None:
-    device = sampled((4, 100.0), (4, 100.0), (16, 400.0))
-    assert device.linear_flop_per_s("bfloat16", 16) == pytest.approx(400.0)
-
-
-def test_each_backend_has_its_own_rates() -> None:
-    """Without a name it is the first of those that there are, our kernels before torch."""
-    ours = sampled((1, 100.0), (64, 400.0))
-    torch = LinearSample(dtype="bfloat16", num_tokens=8, flop_per_s=70.0, backend="torch")
-    both = replace(ours, linear=(torch, *ours.linear))
-    alone = replace(ours, linear=(torch,))
-
-    assert (both.backends("bfloat16"), alone.backends("bfloat16")) == (
-        ("numba", "torch"),
-        ("torch",),
-    )
-    assert both.linear_flop_per_s("bfloat16", 64) == 400.0
-    assert both.linear_flop_per_s("bfloat16", 64, "torch") == 70.0
-    assert alone.linear_flop_per_s("bfloat16", 64) == 70.0
-    with pytest.raises(ProfileError, match="no rates for bfloat16"):
-        alone.linear_flop_per_s("bfloat16", 64, "numba")
-
-
-def test_profiles_from_before_backends_hold_the_rates_of_our_kernels() -> None:
-    """And price every operation of torch as one of ours."""
-    document = json.loads(MACHINE.to_json())
-    for cpu in document["cpu_by_threads"]:
-        del cpu["torch_launch_s"]
-        for sample in cpu["linear"]:
-            del sample["backend"]
-    found = HardwareProfile.from_json(json.dumps(document).encode(), source="old.json")
-
-    assert found == MACHINE
-    assert found.cpu.backends("bfloat16") == ("numba",)
-    assert found.cpu.torch_op_s == found.cpu.launch_s
-
-
-def test_the_emulated_accelerator_computes_with_torch() -> None:
-    """Its operations cost what torch's do; a format that was measured with torch has that rate."""
-    cpu = sampled((1, 100.0))
+def test_backends_are_those_with_products_of_a_format_on_the_cpu_as_it_is_used() -> None:
+    """Ours first; not those of other threads, lanes, kernels or formats."""
     samples = (
-        *cpu.linear,
-        LinearSample(dtype="bfloat16", num_tokens=1, flop_per_s=70.0, backend="torch"),
-        LinearSample(dtype="float32", num_tokens=1, flop_per_s=30.0),
+        product(backend="torch"),
+        product(),
+        product(lane="gpu", backend="ipex"),
+        product(num_threads=4, backend="ipex"),
+        product(kernel="experts", shape=(1, 16, 16), backend="ipex"),
+        product(format="float32", backend="torch"),
     )
-    cpu = replace(cpu, linear=samples, launch_s=1.0, torch_launch_s=5.0)
-    machine = replace(MACHINE, cpu_by_threads=(cpu,)).with_emulated_gpu(
-        memory_bytes=300, link_bytes_per_s=8.0
-    )
+    machine = replace(MACHINE, samples=samples)
 
-    assert machine.gpu is not None
-    assert machine.gpu.linear_flop_per_s("bfloat16", 1) == 70.0
-    assert machine.gpu.linear_flop_per_s("float32", 1) == 30.0
-    assert (machine.gpu.launch_s, machine.cpu.launch_s) == (5.0, 1.0)
+    assert machine.backends("bfloat16") == ("numba", "torch")
+    assert machine.backends("float32") == ("torch",)
+    assert machine.backends("int8") == ()
 
 
-def test_a_missing_format_is_named_with_what_to_do() -> None:
-    with pytest.raises(ProfileError, match=r"tiny cpu has no rates for float16; .*hetero profile"):
-        tiny_device("cpu").linear_flop_per_s("float16", 1)
+def test_a_cpu_without_a_rate_of_torchs_operations_prices_them_as_ours() -> None:
+    cpu = tiny_device("cpu", launch_s=2.0)
+    assert (cpu.torch_op_s, replace(cpu, torch_launch_s=5.0).torch_op_s) == (2.0, 5.0)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "num_tokens", "flop_per_s"),
-    [
-        ("int8", 1, 100.0 * 16 / 8.125),  # bytes of a weight and of its share of a scale
-        ("int4", 1, 100.0 * 16 / 4.125),
-        ("int8", 0.5, 50.0 * 16 / 8.125),
-        ("int4", 16, 400.0),  # 300 * 3.88 is more than bfloat16's fastest
-        ("int8", 64, 400.0),
-        ("int8", 1000, 400.0),
-    ],
-)
-def test_rates_of_quantised_weights_are_assumed_from_those_of_bfloat16(
-    dtype: WeightKind, num_tokens: float, flop_per_s: float
-) -> None:
-    device = sampled((64, 400.0), (1, 100.0), (16, 300.0))
-    assert device.linear_flop_per_s(dtype, num_tokens) == pytest.approx(flop_per_s, rel=1e-12)
-
-
-def test_nothing_is_assumed_where_there_is_a_measured_rate() -> None:
-    device = sampled((1, 100.0), (64, 400.0))
-    slow = LinearSample(dtype="int4", num_tokens=1, flop_per_s=7.0)
-    assert replace(device, linear=(*device.linear, slow)).linear_flop_per_s("int4", 64) == 7.0
-
-
-def test_nothing_is_assumed_of_a_gpu_of_torch_or_without_bfloat16() -> None:
-    """Quantised weights run on the CPU only so far."""
-    device = sampled((1, 100.0))
-    for lacking in (replace(device, kind="cuda"), replace(device, linear=())):
-        with pytest.raises(ProfileError, match="no rates for int4"):
-            lacking.linear_flop_per_s("int4", 1)
-    with pytest.raises(ProfileError, match="no rates for int4"):
-        device.linear_flop_per_s("int4", 1, "torch")
-
-
-def test_the_cpu_is_the_setting_that_decodes_fastest() -> None:
-    """By the product of one token, not by the number of threads."""
+def test_the_cpu_is_the_setting_that_the_profile_names() -> None:
+    """The one that was measured to decode fastest, whatever it reads."""
     settings = tuple(
-        replace(sampled((1, rate), (64, 9999.0 - rate)), num_threads=threads)
-        for threads, rate in ((1, 10.0), (4, 30.0), (8, 20.0))
+        tiny_device("cpu", num_threads=threads, read_bytes_per_s=10.0 * threads)
+        for threads in (1, 4, 8)
     )
-    assert replace(MACHINE, cpu_by_threads=settings).cpu.num_threads == 4
+    machine = replace(MACHINE, cpu_by_threads=settings)
+
+    assert replace(machine, num_threads=4).cpu.num_threads == 4
+    assert machine.cpu.num_threads == 8
 
 
-def test_of_equal_settings_the_one_with_more_threads_counts() -> None:
-    settings = tuple(replace(sampled((1, 10.0)), num_threads=threads) for threads in (2, 4, 1))
-    assert replace(MACHINE, cpu_by_threads=settings).cpu.num_threads == 4
+def test_the_cpu_of_a_datasheet_is_the_setting_that_reads_fastest() -> None:
+    """Of equals the one with more threads."""
+    settings = tuple(
+        tiny_device("cpu", num_threads=threads, read_bytes_per_s=rate)
+        for threads, rate in ((2, 10.0), (8, 30.0), (4, 30.0), (16, 20.0))
+    )
+    assert replace(MACHINE, cpu_by_threads=settings).cpu.num_threads == 8
+
+
+def test_the_emulated_accelerator_computes_as_torch_does_with_one_thread() -> None:
+    """Samples of one thread by torch become its own; those of other threads stay the CPU's."""
+    cpus = tuple(
+        replace(tiny_device("cpu", num_threads=threads, launch_s=1.0), torch_launch_s=5.0)
+        for threads in (1, 2)
+    )
+    by_torch, by_us = product(backend="torch"), product()
+    by_two, on_gpu = product(num_threads=2, backend="torch"), product(lane="gpu", backend="torch")
+    machine = replace(MACHINE, cpu_by_threads=cpus, samples=(by_torch, by_us, by_two, on_gpu))
+    emulated = machine.with_emulated_gpu(memory_bytes=300, link_bytes_per_s=8.0)
+
+    assert emulated.gpu is not None
+    assert (emulated.gpu.launch_s, emulated.cpu.launch_s) == (5.0, 1.0)
+    assert emulated.samples == (by_torch, by_us, by_two, replace(by_torch, lane="gpu"))
 
 
 def test_a_machine_can_be_used_without_its_gpu() -> None:
@@ -237,9 +157,10 @@ def test_resources_name_the_gpu_of_a_profile() -> None:
 
 def test_a_profile_goes_through_json_unchanged(tmp_path: Path) -> None:
     path = tmp_path / "machine.json"
-    path.write_bytes(MACHINE.to_json())
+    machine = replace(MACHINE, samples=(product(32.0, busy=("h2d",), spread=0.25),))
+    path.write_bytes(machine.to_json())
 
-    assert HardwareProfile.load(path) == MACHINE
+    assert HardwareProfile.load(path) == machine
 
 
 @pytest.mark.parametrize(
@@ -247,11 +168,13 @@ def test_a_profile_goes_through_json_unchanged(tmp_path: Path) -> None:
     [
         ({"colour": "red"}, "unknown field `colour`"),
         ({"name": 3}, r"Expected `str`, got `int` - at `\$.name`"),
-        ({"schema_version": 2}, "schema_version is 2, this is 1"),
+        ({"schema_version": 1}, "schema_version is 1, this is 2"),
         ({"cpu_by_threads": []}, "cpu_by_threads is empty"),
         ({"link": None}, "gpu and link must be given together"),
         ({"gpu": None}, "gpu and link must be given together"),
         ({"provenance": "guessed"}, r"\$.provenance"),
+        ({"confidence": "middling"}, r"\$.confidence"),
+        ({"num_threads": 3}, "num_threads is 3, which cpu_by_threads does not have"),
     ],
 )
 def test_a_profile_that_is_not_one_is_refused_by_name(
@@ -267,8 +190,7 @@ def test_a_profile_that_is_not_one_is_refused_by_name(
     ("section", "key", "value"),
     [
         ("gpu", "read_bytes_per_s", 0.0),
-        ("gpu", "attention_bytes_per_s", -1.0),
-        ("gpu", "attention_flop_per_s", 0.0),
+        ("gpu", "elements_per_s", -1.0),
         ("gpu", "launch_s", -1e-6),
         ("gpu", "memory_bytes", -1),
         ("gpu", "num_threads", 0),
@@ -286,6 +208,44 @@ def test_a_rate_that_no_machine_has_is_refused_where_it_is_read(
 
     with pytest.raises(ProfileError, match=rf"\$\.{section}\.{key}"):
         HardwareProfile.from_json(json.dumps(document).encode(), source="m.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"seconds": 0.0}, r"\$\.samples\[1\]\.seconds"),
+        ({"seconds": 31.9}, r"31\.9 s are less than the 32 s .* tiny cpu .*\$\.samples\[1\]\.sec"),
+        ({"lane": "gpu", "seconds": 31.0}, r"the 32 s that the ceilings of tiny gpu allow"),
+        ({"kernel": "guess"}, r"\$\.samples\[1\]\.kernel"),
+        ({"shape": [16]}, r"the shape of linear has 2 numbers, this one 1 - at `\$\.samples\[1\]"),
+        ({"shape": [16, 0]}, r"\$\.samples\[1\]\.shape"),
+        ({"num_tokens": 0}, r"\$\.samples\[1\]\.num_tokens"),
+        ({"num_threads": 3}, r"cpu_by_threads has no 3 threads - at `\$\.samples\[1\]"),
+        ({"format": "float16"}, r"no rates for float16; .* - at `\$\.samples\[1\]\.format`"),
+        ({"lane": "h2d"}, r"linear does not run on the lane h2d - at `\$\.samples\[1\]`"),
+        ({"kernel": "copy", "shape": [16]}, r"copy does not run on the lane cpu"),
+        ({**ATTENTION, "context": 0}, "the context of decode_attention is 0"),
+        ({**ATTENTION, "format": "int8"}, "decode_attention has no format int8"),
+        ({"spread": -0.1}, r"\$\.samples\[1\]\.spread"),
+        ({"colour": "red"}, r"unknown field `colour`"),
+    ],
+)
+def test_a_sample_that_cannot_be_is_refused_where_it_is_read(
+    change: dict[str, Any], complaint: str
+) -> None:
+    """16 * 16 * 2 bytes take 32 s at 16 bytes a second, whoever measured it."""
+    document = json.loads(replace(MACHINE, samples=(product(40.0), product(32.0))).to_json())
+    HardwareProfile.from_json(json.dumps(document).encode(), source="m.json")
+    document["samples"][1] |= change
+
+    with pytest.raises(ProfileError, match=rf"m\.json is not a hardware profile: .*{complaint}"):
+        HardwareProfile.from_json(json.dumps(document).encode(), source="m.json")
+
+
+def test_a_sample_of_the_gpu_needs_one() -> None:
+    machine = replace(MACHINE.without_gpu(), samples=(product(40.0, lane="gpu"),))
+    with pytest.raises(ProfileError, match=r"the profile has no gpu - at `\$\.samples\[0\]`"):
+        HardwareProfile.from_json(machine.to_json(), source="m.json")
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b"[]", b"\xff", b"[" * 100_000])

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from planner import strategies
+from planner.attention_kinds import LatentAttention, RecurrentAttention
 from planner.hardware import HardwareProfile
 from planner.memory import (
     DeviceMemory,
+    ModelBytes,
+    WaveMemory,
+    activation_width,
     available_bytes,
     kv_block_capacity,
     kv_bytes_per_block,
@@ -20,12 +26,14 @@ from planner.workload import Workload
 from tests.planner.tiny import (
     ATTENTION,
     DENSE,
+    DENSE_LAYER,
     DENSE_TOKEN,
     EMBEDDING,
     EXPERTS,
     HEAD,
     KV_PER_TOKEN,
     LOGITS,
+    MOE_LAYER,
     MOE_TOKEN,
     ROUTER,
     tiny_device,
@@ -143,6 +151,69 @@ def test_kv_that_moves_between_the_phases_is_held_on_both_devices() -> None:
     assert found["cpu"].kv_bytes == CACHED * KV_PER_TOKEN
     assert kv_bytes_per_block(spec, both, "gpu") == 2 * 16 * KV_PER_TOKEN
     assert kv_bytes_per_block(spec, both, "cpu") == 16 * KV_PER_TOKEN
+
+
+def test_layers_of_different_caches_are_counted_each_by_its_own() -> None:
+    """A latent of 5 elements, a state that no token adds to, and the model's own heads."""
+    latent = LatentAttention(num_heads=2, kv_rank=3, nope_dim=2, rope_dim=2, value_dim=4)
+    state = RecurrentAttention(
+        num_key_heads=1, num_value_heads=2, key_dim=4, value_dim=3, num_gates=2
+    )
+    spec = replace(
+        tiny_spec("ddd"),
+        layers=(
+            replace(DENSE_LAYER, attention=latent),
+            replace(DENSE_LAYER, attention=state),
+            DENSE_LAYER,
+        ),
+    )
+    # float32 state of 2 heads * 4 * 3, and 3 inputs of the convolution's 2*4 + 6 channels
+    state_bytes = 4 * 24 + 2 * 3 * 14
+    placement = strategies.placement(spec, "split", 2)
+    found = needs(spec, placement, WORKLOAD, machine())
+
+    assert found["cpu"].kv_bytes == CACHED * 10 + 2 * state_bytes  # 2 sequences
+    assert found["gpu"].kv_bytes == CACHED * KV_PER_TOKEN
+    assert kv_bytes_per_block(spec, placement, "cpu") == 16 * 10
+    assert kv_bytes_per_block(spec, placement, "gpu") == 16 * KV_PER_TOKEN
+
+
+def test_what_moves_between_the_phases_is_told_apart_by_its_cache() -> None:
+    """Layers 0 and 2 keep alike, layer 1 does not."""
+    latent = LatentAttention(num_heads=2, kv_rank=3, nope_dim=2, rope_dim=2, value_dim=4)
+    other = replace(DENSE_LAYER, attention=latent)
+    spec = replace(tiny_spec("ddd"), layers=(DENSE_LAYER, other, DENSE_LAYER))
+    memory = WaveMemory(spec, ModelBytes(spec), WORKLOAD, machine())
+
+    assert memory.kv_layer_counts(0b101) == (2, 0)
+    assert memory.kv_layer_counts(0b110) == (1, 1)
+    assert memory.kv_layer_counts(0) == (0, 0)
+
+
+def test_a_state_takes_no_blocks_from_the_cache() -> None:
+    """What is left beside the states of the workload's sequences is for blocks."""
+    state = RecurrentAttention(
+        num_key_heads=1, num_value_heads=2, key_dim=4, value_dim=3, num_gates=2
+    )
+    spec = replace(tiny_spec("dd"), layers=(replace(DENSE_LAYER, attention=state), DENSE_LAYER))
+    placement = strategies.placement(spec, "cpu", 0)
+    need = needs(spec, placement, WORKLOAD, machine())["cpu"]
+    free = need.available_bytes - need.needed_bytes
+
+    capacity = kv_block_capacity(spec, placement, WORKLOAD, machine())
+    assert capacity == 6 + free // (16 * KV_PER_TOKEN)
+
+
+def test_shared_experts_and_wide_latents_are_alive_too() -> None:
+    """Elements per token: 4 * hidden 8, and the widest moment of the layer."""
+    shared = replace(MOE_LAYER, shared_size=100)
+    latent = LatentAttention(num_heads=2, kv_rank=30, nope_dim=20, rope_dim=2, value_dim=40)
+    layer = replace(DENSE_LAYER, attention=latent)
+
+    # gate, up and product of 100, normed input and output
+    assert activation_width(replace(tiny_spec("m"), layers=(shared,))) == 32 + 3 * 100 + 16
+    # queries 2*22, latent 32, keys and values 2*60, heads' output 2*40
+    assert activation_width(replace(tiny_spec("d"), layers=(layer,))) == 32 + 44 + 32 + 120 + 80
 
 
 def test_streaming_needs_two_buffers_of_the_largest_streamed_layer() -> None:

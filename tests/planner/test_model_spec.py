@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from planner.errors import ModelSpecError
 from planner.model_spec import ARCHITECTURES, LayerSpec, ModelSpec, RopeSpec
+from tests.planner.tiny import tiny_spec
 
 DATA = Path(__file__).parents[2].parent / "shared/data/model_configs"
 
@@ -316,6 +317,63 @@ def test_the_fingerprint_ignores_the_name_only() -> None:
     assert replace(HAND, name="other").fingerprint == HAND.fingerprint
     assert replace(HAND, vocab_size=101).fingerprint != HAND.fingerprint
     assert replace(HAND, dtype="float16").fingerprint != HAND.fingerprint
+
+
+def test_fingerprints_from_before_other_architectures_stay() -> None:
+    """Stored plans refer to them; these were written down with version 0.2."""
+    assert HAND.fingerprint == "9b0eaea0a2729824"
+    assert tiny_spec("dm").fingerprint == "1983bf3007203d3c"
+    assert replace(HAND, num_learned_positions=2).fingerprint != HAND.fingerprint
+    first, second = HAND.layers
+    for changed in (replace(second, shared_size=2), replace(second, num_ffn_matrices=2)):
+        assert replace(HAND, layers=(first, changed)).fingerprint != HAND.fingerprint
+
+
+def test_shared_experts_are_part_of_the_router() -> None:
+    """Every token takes them, on the router's device; they are quantised as experts are."""
+    layer = replace(HAND.layers[1], shared_size=9)
+    spec = replace(HAND, layers=(layer,))
+    # 8 experts, shared 3 * 10 * 9, norm
+    assert spec.num_params("router", 0) == 8 * 10 + 270 + 10
+    assert spec.weight_bytes("router", 0) == 2 * 360
+    assert spec.flops("router", 3, 0) == 2 * 3 * (8 * 10 + 270)
+    assert spec.num_params("experts", 0) == HAND.num_params("experts", 1)
+    assert spec.matrices("router", 0) == [(1, 8, 10), (2, 9, 10), (1, 10, 9)]
+    assert replace(HAND, quantization="int4").weight_kind("router") == "bfloat16"
+    assert replace(spec, quantization="int4").weight_kind("router") == "int4"
+
+
+def test_a_feed_forward_without_a_gate_has_two_matrices() -> None:
+    """Up and down: two thirds of the weights and FLOPs; its bias is one row shorter."""
+    dense, moe = (replace(layer, num_ffn_matrices=2) for layer in HAND.layers)
+    spec = replace(HAND, layers=(dense, moe))
+    assert spec.num_params("dense", 0) == 2 * 10 * 7 + 10
+    assert spec.flops("dense", 3, 0) == 4 * 3 * 10 * 7
+    assert spec.expert_bytes(1) == 2 * 2 * 10 * 5
+    assert spec.weight_bytes("experts", 1) == 8 * 200
+    assert spec.flops("experts", 3, 1) == 4 * 3 * 10 * 5 * 2
+    assert replace(spec, has_mlp_bias=True).num_params("dense", 0) == 150 + 7 + 10
+    # A gated one of 14 / 3 has as many weights.
+    assert 3 * 10 * spec.gated_size(0) == pytest.approx(2 * 10 * 7)
+    assert HAND.gated_size(0) == 7
+
+
+def test_a_layer_of_width_0_has_an_attention_only() -> None:
+    """Its feed-forward is a norm that nothing follows."""
+    spec = replace(HAND, layers=(LayerSpec(intermediate_size=0),))
+    assert spec.matrices("dense", 0) == []
+    assert spec.flops("dense", 3, 0) == 0
+    assert spec.weight_bytes("dense", 0) == 2 * 10
+
+
+def test_learned_positions_are_stored_beside_the_embedding() -> None:
+    """A tied head shares the tokens' rows only."""
+    spec = replace(HAND, num_learned_positions=32)
+    assert spec.weight_bytes("embedding") == 2 * (100 + 32) * 10
+    assert spec.total_weight_bytes() == HAND.total_weight_bytes() + 640
+    assert replace(spec, is_tied=True).total_weight_bytes() == 8008 + 640
+    assert replace(HAND, is_tied=True).tied_bytes == 2000
+    assert HAND.tied_bytes == replace(HAND, is_tied=True, quantization="int8").tied_bytes == 0
 
 
 def test_the_dtype_of_the_config_can_be_overridden() -> None:

@@ -14,7 +14,7 @@ def flat(value: Any, where: str = "") -> dict[str, Any]:
     """Every leaf of a JSON document by its path."""
     if isinstance(value, dict):
         items = [(f"{where}.{key}", inner) for key, inner in value.items()]
-    elif isinstance(value, list):
+    elif isinstance(value, list | tuple):
         items = [(f"{where}[{index}]", inner) for index, inner in enumerate(value)]
     else:
         return {where: value}

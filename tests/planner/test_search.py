@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import re
+from dataclasses import dataclass
 from functools import cache
 
 import highspy
@@ -10,16 +13,18 @@ import pytest
 from msgspec.structs import replace
 
 from planner import search, strategies
+from planner.calibration import Correction, Corrections
+from planner.cost_model import CostModel
 from planner.errors import PlannerError
-from planner.estimate import estimate
+from planner.estimate import Latency, estimate
 from planner.hardware import HardwareProfile
 from planner.memory import needs
 from planner.model_spec import ModelSpec
 from planner.placement import Placement
 from planner.plan import Plan
-from planner.search import profile_fingerprint
+from planner.search import _error_of_gain, _preferred, profile_fingerprint
 from planner.strategies import STRATEGIES
-from planner.workload import Objective, Workload
+from planner.workload import Objective, Phase, Workload
 from tests.planner.brute_force import Answer, brute_force
 from tests.planner.tiny import EXPERTS, real_machine, tiny_device, tiny_machine, tiny_spec
 
@@ -58,7 +63,9 @@ CASES = [
 @cache
 def answers(spec: str, machine: str, workload: str) -> tuple[Plan, Answer]:
     what, objective = WORKLOADS[workload]
-    plan = search(SPECS[spec], MACHINES[machine], what, objective, chunk_tokens=CHUNK)
+    plan = search(
+        SPECS[spec], MACHINES[machine], what, objective, chunk_tokens=CHUNK, prefers_simple=False
+    )
     return plan, brute_force(SPECS[spec], MACHINES[machine], what, objective, CHUNK)
 
 
@@ -97,7 +104,7 @@ def test_the_estimate_of_a_plan_is_that_of_its_placement(
     assert plan.estimate == estimate(
         SPECS[spec],
         plan.placement,
-        MACHINES[machine],
+        CostModel(MACHINES[machine]),
         plan.workload,
         memory,
         num_concurrent=plan.estimate.num_concurrent_seqs,
@@ -132,7 +139,7 @@ def test_the_reason_names_the_phase_that_lost_more_seconds() -> None:
         (Workload(prompt_len=1, output_len=60), "decode"),
         (Workload(prompt_len=200, output_len=2), "prefill"),
     ):
-        plan = search(spec, machine, workload)
+        plan = search(spec, machine, workload, prefers_simple=False)
         (cpu,) = (other for other in plan.alternatives if other.name == "cpu")
         assert plan.placement.name == "gpu"
         assert f"; {phase} bound by cpu " in cpu.reason
@@ -163,8 +170,8 @@ def test_throughput_runs_in_waves_where_that_frees_memory_for_weights() -> None:
     """16 sequences of 32 tokens take 2 * 16 blocks * 256 bytes for each layer's cache."""
     spec, workload = SPECS["dense"], Workload(prompt_len=4, output_len=28, num_seqs=16)
     machine = real_machine(gpu_bytes=16_000, link_bytes_per_s=1e3, cpu_read_bytes_per_s=4e3)
-    at_once = search(spec, machine, workload, "latency")
-    in_waves = search(spec, machine, workload, "throughput")
+    at_once = search(spec, machine, workload, "latency", prefers_simple=False)
+    in_waves = search(spec, machine, workload, "throughput", prefers_simple=False)
 
     assert at_once.estimate.num_concurrent_seqs == 16
     assert in_waves.estimate.num_concurrent_seqs < 16
@@ -202,7 +209,6 @@ def test_a_plan_says_what_it_was_made_for() -> None:
     assert (plan.profile, plan.profile_fingerprint) == (machine.name, profile_fingerprint(machine))
     assert (plan.workload, plan.objective) == (workload, "throughput")
     assert plan.resources == machine.resources
-    assert plan.optimality_gap == 0.0
     assert plan.placement.prefill.max_num_tokens == CHUNK
 
 
@@ -214,6 +220,113 @@ def test_two_measurements_of_one_machine_have_one_fingerprint() -> None:
     assert profile_fingerprint(again) == profile_fingerprint(machine)
     assert profile_fingerprint(other_gpu) != profile_fingerprint(machine)
     assert profile_fingerprint(machine.without_gpu()) != profile_fingerprint(machine)
+
+
+def head_on_gpu_plan(sigma: float) -> Plan:
+    """Plan one dense layer for a GPU of twice the CPU's rate that holds the head only.
+
+    All on the CPU a prompt takes 82 s (test_estimate.py), 10 of them for the head; split, the head
+    takes 5 s on the GPU. Seconds of the head are off by `sigma` on both.
+    """
+    spec, workload = tiny_spec("d"), Workload(prompt_len=8, output_len=1)
+    wide = tiny_machine(gpu=tiny_device("emulated"))
+    need = needs(spec, strategies.placement(spec, "split", 1), workload, wide)["gpu"].needed_bytes
+    gpu = tiny_device("emulated", memory_bytes=need * 100 // 96 + 1, read_bytes_per_s=32.0)
+    known = Correction(factor=1.0, sigma=sigma, is_bounded=False, num_runs=1)
+    corrections = Corrections(
+        by_key={("cpu", "head", "prefill"): known, ("gpu", "head", "prefill"): known}, num_runs=1
+    )
+    machine = tiny_machine(gpu=gpu, link_bytes_per_s=2.0**60)
+    return search(spec, machine, workload, corrections=corrections)
+
+
+def test_a_gain_beyond_the_error_of_the_prediction_is_taken() -> None:
+    """1.2816 * 0.3 * hypot(10, 5) is 4.3 s, less than the 5 s that the GPU gains."""
+    plan = head_on_gpu_plan(0.3)
+
+    assert plan.placement.name == "split"
+    assert plan.estimate.e2e_s == pytest.approx(77.0, rel=1e-12)
+    assert plan.optimality_gap == 0.0
+
+
+def test_a_simpler_plan_within_the_error_of_the_prediction_is_taken() -> None:
+    """1.2816 * 0.4 * hypot(10, 5) is 5.7 s: the gain may well be none, and the plan says so."""
+    plan = head_on_gpu_plan(0.4)
+
+    assert plan.placement.name == "cpu"
+    assert plan.estimate.e2e_s == pytest.approx(82.0, rel=1e-12)
+    assert plan.optimality_gap == pytest.approx(1 - 77 / 82, rel=1e-9)
+    (split,) = (other for other in plan.alternatives if other.name == "split")
+    assert split.reason == "0.94x the time, a gain within the error of the prediction"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Priced:
+    """What the preference looks at of a pair: seconds of experts alone, on a lane of its own."""
+
+    lane: str
+    complexity: int
+    seconds: float
+    sigma_s: float = 0.0
+
+    @property
+    def times(self) -> Latency:
+        return Latency(ttft_s=0.0, tpot_s=0.0, e2e_s=self.seconds)
+
+    @property
+    def rank(self) -> tuple[float, bool, int, int]:
+        return (self.seconds, self.complexity == 2, 0, 0)
+
+    @property
+    def uncertain_s(self) -> dict[tuple[str, Phase], tuple[float, float]]:
+        return {(f"{self.lane} experts", "decode"): (self.seconds, self.sigma_s)}
+
+
+MIXED = Priced(lane="gpu", complexity=2, seconds=100.0, sigma_s=3.0)
+
+
+@pytest.mark.parametrize(
+    ("one_device_s", "one_strategy_s", "expected_s"),
+    [
+        (104.9, 101.0, 104.9),  # of those within the error the simplest
+        (130.0, 104.9, 104.9),  # 1.2816 * hypot(3, 3) = 5.4 s
+        (130.0, 106.0, 100.0),
+    ],
+)
+def test_the_simplest_plan_within_the_error_counts_before_simpler_ones(
+    one_device_s: float, one_strategy_s: float, expected_s: float
+) -> None:
+    """One device before one strategy before two, each compared with the fastest."""
+    one_device = Priced(lane="cpu", complexity=0, seconds=one_device_s, sigma_s=3.0)
+    one_strategy = Priced(lane="cpu", complexity=1, seconds=one_strategy_s, sigma_s=3.0)
+    fitting = sorted((MIXED, one_device, one_strategy), key=lambda pair: pair.rank)
+
+    assert _preferred(fitting).times.e2e_s == expected_s  # type: ignore[arg-type]
+
+
+def test_of_plans_as_simple_the_fastest_is_taken() -> None:
+    """However uncertain both are."""
+    slower = replace_seconds(MIXED, 101.0)
+
+    assert _preferred([MIXED, slower]) is MIXED  # type: ignore[list-item, comparison-overlap]
+
+
+def test_what_two_plans_do_alike_is_off_alike_in_both() -> None:
+    """Only the seconds that differ are uncertain: 20 of 120, by 3 in 100."""
+    longer = replace_seconds(MIXED, 120.0)
+    other = dataclasses.replace(longer, lane="cpu")
+
+    def error_s(first: Priced, second: Priced) -> float:
+        return _error_of_gain(first, second)  # type: ignore[arg-type]
+
+    assert error_s(MIXED, MIXED) == 0.0
+    assert error_s(longer, MIXED) == pytest.approx(1.2816 * 0.03 * 20)
+    assert error_s(other, MIXED) == pytest.approx(1.2816 * math.hypot(0.03 * 120, 0.03 * 100))
+
+
+def replace_seconds(pair: Priced, seconds: float) -> Priced:
+    """The same with other seconds, off by the same share."""
+    return dataclasses.replace(pair, seconds=seconds, sigma_s=pair.sigma_s * seconds / pair.seconds)
 
 
 @pytest.mark.parametrize("num_resident", range(5))
@@ -240,7 +353,7 @@ def test_experts_on_the_cpu_are_the_solution_of_the_knapsack(num_resident: int) 
 
 def e2e_s(spec: ModelSpec, machine: HardwareProfile, workload: Workload, cut: int) -> float:
     placement: Placement = strategies.placement(spec, "experts-on-cpu", cut)
-    return estimate(spec, placement, machine, workload).e2e_s
+    return estimate(spec, placement, CostModel(machine), workload).e2e_s
 
 
 def solve_knapsack(gains: list[float], sizes: list[int], budget: int) -> int:
@@ -259,7 +372,7 @@ def test_a_gpu_that_lacks_only_the_embedding_keeps_all_layers() -> None:
     workload = Workload(prompt_len=4, output_len=4)
     need = needs(spec, strategies.placement(spec, "gpu", 0), workload, real_machine())["gpu"]
     machine = real_machine(gpu_bytes=(need.needed_bytes - 1) * 100 // 96)
-    plan = search(spec, machine, workload)
+    plan = search(spec, machine, workload, prefers_simple=False)
 
     assert (plan.placement.name, plan.placement.decode.cut) == ("split", 0)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from planner import search
-from planner.hardware import DeviceProfile, HardwareProfile
+from planner.device import DeviceProfile
+from planner.hardware import HardwareProfile
 from planner.memory import needs
 from planner.model_spec import ModelSpec
 from planner.plan import Plan
@@ -47,7 +49,8 @@ def machines(draw: st.DrawFn) -> HardwareProfile:
 def plan_of(
     spec: ModelSpec, machine: HardwareProfile, workload: Workload, objective: Objective
 ) -> Plan:
-    return search(spec, machine, workload, objective, chunk_tokens=CHUNK)
+    """The fastest plan, however little it gains."""
+    return search(spec, machine, workload, objective, chunk_tokens=CHUNK, prefers_simple=False)
 
 
 def is_no_worse(better: Plan, worse: Plan) -> bool:
@@ -149,12 +152,9 @@ def sped_up(device: DeviceProfile, factor: float) -> DeviceProfile:
     return replace(
         device,
         read_bytes_per_s=device.read_bytes_per_s * factor,
-        attention_bytes_per_s=device.attention_bytes_per_s * factor,
-        attention_flop_per_s=device.attention_flop_per_s * factor,
+        flop_per_s={kind: rate * factor for kind, rate in device.flop_per_s.items()},
+        elements_per_s=(device.elements_per_s or device.read_bytes_per_s / 4) * factor,
         launch_s=device.launch_s / factor,
-        linear=tuple(
-            replace(sample, flop_per_s=sample.flop_per_s * factor) for sample in device.linear
-        ),
     )
 
 
@@ -181,3 +181,26 @@ def test_no_alternative_that_fits_is_faster_than_the_choice(
     for other in plan.alternatives:
         assert other.e2e_s is not None
         assert not other.feasible or (plan.feasible and other.e2e_s >= plan.estimate.e2e_s)
+
+
+@PROPERTY
+@given(specs, machines(), workloads, objectives)
+def test_a_simpler_plan_costs_what_the_optimality_gap_says(
+    spec: ModelSpec, machine: HardwareProfile, workload: Workload, objective: Objective
+) -> None:
+    """It fits where anything does, and is only taken where it is simpler."""
+    fastest = plan_of(spec, machine, workload, objective)
+    plan = search(spec, machine, workload, objective, chunk_tokens=CHUNK)
+
+    assert plan.feasible == fastest.feasible
+    assert 0.0 <= plan.optimality_gap < 1.0
+    if plan.feasible:
+        fastest_s = plan.estimate.e2e_s * (1 - plan.optimality_gap)
+        assert fastest_s == pytest.approx(fastest.estimate.e2e_s, rel=1e-12)
+    if plan.placement != fastest.placement:
+        assert complexity(plan) < complexity(fastest)
+
+
+def complexity(plan: Plan) -> int:
+    """One device, one strategy for both phases, two."""
+    return 2 if "+" in plan.placement.name else int(plan.placement.name not in ("gpu", "cpu"))

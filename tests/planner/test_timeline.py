@@ -57,6 +57,7 @@ def test_a_hybrid_step_worked_by_hand() -> None:
         "head": 0.0,
         "transfer": 2.0,
         "wait": 0.0,
+        "host": 0.0,
     }
 
 

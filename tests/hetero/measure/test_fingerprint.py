@@ -22,19 +22,23 @@ from hetero.measure.fingerprint import (
     cpu_model,
     describe_mismatch,
     gpu_used_bytes,
+    huge_pages,
     machine_fingerprint,
     nvidia_gpus,
     package_version,
 )
-from planner.hardware import Fingerprint
+from planner.fingerprint import Fingerprint
 
 ONE = Fingerprint(
     cpu="A CPU",
     instructions="avx512",
     num_cores=8,
+    num_numa_nodes=1,
     memory_bytes=32_000_000_000,
+    huge_pages="madvise",
     gpu="A GPU",
     gpu_uuid="GPU-1",
+    pcie="4.0 x16",
     driver="550",
     torch="2.8.0",
     numba="0.61",
@@ -53,6 +57,10 @@ def test_same_machine_has_no_mismatch() -> None:
         ("cpu", "B CPU", "the CPU was A CPU and is B CPU"),
         ("instructions", "avx2", "the level of vector instructions was avx512 and is avx2"),
         ("num_cores", 4, "the number of cores was 8 and is 4"),
+        ("num_numa_nodes", 2, "the number of NUMA nodes was 1 and is 2"),
+        ("huge_pages", "never", "the state of huge pages was madvise and is never"),
+        ("pcie", "4.0 x8", "the GPU's PCIe link was 4.0 x16 and is 4.0 x8"),
+        ("pcie", None, "the GPU's PCIe link was 4.0 x16 and is none"),
         ("memory_bytes", 16_000_000_000, "the memory was 32.0 GB and is 16.0 GB"),
         ("gpu", None, "the GPU was A GPU and is none"),
         ("gpu_uuid", "GPU-2", "the GPU UUID was GPU-1 and is GPU-2"),
@@ -67,15 +75,20 @@ def test_mismatch_names_field_and_both_values(field: str, value: object, sentenc
     assert describe_mismatch(ONE, replace(ONE, **{field: value})) == sentence
 
 
-def test_a_profile_that_names_no_instructions_is_another_machines() -> None:
-    """It can be read, and asks to measure again as any other does."""
+def test_every_field_is_compared() -> None:
+    """A field that is added must be named, or a profile of another machine would pass."""
+    assert set(fingerprint._FIELD_NAMES) == set(Fingerprint.__struct_fields__)
+
+
+@pytest.mark.parametrize("field", ["instructions", "num_numa_nodes", "huge_pages", "pcie"])
+def test_what_an_old_profile_does_not_know_cannot_differ(field: str) -> None:
+    """It was written before the field was, and is read and used as it is."""
     document = json.loads(msgspec.json.encode(ONE))
-    del document["instructions"]
+    del document[field]
     old = msgspec.json.decode(json.dumps(document).encode(), type=Fingerprint)
 
-    assert (
-        describe_mismatch(old, ONE) == "the level of vector instructions was unknown and is avx512"
-    )
+    assert describe_mismatch(old, ONE) is None
+    assert describe_mismatch(ONE, old) is None
 
 
 def test_lowered_instructions_are_another_machine() -> None:
@@ -117,6 +130,7 @@ def test_this_machine_equals_itself() -> None:
     assert describe_mismatch(here, machine_fingerprint()) is None
     assert here.num_cores >= 1
     assert here.memory_bytes > 0
+    assert here.num_numa_nodes is None or here.num_numa_nodes >= 1
     assert here.torch == package_version("torch")
 
 
@@ -144,6 +158,44 @@ def test_cpu_without_a_name_has_its_architecture(tmp_path: Path) -> None:
     assert cpu_flags(tmp_path / "missing") == frozenset()
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("[always] madvise never\n", "always"),
+        ("always [madvise] never\n", "madvise"),
+        ("always madvise [never]\n", "never"),
+        ("always [sometimes] never\n", "unknown"),
+        ("", "unknown"),
+    ],
+)
+def test_huge_pages_are_what_is_in_brackets(tmp_path: Path, words: str, expected: str) -> None:
+    """As the kernel's documentation of transparent huge pages says."""
+    file = tmp_path / "enabled"
+    file.write_text(words)
+    assert huge_pages(file) == expected
+    assert huge_pages(tmp_path / "missing") == "unknown"
+
+
+def test_an_idle_link_is_the_one_it_wakes_up_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The generation falls while nothing is copied; the width is that of the slot."""
+    for name, fake in {
+        "nvmlInit": lambda: None,
+        "nvmlShutdown": lambda: None,
+        "nvmlSystemGetDriverVersion": lambda: "580.95",
+        "nvmlDeviceGetCount": lambda: 1,
+        "nvmlDeviceGetHandleByIndex": lambda index: index,
+        "nvmlDeviceGetName": lambda handle: "A GPU",
+        "nvmlDeviceGetUUID": lambda handle: "GPU-1",
+        "nvmlDeviceGetMemoryInfo": lambda handle: SimpleNamespace(total=24_000_000_000),
+        "nvmlDeviceGetCurrPcieLinkGeneration": lambda handle: 1,
+        "nvmlDeviceGetMaxPcieLinkGeneration": lambda handle: 4,
+        "nvmlDeviceGetCurrPcieLinkWidth": lambda handle: 8,
+        "nvmlDeviceGetMaxPcieLinkWidth": lambda handle: 16,
+    }.items():
+        monkeypatch.setattr(pynvml, name, fake)
+    assert machine_fingerprint().pcie == "4.0 x8"
+
+
 def test_a_gpu_that_hides_a_fact_is_still_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """One with unified memory has none of its own; one that cannot be opened is left out."""
 
@@ -165,9 +217,13 @@ def test_a_gpu_that_hides_a_fact_is_still_a_gpu(monkeypatch: pytest.MonkeyPatch)
         "nvmlDeviceGetName": lambda handle: "NVIDIA GB10",
         "nvmlDeviceGetUUID": not_supported,
         "nvmlDeviceGetMemoryInfo": not_supported,
+        "nvmlDeviceGetMaxPcieLinkGeneration": not_supported,
+        "nvmlDeviceGetCurrPcieLinkWidth": not_supported,
     }.items():
         monkeypatch.setattr(pynvml, name, fake)
-    expected = GpuFacts(name="NVIDIA GB10", uuid="unknown", driver="580.95", memory_bytes=None)
+    expected = GpuFacts(
+        name="NVIDIA GB10", uuid="unknown", driver="580.95", memory_bytes=None, pcie="unknown"
+    )
     assert nvidia_gpus() == (expected,)
     assert gpu_used_bytes("GPU-1") is None
     assert machine_fingerprint().gpu == "NVIDIA GB10"

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,25 +22,27 @@ from hetero.measure.store import (
     kernel_cache_dir,
     load_or_measure,
     machine_names,
+    measuring,
     private_folder,
     store_profile,
     stored_profile,
     why_foreign,
     write_atomically,
 )
+from planner.device import DeviceProfile
 from planner.errors import ProfileError
-from planner.hardware import DeviceProfile, HardwareProfile, LinearSample
+from planner.hardware import HardwareProfile
 
 CPU = DeviceProfile(
     name="cpu",
     kind="cpu",
     memory_bytes=1000,
     read_bytes_per_s=10.0,
-    attention_bytes_per_s=10.0,
-    attention_flop_per_s=10.0,
+    flop_per_s={"float32": 10.0},
     launch_s=1e-6,
-    linear=(LinearSample(dtype="float32", num_tokens=1, flop_per_s=10.0),),
 )
+# A folder that nobody can write to, root included, and that belongs to this user alone.
+NOT_WRITABLE = Path("/proc/self")
 
 
 @pytest.fixture
@@ -159,6 +165,120 @@ def test_damaged_profile_is_measured_again(tmp_path: Path, here: HardwareProfile
     assert stored_profile(cache) == here
 
 
+def test_low_confidence_profile_is_used_as_it_is(tmp_path: Path, here: HardwareProfile) -> None:
+    """A machine that is always busy would otherwise be measured each time."""
+    doubtful = replace(here, confidence="low")
+    store_profile(tmp_path / "hetero", doubtful)
+    assert load_or_measure(tmp_path / "hetero", measure=never) == (doubtful, "stored")
+
+
+@pytest.mark.skipif(not NOT_WRITABLE.is_dir(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("cache", [NOT_WRITABLE, NOT_WRITABLE / "hetero"])
+def test_without_a_writable_cache_a_measurement_is_used(cache: Path, here: HardwareProfile) -> None:
+    """One line says that it is not stored, why, and what to do."""
+    said: list[str] = []
+    assert load_or_measure(cache, progress=said.append, measure=lambda: here) == (here, "measured")
+    [warning] = [line for line in said if line.startswith("warning: ")]
+    assert "not stored" in warning and str(cache) in warning and "XDG_CACHE_HOME" in warning
+
+
+@pytest.mark.skipif(not NOT_WRITABLE.is_dir(), reason="needs Linux's /proc")
+def test_why_a_stored_profile_is_not_used_is_said_where_none_can_be_stored(
+    here: HardwareProfile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cache that came from another machine, and is read-only here."""
+    foreign = (None, "the stored profile is not used, the CPU was another")
+    monkeypatch.setattr(store, "_usable_profile", lambda cache_dir: foreign)
+    said: list[str] = []
+    load_or_measure(NOT_WRITABLE, progress=said.append, measure=lambda: here)
+    assert said[0] == f"measuring this machine quickly (about 10 s): {foreign[1]}"
+
+
+def test_what_cannot_be_stored_is_not_measured_twice(
+    tmp_path: Path, here: HardwareProfile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that is full after the measurement costs the file, not the numbers."""
+    measured: list[HardwareProfile] = []
+    said: list[str] = []
+
+    def measure() -> HardwareProfile:
+        measured.append(here)
+        return here
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    profile, _ = load_or_measure(tmp_path / "hetero", progress=said.append, measure=measure)
+    assert (profile, measured) == (here, [here])
+    assert said[-1].startswith("warning: ") and "No space left" in said[-1]
+
+
+@pytest.mark.skipif(not NOT_WRITABLE.is_dir(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("cache", [NOT_WRITABLE, NOT_WRITABLE / "hetero"])
+def test_measuring_needs_a_writable_cache(cache: Path) -> None:
+    """It is refused before the block, which measures for a minute."""
+    with (
+        pytest.raises(EnvironmentProblemError, match=f"{cache}.*XDG_CACHE_HOME"),
+        measuring(cache, pytest.fail),
+    ):
+        never()
+
+
+HOLD_LOCK = """
+import sys
+from pathlib import Path
+from hetero.measure.store import measuring
+with measuring(Path(sys.argv[1]), print):
+    print("measuring", flush=True)
+    sys.stdin.readline()
+"""
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that measures until its stdin is closed."""
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD_LOCK, str(tmp_path / "hetero")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "measuring\n"
+        yield process
+
+
+def test_a_second_process_waits_until_the_first_has_measured(
+    tmp_path: Path, other: subprocess.Popen[str]
+) -> None:
+    """It says that it waits, and does not start before the other has ended."""
+    order: list[str] = []
+
+    def let_go(line: str) -> None:
+        assert other.poll() is None and other.stdin is not None
+        order.append(line)
+        other.stdin.close()
+
+    with measuring(tmp_path / "hetero", let_go):
+        order.append("mine")
+    assert order == ["another hetero is measuring this machine: waiting for it", "mine"]
+
+
+def test_who_waited_takes_what_the_other_has_stored(
+    tmp_path: Path, other: subprocess.Popen[str], here: HardwareProfile
+) -> None:
+    """Two plans at once measure once."""
+
+    def store_and_let_go(line: str) -> None:
+        assert other.stdin is not None
+        store_profile(tmp_path / "hetero", here)
+        other.stdin.close()
+
+    found = load_or_measure(tmp_path / "hetero", progress=store_and_let_go, measure=never)
+    assert found == (here, "stored")
+
+
 def test_unsafe_cache_is_refused_before_measuring(tmp_path: Path) -> None:
     """Not after ten seconds."""
     tmp_path.chmod(0o777)
@@ -185,9 +305,22 @@ def test_every_reference_machine_is_found_by_name() -> None:
         assert find_profile(name).cpu_by_threads
 
 
-def test_unknown_profile_lists_the_names() -> None:
-    """What was asked for and what there is."""
-    with pytest.raises(ProfileError, match=r"no profile 'no-such-machine'.*one of"):
-        find_profile("no-such-machine")
+@pytest.mark.parametrize(
+    ("asked", "nearest"),
+    [("rtx4090", "4090"), ("desktop-rtx4080", "desktop-rtx4"), ("Server-A100", "server-a100")],
+)
+def test_unknown_profile_names_the_nearest_first(asked: str, nearest: str) -> None:
+    """What was asked for, what is like it, and how to list what there is."""
+    with pytest.raises(ProfileError) as caught:
+        find_profile(asked)
+    message = str(caught.value)
+    assert message.startswith(f"there is no profile {asked!r}; ")
+    found = re.search(r"nearest first: ([a-z0-9-]+), ", message)
+    assert found is not None and nearest in found[1]
+    assert f"hetero profile --list lists all {len(machine_names())}" in message
+
+
+def test_missing_profile_file_is_named() -> None:
+    """A path is not taken for a name."""
     with pytest.raises(ProfileError, match="No such file"):
         find_profile("no-such-machine.json")

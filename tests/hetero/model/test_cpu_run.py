@@ -11,6 +11,7 @@ import pytest
 from hetero import LLM, SamplingParams
 from hetero.model.cpu_run import split_runs
 from hetero.model.decoder import DecoderStep
+from planner.model_spec import Module
 from planner.step_graph import Lane, Op, OpKind
 from tests.machines import toy_machine
 from tests.tiny_models import TINY_MODELS, save_tiny_model
@@ -23,8 +24,8 @@ def ops(*kinds: OpKind, lane: Lane = "cpu") -> list[Op]:
     return [Op(index=index, kind=kind, lane=lane, layer=0) for index, kind in enumerate(kinds)]
 
 
-def sizes(given: list[Op], is_packed: Callable[[Op], bool] = lambda op: True) -> list[int]:
-    parts = split_runs(given, lambda op, module: object() if is_packed(op) else None)  # type: ignore[arg-type, return-value]
+def sizes(given: list[Op], is_packed: Callable[[Module], bool] = lambda module: True) -> list[int]:
+    parts = split_runs(given, lambda op, module: object() if is_packed(module) else None)  # type: ignore[arg-type, return-value]
     assert [op for part in parts for op in part] == given
     return [len(part) for part in parts]
 
@@ -42,9 +43,14 @@ def test_a_chain_begins_with_an_op_that_reads_hidden_states_only() -> None:
 def test_what_is_not_packed_ends_a_chain() -> None:
     """A streamed module, or one in a format that the kernels do not know."""
     step = ops(*LAYER, *DENSE_LAYER, "head")
-    assert sizes(step, lambda op: op.kind != "dense") == [6, 1, 1]
-    assert sizes(step, lambda op: op.kind != "experts") == [3, 1, 1, 3]
-    assert sizes(step, lambda op: False) == [1] * 8
+    assert sizes(step, lambda module: module != "dense") == [6, 1, 1]
+    assert sizes(step, lambda module: False) == [1] * 8
+
+
+def test_tokens_are_sorted_for_experts_that_torch_computes_beside_our_router() -> None:
+    """Their dispatch is an op of its own: our kernels sort the tokens themselves."""
+    step = ops(*LAYER, *DENSE_LAYER, "head")
+    assert sizes(step, lambda module: module != "experts") == [2, 1, 1, 1, 3]
 
 
 def test_ops_of_other_devices_are_single() -> None:

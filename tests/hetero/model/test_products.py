@@ -27,7 +27,7 @@ from hetero.model.products import (
     self_test,
     why_not_ipex,
 )
-from planner.hardware import BACKENDS, Backend
+from planner.kernels import BACKENDS, Backend
 
 # Rounding a weight moves it by half a step of the largest of its group.
 _STEPS: dict[WeightKind, float] = {"float32": 0, "bfloat16": 2**-8, "int8": 1 / 127, "int4": 1 / 7}

@@ -19,7 +19,7 @@ from hetero.model.families import module_layout
 from hetero.runtime.devices import EmulatedAccelerator
 from hetero.runtime.weights import Weights, load_weights
 from planner import strategies
-from planner.hardware import Backend
+from planner.kernels import Backend
 from planner.model_spec import Dtype, ModelSpec, Module
 from planner.placement import Placement
 from tests.machines import toy_machine
@@ -119,15 +119,17 @@ def test_torch_gives_the_tokens_of_our_kernels(name: str, tmp_path: Path) -> Non
     """By a profile in which torch is twice as fast, all is in rows; in float32 tokens are equal."""
     save_tiny_model(name, tmp_path)
     machine = toy_machine()
-    ours = [sample for cpu in machine.cpu_by_threads for sample in cpu.linear]
-    faster = tuple(
-        msgspec.structs.replace(sample, backend="torch", flop_per_s=2 * sample.flop_per_s)
-        for sample in ours
-    )
+    # nothing but products takes time
     cpu = msgspec.structs.replace(
-        machine.cpu, linear=(*ours, *faster), launch_s=0.0, read_bytes_per_s=1e12
+        machine.cpu, launch_s=0.0, read_bytes_per_s=1e12, elements_per_s=1e15
     )
-    fast = msgspec.structs.replace(machine, cpu_by_threads=(cpu,))
+    faster = tuple(
+        msgspec.structs.replace(sample, backend="torch", seconds=sample.seconds / 2)
+        for sample in machine.samples
+    )
+    fast = msgspec.structs.replace(
+        machine, cpu_by_threads=(cpu,), samples=(*machine.samples, *faster)
+    )
     greedy = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
     lines: list[str] = []
     tokens = []

@@ -1,0 +1,110 @@
+"""Ceilings of a device: the fastest that any of its samples was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from msgspec.structs import replace
+
+from planner.device import DeviceProfile, Sample
+from planner.model_spec import WeightKind
+
+# Samples lie on or below their ceilings; what rounding does must not lift one above.
+_HEADROOM = 1.0 + 1e-9
+
+
+def cpu_ceilings(
+    samples: Iterable[Sample],
+    *,
+    name: str,
+    memory_bytes: int,
+    num_threads: int,
+    read_bytes_per_s: float,
+    launch_s: float,
+    torch_launch_s: float,
+) -> DeviceProfile:
+    """The CPU with some number of threads, from its samples with as many."""
+    found = list(samples)
+    return DeviceProfile(
+        name=name,
+        kind="cpu",
+        memory_bytes=memory_bytes,
+        num_threads=num_threads,
+        read_bytes_per_s=_fastest_read(found, read_bytes_per_s),
+        flop_per_s=_fastest_products(found),
+        dequant_per_s=_fastest_unpacking(found),
+        elements_per_s=_fastest_elements(found),
+        launch_s=launch_s,
+        torch_launch_s=torch_launch_s,
+    )
+
+
+def raised(device: DeviceProfile, samples: Iterable[Sample]) -> DeviceProfile:
+    """The device with ceilings that further samples of it lie below too."""
+    found = list(samples)
+    rates: dict[WeightKind, float] = dict(device.flop_per_s)
+    for kind, rate in _fastest_products(found).items():
+        rates[kind] = max(rate, rates.get(kind, 0.0))
+    unpacking: dict[WeightKind, float] = dict(device.dequant_per_s)
+    for kind, rate in _fastest_unpacking(found).items():
+        unpacking[kind] = max(rate, unpacking.get(kind, 0.0))
+    return replace(
+        device,
+        read_bytes_per_s=_fastest_read(found, device.read_bytes_per_s / _HEADROOM),
+        flop_per_s=rates,
+        dequant_per_s=unpacking,
+    )
+
+
+def gpu_ceilings(
+    samples: Iterable[Sample],
+    *,
+    name: str,
+    memory_bytes: int,
+    reserved_bytes: int,
+    read_bytes_per_s: float,
+    launch_s: float,
+) -> DeviceProfile:
+    """A GPU, from its samples."""
+    found = list(samples)
+    return DeviceProfile(
+        name=name,
+        kind="cuda",
+        memory_bytes=memory_bytes,
+        reserved_bytes=reserved_bytes,
+        read_bytes_per_s=_fastest_read(found, read_bytes_per_s),
+        flop_per_s=_fastest_products(found),
+        elements_per_s=_fastest_elements(found),
+        launch_s=launch_s,
+    )
+
+
+def _fastest_read(samples: list[Sample], plain: float) -> float:
+    """Bytes per second of plain reads, or of a kernel that did better: part of it was cached."""
+    rates = (each.call.bytes / each.seconds for each in samples)
+    return max([plain, *rates]) * _HEADROOM
+
+
+def _fastest_products(samples: list[Sample]) -> dict[WeightKind, float]:
+    found: dict[WeightKind, float] = {}
+    for each in samples:
+        flops = each.call.flops
+        if flops:
+            found[each.format] = max(found.get(each.format, 0.0), flops / each.seconds * _HEADROOM)
+    return found
+
+
+def _fastest_unpacking(samples: list[Sample]) -> dict[WeightKind, float]:
+    found: dict[WeightKind, float] = {}
+    for each in samples:
+        num_weights = each.call.num_weights
+        if num_weights and each.format in ("int8", "int4"):
+            rate = num_weights / each.seconds * _HEADROOM
+            found[each.format] = max(found.get(each.format, 0.0), rate)
+    return found
+
+
+def _fastest_elements(samples: list[Sample]) -> float | None:
+    rates = [each.call.num_elements / each.seconds for each in samples]
+    fastest = max(rates, default=0.0)
+    return fastest * _HEADROOM if fastest > 0 else None

@@ -1,0 +1,151 @@
+"""What lanes cost each other: the CPU's kernels beside copies, and beside each other."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from msgspec.structs import replace
+
+from cpu_kernels.calls import Chain
+from hetero.measure.attention import AttentionCase, decode_rounds
+from hetero.measure.chains import timed_chains
+from hetero.measure.cold_memory import ColdMemory
+from hetero.measure.experts import ExpertShape, experts_rounds
+from hetero.measure.timing import Timing
+from planner.device import Sample
+from planner.kernels import HostMemory
+from planner.model_spec import WeightKind
+from planner.step_graph import Lane
+
+_COPY_BYTES = 32 << 20
+
+
+@contextmanager
+def kept_busy(work: Callable[[], object]) -> Iterator[list[float]]:
+    """Repeat some work in a thread of its own for the length of a block; its seconds, each time.
+
+    What the work raises, the block's end raises.
+    """
+    samples: list[float] = []
+    errors: list[BaseException] = []
+    is_over, has_begun = threading.Event(), threading.Event()
+
+    def repeat() -> None:
+        try:
+            with torch.inference_mode():
+                while not is_over.is_set():
+                    begin_s = time.perf_counter()
+                    work()
+                    samples.append(time.perf_counter() - begin_s)
+                    has_begun.set()
+        except BaseException as error:
+            errors.append(error)
+            has_begun.set()
+
+    thread = threading.Thread(target=repeat, name="hetero-busy", daemon=True)
+    thread.start()
+    try:
+        has_begun.wait()
+        samples.clear()
+        yield samples
+    finally:
+        is_over.set()
+        thread.join()
+    for error in errors:
+        raise error
+
+
+def copying(memory: ColdMemory, device: torch.device) -> tuple[Callable[[], None], HostMemory]:
+    """A copy of 32 MiB towards a device; on a machine without one, from memory to memory.
+
+    The second is what the emulated accelerator's link does.
+    """
+    if device.type == "cuda":
+        pinned = torch.zeros(_COPY_BYTES, dtype=torch.uint8, pin_memory=True)
+        on_gpu = torch.empty(_COPY_BYTES, dtype=torch.uint8, device=device)
+        stream = torch.cuda.Stream(device)
+
+        def upload() -> None:
+            with torch.cuda.stream(stream):
+                on_gpu.copy_(pinned, non_blocking=True)
+            stream.synchronize()
+
+        return upload, "pinned"
+    target = torch.empty(_COPY_BYTES // 4, dtype=torch.float32)
+
+    def copy() -> None:
+        target.copy_(memory.take("float32", _COPY_BYTES // 4))
+
+    return copy, "pageable"
+
+
+def beside_copies(
+    memory: ColdMemory,
+    copied: ColdMemory,
+    alone: Sample,
+    device: torch.device,
+    *,
+    kind: WeightKind,
+    shape: ExpertShape,
+    budget_s: float,
+) -> tuple[Sample, Sample]:
+    """Measure experts while copies run, and the copies; `alone` is the same experts' sample."""
+    rounds = experts_rounds(
+        memory,
+        kind=kind,
+        shape=shape,
+        num_experts=alone.shape[0],
+        tokens_each=alone.num_tokens,
+        num_threads=alone.num_threads,
+    )
+    copy, host_memory = copying(copied, device)
+    with kept_busy(copy) as copies:
+        found = timed_chains(rounds, num_threads=alone.num_threads, budget_s=budget_s)
+    beside = Timing.of(copies)
+    return (
+        replace(alone, busy=("h2d",), seconds=found.seconds, spread=found.spread),
+        Sample(
+            lane="h2d",
+            kernel="copy",
+            backend="torch",
+            shape=(_COPY_BYTES,),
+            memory=host_memory,
+            busy=("cpu",),
+            seconds=beside.seconds,
+            spread=beside.spread,
+        ),
+    )
+
+
+def beside_attention(
+    memory: ColdMemory,
+    cached: ColdMemory,
+    alone: Sample,
+    *,
+    kind: WeightKind,
+    shape: ExpertShape,
+    case: AttentionCase,
+    budget_s: float,
+) -> Sample:
+    """Measure experts on all threads but one, while one thread does decode attention."""
+    num_threads = max(1, alone.num_threads - 1)
+    rounds = experts_rounds(
+        memory,
+        kind=kind,
+        shape=shape,
+        num_experts=alone.shape[0],
+        tokens_each=alone.num_tokens,
+        num_threads=num_threads,
+    )
+    links = [link for each in decode_rounds(cached, case, num_threads=1) for link in each]
+    chain = Chain(links, num_threads=1)
+    busy: tuple[Lane, ...] = ("cpu",)
+    with kept_busy(chain.run):
+        found = timed_chains(rounds, num_threads=num_threads, budget_s=budget_s)
+    return replace(
+        alone, num_threads=num_threads, busy=busy, seconds=found.seconds, spread=found.spread
+    )

@@ -1,0 +1,166 @@
+"""Seconds of a layer's chosen experts, by format, size and tokens, over more than caches hold."""
+
+# E experts with tokens, k choices a token, D hidden, I expert width
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cpu_kernels.calls import Link
+from cpu_kernels.experts import PackedExperts, expert_bytes, experts_links
+from cpu_kernels.microkernels import fastest_compute
+from cpu_kernels.scratch import Scratch
+from hetero.measure.chains import num_rounds, timed_chains
+from hetero.measure.cold_memory import ColdMemory
+from hetero.measure.linear import inputs
+from hetero.measure.timing import timed
+from hetero.model.families import TORCH_DTYPES
+from hetero.model.moe import Routing, dispatch, experts
+from hetero.model.products import weight_format
+from planner.device import Sample
+from planner.model_spec import Dtype, WeightKind
+
+ExpertShape = tuple[int, int]  # (D, I)
+
+_TOP_K = 8
+
+
+def choices(num_experts: int, tokens_each: int, first: int = 0) -> NDArray[np.int64]:
+    """ids_Tk that give every expert of a range as many tokens; each token chooses different ones.
+
+    Examples
+    --------
+    >>> choices(2, 3).tolist()
+    [[0, 1], [0, 1], [0, 1]]
+    """
+    top_k = min(_TOP_K, num_experts)
+    num_tokens = -(-num_experts * tokens_each // top_k)
+    flat = np.arange(num_tokens * top_k, dtype=np.int64) % num_experts + first
+    return flat.reshape(num_tokens, top_k)
+
+
+def experts_sample(
+    memory: ColdMemory,
+    *,
+    kind: WeightKind,
+    shape: ExpertShape,
+    num_experts: int,
+    tokens_each: int,
+    num_threads: int,
+    budget_s: float,
+) -> Sample:
+    """Measure our kernel: `num_experts` experts with `tokens_each` tokens, weighted and added."""
+    rounds = experts_rounds(
+        memory,
+        kind=kind,
+        shape=shape,
+        num_experts=num_experts,
+        tokens_each=tokens_each,
+        num_threads=num_threads,
+    )
+    found = timed_chains(rounds, num_threads=num_threads, budget_s=budget_s)
+    return Sample(
+        lane="cpu",
+        kernel="experts",
+        format=kind,
+        shape=(num_experts, *shape),
+        num_tokens=tokens_each,
+        num_threads=num_threads,
+        seconds=found.seconds,
+        spread=found.spread,
+    )
+
+
+def experts_rounds(
+    memory: ColdMemory,
+    *,
+    kind: WeightKind,
+    shape: ExpertShape,
+    num_experts: int,
+    tokens_each: int,
+    num_threads: int,
+) -> list[Sequence[Link]]:
+    """Links of rounds, each over experts that the ones before have not read."""
+    assert kind != "float16"
+    stored, scratch, (hidden, width) = weight_format(kind), Scratch(), shape
+    size = expert_bytes(stored, hidden, width)
+    count = num_rounds(memory.num_bytes, num_experts * size)
+    packed = PackedExperts(
+        blob=memory.take_bytes(count * num_experts * size),
+        weight_format=stored,
+        num_experts=count * num_experts,
+        hidden=hidden,
+        width=width,
+    )
+    rounds: list[Sequence[Link]] = []
+    for index in range(count):
+        ids_Tk = choices(num_experts, tokens_each, index * num_experts)
+        x = inputs(kind, len(ids_Tk), hidden)
+        rounds.append(
+            experts_links(
+                x,
+                packed,
+                ids_Tk,
+                np.full(ids_Tk.shape, 1 / ids_Tk.shape[1], np.float32),
+                compute=fastest_compute(stored),
+                num_threads=num_threads,
+                scratch=scratch,
+                out=np.empty(x.shape, np.float32),
+            )
+        )
+    return rounds
+
+
+def torch_experts_sample(
+    memory: ColdMemory,
+    *,
+    dtype: Dtype,
+    shape: ExpertShape,
+    num_experts: int,
+    tokens_each: int,
+    budget_s: float,
+) -> Sample:
+    """Measure torch's form of the same on the memory's device: sort, loop or group, add."""
+    device, (hidden, width) = memory.device, shape
+    ids_Tk = torch.from_numpy(choices(num_experts, tokens_each)).to(device)
+    x_TD = torch.full((len(ids_Tk), hidden), 0.01, dtype=TORCH_DTYPES[dtype], device=device)
+    routing = Routing(
+        normed_TD=x_TD,
+        expert_ids_Tk=ids_Tk,
+        expert_weights_Tk=torch.full(
+            ids_Tk.shape, 1 / ids_Tk.shape[1], dtype=x_TD.dtype, device=device
+        ),
+    )
+    sorted_tokens = dispatch(routing, num_experts)
+    itemsize = x_TD.element_size()
+    count = num_rounds(memory.num_bytes, 3 * num_experts * hidden * width * itemsize)
+    layers = [
+        {
+            "gate_up": memory.take(dtype, num_experts, 2 * width, hidden),
+            "down": memory.take(dtype, num_experts, hidden, width),
+        }
+        for _ in range(count)
+    ]
+    lap = itertools.cycle(layers)
+    is_grouped = device.type == "cuda" and hasattr(torch.nn.functional, "grouped_mm")
+    found = timed(
+        lambda: experts(sorted_tokens, next(lap), method="grouped" if is_grouped else "loop"),
+        device=device,
+        budget_s=budget_s,
+    )
+    return Sample(
+        lane="cpu" if device.type == "cpu" else "gpu",
+        kernel="experts",
+        format=dtype,
+        backend="torch",
+        shape=(num_experts, *shape),
+        num_tokens=tokens_each,
+        num_threads=torch.get_num_threads() if device.type == "cpu" else 1,
+        seconds=found.seconds,
+        spread=found.spread,
+    )
