@@ -238,6 +238,7 @@ def run_one(folder: Path, model: str, name: str, *, quick: bool) -> dict[str, fl
     from hetero import LLM, SamplingParams
     from planner.cost_model import CostModel
     from planner.estimate import estimate
+    from planner.popularity import Popularity
     from planner.workload import Workload
 
     buffer = np.ones(CEILING_BYTES, np.uint8)
@@ -287,7 +288,10 @@ def run_one(folder: Path, model: str, name: str, *, quick: bool) -> dict[str, fl
                 found["prefill"] = measured.prefill_tokens_per_s
             rates.append(ceiling(num_threads))
             active = outside + sum(
-                spec.distinct_experts(index, batch) * spec.expert_bytes(index)
+                Popularity.even(layer.num_experts, layer.num_experts_per_token).distinct_experts(
+                    0, batch
+                )
+                * spec.expert_bytes(index)
                 for index, layer in enumerate(spec.layers)
                 if layer.is_moe
             )

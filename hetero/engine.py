@@ -208,10 +208,10 @@ class Engine:
 
     def step(self) -> StepResult | None:
         """Run one step; None when nothing is unfinished."""
+        begin_s = time.perf_counter()
         batch = self.scheduler.schedule()
         if batch is None:
             return None
-        begin_s = time.perf_counter()
         sampled: list[SampledToken] = []
         rows = [self._sampling_row(sequence) for sequence in batch.sampled]
 

@@ -12,7 +12,12 @@ from hetero.measure.store import find_profile, load_or_measure, why_foreign
 from hetero.model_lookup import ModelSource, read_model_spec
 from planner.calibration import NO_CORRECTIONS, Corrections
 from planner.errors import PlannerError
-from planner.hardware import AcceleratorName, HardwareProfile, Resources
+from planner.hardware import (
+    EMULATED_LINK_BYTES_PER_S,
+    AcceleratorName,
+    HardwareProfile,
+    Resources,
+)
 from planner.memory import needs
 from planner.model_spec import Dtype, ModelSpec, Quantization
 from planner.placement import check_matches
@@ -20,9 +25,8 @@ from planner.plan import Plan
 from planner.search import profile_fingerprint, search
 from planner.workload import Objective, Workload
 
-# A quarter of the host's memory and a slow PCIe link: enough to rehearse a plan.
+# A quarter of the host's memory is enough to rehearse a plan.
 _EMULATED_MEMORY_SHARE = 0.25
-EMULATED_LINK_BYTES_PER_S = 4e9
 
 
 # Sequences of a step that share each weight read; beyond this little is gained on a CPU.

@@ -15,6 +15,7 @@ from hetero.errors import MemoryBudgetError
 from hetero.outputs import Measured
 from hetero.prompts import TokensPrompt
 from hetero.sampler import SamplingParams
+from planner.backends import cpu_backends
 from planner.cost_model import CostModel
 from planner.estimate import estimate
 from planner.memory import needs
@@ -165,7 +166,11 @@ def _try(
 
     What was run is shorter than the wave: each measured time is stretched as the predicted one is.
     """
-    whole, part = (estimate(spec, plan.placement, costs, size) for size in (plan.wave, workload))
+    backends = cpu_backends(spec, costs, plan.wave)  # as they are loaded for either
+    whole, part = (
+        estimate(spec, plan.placement, costs, size, backends=backends)
+        for size in (plan.wave, workload)
+    )
     measured, failure = None, None
     try:
         found = _measure(plan, workload, load)

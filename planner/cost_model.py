@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from planner.calibration import NO_CORRECTIONS, Corrections
@@ -15,10 +15,10 @@ from planner.kernel_table import SOURCES, KernelEstimate, KernelTable, Source
 from planner.kernels import Backend, Kernel, KernelCall, Resource
 from planner.memory import KV_BLOCK_TOKENS
 from planner.model_spec import ModelSpec, Module
-from planner.popularity import Popularity
+from planner.popularity import Popularity, independent_tokens
 from planner.priors import prior
 from planner.simulate import Slowdowns, simulate
-from planner.step_graph import Lane, Op, OpKind, StepGraph
+from planner.step_graph import Lane, Op, OpKind, Payload, StepGraph
 from planner.timeline import Timeline
 from planner.workload import BatchShape
 
@@ -49,6 +49,18 @@ _MODULE_OF_KIND: dict[str, Module] = {
     "combine": "experts",
     "dense": "dense",
     "head": "head",
+}
+# Copies that a payload is made of, each with its own latency: six index tensors of a batch; hidden
+# states, ids and weights of a routing; keys and values. Counted in hetero/model/decoder.py:
+# tests/planner/test_launch_counts.py.
+NUM_COPIES: dict[Payload, int] = {
+    "batch": 6,
+    "weights": 1,
+    "hidden": 1,
+    "routing": 3,
+    "expert_output": 1,
+    "logits": 1,
+    "kv": 2,
 }
 _LOGIT_BYTES = 4
 _BATCH_BYTES_PER_TOKEN = 24  # token id, position and slot, int64 each
@@ -129,7 +141,7 @@ class CostModel:
     corrections : Corrections
         What earlier runs say that predictions must be multiplied with.
     popularity : Popularity, optional
-        How often each expert is chosen; None: all alike.
+        How often each expert is chosen; None: as it usually is.
     """
 
     def __init__(
@@ -142,6 +154,7 @@ class CostModel:
         self.hardware = hardware
         self.corrections = corrections
         self.popularity = popularity
+        self._usual: dict[tuple[int, int], Popularity] = {}
         self._backends_of_kind: dict[str, tuple[Backend, ...]] = {}
         cpu, gpu, link = hardware.cpu, hardware.gpu, hardware.link
         self._tables: dict[Lane, KernelTable] = {
@@ -166,7 +179,7 @@ class CostModel:
 
         Each kernel takes its speed of light over its measured utilisation (`KernelTable`); one that
         was never measured also a launch. Copies: a latency, and bytes over the link's rate.
-        Experts read E(1-(1-k/E)^T) experts' weights, or by their popularity.
+        Experts read the weights of those that some token is expected to choose.
 
         Raises
         ------
@@ -195,7 +208,7 @@ class CostModel:
         for call, times in calls:
             each = table.estimate(call)
             part_s = times * each.seconds
-            if each.source == "prior" and call.kernel not in ("op", "step", "handover"):
+            if each.source == "prior" and call.kernel not in ("op", "step", "embed", "handover"):
                 launch_s = times * _launch_s(call, table.device)
                 by_resource["launch"] = by_resource.get("launch", 0.0) + launch_s
                 seconds += launch_s
@@ -242,18 +255,28 @@ class CostModel:
     def _copy_cost(self, op: Op, spec: ModelSpec, shape: BatchShape) -> OpCost:
         link = self.hardware.link
         assert link is not None, "a copy needs a link"
-        num_bytes = max(1.0, copy_bytes(op, spec, shape))
+        assert op.payload is not None
+        num_bytes, count = max(1.0, copy_bytes(op, spec, shape)), NUM_COPIES[op.payload]
+        assert self.hardware.gpu is not None
+        is_cuda = self.hardware.gpu.kind == "cuda"
+        start_s = link.latency_s
+        if not is_cuda:
+            # a throttled copy waits for its time to pass, and wakes as late as a lane does
+            handover = KernelCall(kernel="handover", backend="torch")
+            start_s += self._tables["cpu"].estimate(handover).seconds
         if op.lane in self._tables:
-            call = KernelCall(kernel="copy", shape=(num_bytes,), memory="pinned", backend="torch")
-            return self._sum(op.lane, [(call, 1.0)])
+            each = KernelCall(
+                kernel="copy", shape=(num_bytes / count,), memory="pinned", backend="torch"
+            )
+            cost = self._sum(op.lane, [(each, float(count))])
+            seconds = cost.seconds + count * start_s
+            return replace(cost, seconds=seconds, by_resource={"link": seconds})
         rate = link.h2d_bytes_per_s if op.lane == "h2d" else link.d2h_bytes_per_s
         least_s, share, sigma = num_bytes / rate, 1.0, _EMULATED_COPY_SIGMA
-        assert self.hardware.gpu is not None
-        if self.hardware.gpu.kind == "cuda":
+        if is_cuda:
             assumed = prior("copy", "link", "cuda", "float32")
             share, sigma = assumed.utilisation, assumed.sigma
-        handover = self._tables["cpu"].estimate(KernelCall(kernel="handover", backend="torch"))
-        seconds = link.latency_s + handover.seconds + least_s / share
+        seconds = count * start_s + least_s / share
         return OpCost(
             seconds=seconds,
             sigma_s=sigma * seconds,
@@ -282,9 +305,14 @@ class CostModel:
         if op.kind != "experts":
             return 0.0
         assert op.layer is not None
+        tokens = independent_tokens(shape.num_tokens, shape.num_seqs)
         if self.popularity is not None:
-            return self.popularity.distinct_experts(op.layer, shape.num_tokens)
-        return spec.distinct_experts(op.layer, shape.num_tokens)
+            return self.popularity.distinct_experts(op.layer, tokens)
+        layer = spec.layers[op.layer]
+        key = (layer.num_experts, layer.num_experts_per_token)
+        if key not in self._usual:
+            self._usual[key] = Popularity.usual(*key)
+        return self._usual[key].distinct_experts(0, tokens)
 
 
 def _copy_table(
@@ -305,8 +333,12 @@ def _copy_table(
 
 
 def _launch_s(call: KernelCall, device: DeviceProfile) -> float:
-    """Seconds of starting a kernel: a link of a chain of ours, or an operation of torch."""
-    return device.launch_s if call.backend == "numba" else device.torch_op_s
+    """Seconds of starting a kernel: a link of a chain of ours, or operations of torch."""
+    if call.backend == "numba":
+        return device.launch_s
+    return device.torch_op_s * (
+        1 + (NUM_TORCH_PASSES["experts"] if call.kernel == "experts" else 0)
+    )
 
 
 def _op_calls(
@@ -326,15 +358,15 @@ def _op_calls(
         return [(call, 1.0)]
     if rows == 0:
         return []
+    if op.kind == "embed" and op.lane == "cpu":
+        return [
+            (KernelCall(kernel="embed", backend="torch", num_tokens=rows), 1.0),
+            (_rowwise("elementwise", spec.hidden_size, rows, "torch"), 1.0),
+        ]
     if backend == "numba" and op.kind not in ("embed", "sample"):
         calls = _small_calls(op, spec, rows)
     else:
-        width = spec.hidden_size
-        if op.kind == "dispatch":
-            assert op.layer is not None
-            width *= spec.layers[op.layer].num_experts_per_token
-        passes = float(NUM_TORCH_PASSES[op.kind])
-        calls = [(_rowwise("elementwise", width, rows, "torch"), passes)]
+        calls = _passes(op, spec, rows)
     if op.kind == "experts":
         calls.append((_experts_call(op, spec, shape, backend, distinct), 1.0))
     elif op.kind in ("attention", "router", "dense", "head"):
@@ -344,11 +376,27 @@ def _op_calls(
     return calls
 
 
+def _passes(op: Op, spec: ModelSpec, rows: int) -> _Calls:
+    """What torch does beside products, attention and experts."""
+    count, width = float(NUM_TORCH_PASSES[op.kind]), spec.hidden_size
+    if op.kind == "experts":
+        return []  # which were measured with what is around their products
+    if op.kind != "dispatch":
+        return [(_rowwise("elementwise", width, rows, "torch"), count)]
+    assert op.layer is not None
+    # one pass gathers rows for all choices, the others sort numbers
+    choices = rows * spec.layers[op.layer].num_experts_per_token
+    return [
+        (_rowwise("elementwise", width, 1, "torch"), count - 1),
+        (_rowwise("elementwise", width, choices, "torch"), 1.0),
+    ]
+
+
 def _is_of_its_own(op: Op, shape: BatchShape, backend: Backend) -> bool:
     """Is an op called from Python? Chains of a decode step go through layers, others do not."""
-    if op.kind == "sample":
-        return False  # which was measured with the Python around it
-    return op.kind == "embed" or (backend == "numba" and shape.phase == "prefill")
+    if op.kind in ("embed", "dispatch", "sample"):
+        return False  # nothing is done for our experts, others have their own Python
+    return backend == "numba" and shape.phase == "prefill"
 
 
 def _rowwise(kernel: Kernel, width: float, rows: float, backend: Backend) -> KernelCall:
@@ -420,11 +468,16 @@ def _attention_calls(
         )
         return [(call, 1.0)]
     tokens = max(1.0, shape.num_tokens / shape.num_seqs)
-    flops = spec.attention_flops(op.layer, round(tokens), round(shape.num_past_tokens))
-    # What a query sees on average; causal calls of a span of tokens with no past see as much where
-    # a window or a state keeps it below half of the new tokens.
-    seen = flops / (4 * heads[0] * heads[2] * round(tokens))
-    span = max(1.0, min(tokens, 2 * seen - 1))
+    span, past = tokens, shape.num_past_tokens
+    layer = spec.layers[op.layer]
+    if layer.window is not None or layer.attention is not None:
+        # What a query sees on average; causal calls of a span of tokens with no past see as much
+        # where a window or a state keeps it below half of the new tokens.
+        flops = spec.attention_flops(op.layer, round(tokens), round(past))
+        seen = flops / (4 * heads[0] * heads[2] * round(tokens))
+        span = max(1.0, min(tokens, 2 * seen - 1))
+        # no past is another kernel: what rounding leaves is none
+        past = round(max(0.0, seen - (tokens + 1) / 2), 3)
     call = KernelCall(
         kernel="prefill_attention",
         shape=heads,
@@ -432,8 +485,7 @@ def _attention_calls(
         format="float32" if kind == "cpu" and backend == "numba" else spec.dtype,
         backend="torch",
         num_tokens=span,
-        # no past is another kernel: what rounding leaves is none
-        context=round(max(0.0, seen - (tokens + 1) / 2), 3),
+        context=past,
     )
     return [(call, shape.num_seqs * tokens / span)]
 
@@ -525,6 +577,15 @@ class Pricer:
     def host_cost(self) -> OpCost:
         """Price of what a step takes beside its ops, without corrections."""
         return self.costs.host_cost(self.shape)
+
+    @property
+    def host_sigma(self) -> float:
+        """Standard deviation of the logarithm of `host_s`."""
+        known = self.costs.corrections.sigma("host", "host", self.shape.phase)
+        cost = self.host_cost
+        if known is not None:
+            return known
+        return cost.sigma_s / cost.seconds if cost.seconds > 0 else 0.0
 
     @property
     def host_s(self) -> float:

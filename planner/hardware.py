@@ -169,11 +169,27 @@ class HardwareProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         return tuple(sample for sample in self.samples if sample.lane == "cpu")
 
     def _emulated_samples(self, num_threads: int) -> tuple[Sample, ...]:
-        """What torch did with one thread, as samples of the `gpu` lane."""
+        """What torch did with one thread, as samples of the `gpu` lane.
+
+        A brief measurement has torch with the CPU's own number of threads only: then those, as much
+        slower as one thread is.
+        """
+        by_torch = [sample for sample in self._cpu_samples() if sample.backend == "torch"]
+        found = [sample for sample in by_torch if sample.num_threads == num_threads]
+        if any(sample.kernel == "elementwise" for sample in found):
+            return tuple(replace(sample, lane="gpu") for sample in found)
+        one = next(cpu for cpu in self.cpu_by_threads if cpu.num_threads == num_threads)
+        ratios = [self.cpu.read_bytes_per_s / one.read_bytes_per_s]
+        ratios += [
+            rate / one.flop_per_s[kind]
+            for kind, rate in self.cpu.flop_per_s.items()
+            if kind in one.flop_per_s
+        ]
+        slower = max(1.0, *ratios)
         return tuple(
-            replace(sample, lane="gpu")
-            for sample in self._cpu_samples()
-            if sample.num_threads == num_threads and sample.backend == "torch"
+            replace(sample, lane="gpu", num_threads=num_threads, seconds=slower * sample.seconds)
+            for sample in by_torch
+            if sample.num_threads == self.cpu.num_threads
         )
 
     def to_json(self) -> bytes:
@@ -217,6 +233,8 @@ class HardwareProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
 # One hand-over to a parked thread; measured 100-200 us on two cores.
 EMULATED_LINK_LATENCY_S = 150e-6
+# A slow PCIe link: enough to rehearse a plan.
+EMULATED_LINK_BYTES_PER_S = 4e9
 
 
 def _why_impossible(profile: HardwareProfile) -> str | None:

@@ -16,13 +16,15 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from planner.device import DeviceProfile, Sample
-from planner.kernels import KernelCall, Resource
+from planner.kernels import Kernel, KernelCall, Resource
 from planner.priors import (
+    EMBED_LAUNCHES,
     GPU_HALF_RATE_BYTES,
     HANDOVER_S,
     OP_LAUNCHES,
     P90_SIGMAS,
     STEP_LAUNCHES,
+    Prior,
     prior,
 )
 from planner.speed_of_light import SpeedOfLight, speed_of_light
@@ -86,6 +88,12 @@ class _Level:
     points: tuple[_Point, ...]
 
 
+_LAUNCHES: dict[Kernel, Prior] = {
+    "op": OP_LAUNCHES,
+    "step": STEP_LAUNCHES,
+    "embed": EMBED_LAUNCHES,
+}
+
 # (kernel, backend, format, family, threads)
 _Key = tuple[object, ...]
 
@@ -130,6 +138,7 @@ class KernelTable:
             for key, group in grouped.items()
         }
         self._found: dict[_Key, tuple[tuple[_Level, ...], bool] | None] = {}
+        self._seen: dict[tuple[int, int, float], tuple[float, float, float]] = {}
 
     def estimate(self, call: KernelCall) -> KernelEstimate:
         """Predict one call.
@@ -206,7 +215,7 @@ class KernelTable:
         index = bisect_left([level.size for level in levels], size)
         around = range(max(0, index - 1), min(index + 1, len(levels)))
         for position in around:
-            at_s, own_light_s, beyond = _on_levels(levels, position, rows)
+            at_s, own_light_s, beyond = self._on_levels(levels, position, rows)
             utilisations.append(own_light_s / at_s)
             beyonds.append(beyond)
         spread = max(point.spread for point in levels[around[-1]].points)
@@ -214,13 +223,38 @@ class KernelTable:
             share = math.log(size / levels[index - 1].size)
             share /= math.log(levels[index].size / levels[index - 1].size)
             utilisation = utilisations[-2] ** (1 - share) * utilisations[-1] ** share
-            beyond_size, beyond_rows = 0.0, min(beyonds[-2:])
+            beyond_size, beyond_rows = 0.0, beyonds[-2] * (1 - share) + beyonds[-1] * share
         else:
             nearest = levels[min(index, len(levels) - 1)]
             utilisation = utilisations[-1]
             beyond_size = abs(math.log(size / nearest.size)) if size != nearest.size else 0.0
             beyond_rows = beyonds[-1]
         return light_s / min(1.0, utilisation), beyond_rows + beyond_size, spread
+
+    def _on_levels(
+        self, levels: tuple[_Level, ...], index: int, rows: float
+    ) -> tuple[float, float, float]:
+        """What `_on_level` says of one of these levels, by what it says of the smaller ones.
+
+        Larger matrices take longer: where a sample says otherwise it is noise. Large calls are
+        measured for few rows only: for more a level goes on as the next smaller one does.
+        """
+        key = (id(levels), index, rows)
+        found = self._seen.get(key)
+        if found is not None:
+            return found
+        level, smaller = levels[index], levels[:index]
+        own_s, light_s, beyond = _on_level(level, rows)
+        if smaller:
+            smaller_s, _, smaller_beyond = self._on_levels(levels, index - 1, rows)
+            last = level.points[-1]
+            if rows > last.rows and any(each.points[-1].rows > last.rows for each in smaller):
+                there_s, _, _ = self._on_levels(levels, index - 1, last.rows)
+                own_s = last.seconds / there_s * smaller_s
+                beyond = min(beyond, smaller_beyond + math.log(level.size / smaller[-1].size))
+            own_s = max(own_s, smaller_s)
+        self._seen[key] = (own_s, light_s, beyond)
+        return self._seen[key]
 
     def _from_prior(self, call: KernelCall, light: SpeedOfLight) -> KernelEstimate:
         """Nothing like it was measured."""
@@ -229,7 +263,7 @@ class KernelTable:
             if call.kernel == "handover":
                 fixed, seconds = HANDOVER_S, HANDOVER_S.utilisation
             else:
-                fixed = OP_LAUNCHES if call.kernel == "op" else STEP_LAUNCHES
+                fixed = _LAUNCHES[call.kernel]
                 seconds = fixed.utilisation * device.torch_op_s
             return KernelEstimate(
                 seconds=seconds,
@@ -266,9 +300,10 @@ def _make_levels(group: list[Sample], device: DeviceProfile) -> tuple[_Level, ..
     levels = []
     for size, by_rows in sorted(by_size.items()):
         points: list[_Point] = []
+        call = next(iter(by_rows.values()))[0].call
         for rows, found in sorted(by_rows.items()):
             seconds = math.exp(
-                sum(math.log(each.seconds / each.call.count) for each in found) / len(found)
+                sum(math.log(_alike_s(each, call, rows, device)) for each in found) / len(found)
             )
             points.append(
                 _Point(
@@ -277,16 +312,23 @@ def _make_levels(group: list[Sample], device: DeviceProfile) -> tuple[_Level, ..
                     spread=max(each.spread for each in found),
                 )
             )
-        call = next(iter(by_size[size].values()))[0].call
         levels.append(_Level(size=size, call=call, device=device, points=tuple(points)))
     return tuple(levels)
 
 
+def _alike_s(sample: Sample, call: KernelCall, rows: float, device: DeviceProfile) -> float:
+    """Seconds of a piece of a sample, had it the shape and past of `call`: of equal utilisation."""
+    own = sample.call
+    own_light_s = speed_of_light(own, device).seconds / own.count
+    return sample.seconds / own.count * _sized_light_s(call, rows, device) / own_light_s
+
+
 def _light_s(level: _Level, rows: float) -> float:
     """The least seconds of a piece of a level's size, for so many rows, on the level's device."""
-    call, device = level.call, level.device
-    if call.kernel == "prefill_attention":
-        return rows / device.flop_per_s[call.format]  # its rows are FLOPs
+    return _sized_light_s(level.call, rows, level.device)
+
+
+def _sized_light_s(call: KernelCall, rows: float, device: DeviceProfile) -> float:
     if call.kernel in ("read", "copy"):
         return speed_of_light(replace(call, shape=(rows,)), device).seconds
     is_by_seqs = call.kernel in ("decode_attention", "sample", "step", "op", "handover")
@@ -305,7 +347,8 @@ def _on_level(level: _Level, rows: float) -> tuple[float, float, float]:
         return here_s / utilisation, here_s, math.log(rows / last.rows)
     after = points[index]
     if index == 0:
-        # below the first sample it is time that stays, not utilisation, if anything
+        if level.call.kernel == "copy":
+            return after.seconds, here_s, 0.0  # starting it is all that a small one takes
         utilisation = _light_s(level, after.rows) / after.seconds
         beyond = math.log(after.rows / rows) if rows < after.rows else 0.0
         return here_s / utilisation, here_s, beyond
@@ -315,27 +358,6 @@ def _on_level(level: _Level, rows: float) -> tuple[float, float, float]:
     last_one = _light_s(level, after.rows) / after.seconds
     seconds = here_s / (first ** (1 - share) * last_one**share)
     return min(after.seconds, max(before.seconds, seconds)), here_s, 0.0
-
-
-def _on_levels(
-    levels: tuple[_Level, ...], index: int, rows: float
-) -> tuple[float, float, float]:
-    """The same of one of some levels of rising size, by what the smaller ones say of it.
-
-    Larger matrices take longer: where a sample says otherwise it is noise. Large calls are measured
-    for few rows only: for more a level goes on as the next smaller one does.
-    """
-    level, smaller = levels[index], levels[:index]
-    own_s, light_s, beyond = _on_level(level, rows)
-    if not smaller:
-        return own_s, light_s, beyond
-    smaller_s, _, smaller_beyond = _on_levels(levels, index - 1, rows)
-    last = level.points[-1]
-    if rows > last.rows and any(each.points[-1].rows > last.rows for each in smaller):
-        there_s, _, _ = _on_levels(levels, index - 1, last.rows)
-        own_s = last.seconds / there_s * smaller_s
-        beyond = min(beyond, smaller_beyond + math.log(level.size / smaller[-1].size))
-    return max(own_s, smaller_s), light_s, beyond
 
 
 def _identity(call: KernelCall) -> tuple[object, ...]:

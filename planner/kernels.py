@@ -14,12 +14,14 @@ from planner.model_spec import DTYPE_BYTES, WeightKind, matrix_bytes
 #   linear             y = x W^T, `shape = (rows, columns)` of W, for `num_tokens` rows of x
 #   experts            gate, up, activation and down, weighted: `shape = (experts with tokens, D,
 #                      I)`, `num_tokens` for each of them
-#   decode_attention   `shape = (H, G, K)`, one new token of each of `num_seqs` after `context`
+#   decode_attention   `shape = (H, G, K)`, one new token of each of `num_seqs`; `context` counts it
 #   prefill_attention  `shape = (H, G, K)`, `num_tokens` new ones of a sequence after `context`
 #   norm, rotary, residual, elementwise   `shape = (width,)` for `num_tokens` rows; rotary prepares
 #                      queries and keys and writes the cache
 #   route              the top k of `shape = (E, k)` for `num_tokens` rows
+#   embed              the Python of looking up `num_tokens` rows, which are elements of their own
 #   sample             a token of each of `num_seqs` rows of `shape = (vocabulary,)` logits
+#                      with the Python around it
 #   op                 what an op costs in Python beside its kernels
 #   step               what a step costs beside its ops, by `num_seqs`
 #   handover           one piece of work given to another lane and waited for
@@ -35,6 +37,7 @@ Kernel = Literal[
     "residual",
     "elementwise",
     "route",
+    "embed",
     "sample",
     "op",
     "step",
@@ -59,6 +62,7 @@ SHAPE_LENGTHS: dict[Kernel, int] = {
     "residual": 1,
     "elementwise": 1,
     "route": 2,
+    "embed": 0,
     "sample": 1,
     "op": 0,
     "step": 0,
@@ -94,9 +98,9 @@ class KernelCall:
         if self.kernel == "experts":
             return self.num_tokens, self.shape[1] * self.shape[2]
         if self.kernel == "decode_attention":
-            return self.num_seqs, self.context
+            return self.num_seqs, self.context * self.shape[1] * self.shape[2]
         if self.kernel == "prefill_attention":
-            return self.flops, 1.0
+            return self.num_tokens, self.shape[0] * self.shape[2]
         if self.kernel in ("sample", "step", "op", "handover"):
             return self.num_seqs, self.shape[0] if self.shape else 1.0
         if self.kernel in ("read", "copy"):
@@ -110,14 +114,13 @@ class KernelCall:
     def family(self) -> tuple[object, ...]:
         """Calls of one family are interpolated between each other.
 
-        Attention's depends on the heads: by query heads to a KV head, and head dim. A prompt whose
-        past lies in the cache is another kernel than one that begins.
+        What decode attention reaches of memory's rate depends on the query heads that share a KV
+        head. A prompt whose past lies in the cache is another kernel than one that begins.
         """
         if self.kernel == "decode_attention":
-            heads, kv_heads, head_dim = self.shape
-            return (heads / kv_heads, kv_heads, head_dim)
+            return (self.shape[0] / self.shape[1],)
         if self.kernel == "prefill_attention":
-            return (*self.shape, self.context > 0)
+            return (self.context > 0,)
         return (self.memory,)
 
     @property

@@ -334,17 +334,6 @@ class ModelSpec:
             return 4.0 * self.q_size * pairs
         return this.attention.score_flops(num_tokens, num_past_tokens, pairs)
 
-    def distinct_experts(self, layer: int, num_tokens: float) -> float:
-        """Expected number of different experts that `num_tokens` tokens choose.
-
-        Independent uniform choices: E (1 - (1 - k/E)^T).
-        """
-        this = self.layers[layer]
-        if not this.is_moe or num_tokens <= 0:
-            return 0.0
-        miss = 1.0 - this.num_experts_per_token / this.num_experts
-        return float(this.num_experts * (1.0 - miss**num_tokens))
-
     @classmethod
     def from_config(
         cls, config: dict[str, Any], *, name: str, dtype: Dtype | None = None

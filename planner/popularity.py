@@ -8,6 +8,25 @@ from dataclasses import dataclass
 
 from planner.errors import PlannerError
 
+# Where nothing is known of a model: the r-th most popular expert is chosen in proportion to
+# r^-0.6, and a prompt's tokens choose as half as many independent ones would. In recorded choices
+# of gpt-oss-20b (32 experts, 4 chosen) and DeepSeek-V2-Lite (64, 6), 16 tokens of different texts
+# chose 22.7 and 47.2 experts where uniform choices were 28.2 and 50.8; 32 tokens in a row chose
+# 19.9 and 51.4 where 31.6 and 61.3 would be uniform.
+_USUAL_EXPONENT = 0.6
+_TOKENS_PER_CHOICE = 2.0
+
+
+def independent_tokens(num_tokens: float, num_seqs: float) -> float:
+    """So many tokens of different texts choose as many experts as the tokens of some sequences.
+
+    Examples
+    --------
+    >>> independent_tokens(4, 4), independent_tokens(33, 1)
+    (4.0, 17.0)
+    """
+    return num_seqs + (num_tokens - num_seqs) / _TOKENS_PER_CHOICE
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Popularity:
@@ -43,6 +62,24 @@ class Popularity:
                         f"{num_tokens} tokens"
                     )
         return cls(probabilities=tuple(tuple(each / num_tokens for each in row) for row in counts))
+
+    @classmethod
+    def even(cls, num_experts: int, num_chosen: int) -> Popularity:
+        """All experts of a layer alike, as that of layer 0: E (1 - (1 - k/E)^T) different ones."""
+        return cls(probabilities=((num_chosen / num_experts,) * num_experts,))
+
+    @classmethod
+    def usual(cls, num_experts: int, num_chosen: int) -> Popularity:
+        """What the popularity of a layer usually is, as that of layer 0."""
+        weights = [float(rank) ** -_USUAL_EXPONENT for rank in range(1, num_experts + 1)]
+        # none can be chosen more than always: what is cut off goes to the others
+        num_certain, scale = 0, num_chosen / math.fsum(weights)
+        while num_certain < num_chosen and scale * weights[num_certain] > 1.0:
+            num_certain += 1
+            left = math.fsum(weights[num_certain:])
+            scale = (num_chosen - num_certain) / left if left > 0 else 0.0
+        probabilities = [1.0] * num_certain + [scale * each for each in weights[num_certain:]]
+        return cls(probabilities=(tuple(probabilities),))
 
     @property
     def is_by_layer(self) -> bool:

@@ -69,6 +69,7 @@ GPU_HALF_RATE_BYTES = 2e6
 # Python beside the kernels of an op and of a step, in operations of torch, which are Python too.
 OP_LAUNCHES = Prior(utilisation=6.0, low=2.0, high=15.0)
 STEP_LAUNCHES = Prior(utilisation=210.0, low=80.0, high=400.0)
+EMBED_LAUNCHES = Prior(utilisation=24.0, low=10.0, high=60.0)
 # Seconds of an event that one lane waits for another by: 5-20 us published for host polling.
 HANDOVER_S = Prior(utilisation=10e-6, low=5e-6, high=20e-6)
 

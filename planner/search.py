@@ -213,7 +213,7 @@ def search(
     corrections : Corrections
         What earlier runs say that predictions must be multiplied with.
     popularity : Popularity, optional
-        How often each expert is chosen; None: all alike.
+        How often each expert is chosen; None: as it usually is.
     prefers_simple : bool
         Take the fastest only where it gains more than the predictions may be off by (the 90th
         percentile of the error of the difference); otherwise the fastest of the simpler ones: one

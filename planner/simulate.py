@@ -26,8 +26,8 @@ def op_times(
     Parameters
     ----------
     slowdowns : mapping, optional
-        What lanes that share a memory or a core cost each other; only weights are copied for long
-        enough to matter, so that a graph without such copies is simulated without.
+        What lanes that share a memory or a core cost each other; a graph in which no two such
+        lanes have work that takes long is simulated without.
     """
     if slowdowns and _has_neighbours(graph, slowdowns):
         return _shared_times(graph, seconds, slowdowns)

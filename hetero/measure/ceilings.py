@@ -56,6 +56,30 @@ def raised(device: DeviceProfile, samples: Iterable[Sample]) -> DeviceProfile:
     )
 
 
+def filled(device: DeviceProfile, like: DeviceProfile, ratio: float) -> DeviceProfile:
+    """The CPU with a number of threads at which few kernels were measured.
+
+    What it lacks is that of `like`, the same CPU with other threads, times `ratio`.
+    """
+    flop_per_s: dict[WeightKind, float] = {
+        kind: rate * ratio for kind, rate in like.flop_per_s.items()
+    }
+    for kind, rate in device.flop_per_s.items():
+        flop_per_s[kind] = max(rate, flop_per_s.get(kind, 0.0))
+    dequant_per_s: dict[WeightKind, float] = {
+        kind: rate * ratio for kind, rate in like.dequant_per_s.items()
+    }
+    elements_per_s = device.elements_per_s
+    if elements_per_s is None and like.elements_per_s is not None:
+        elements_per_s = like.elements_per_s * ratio
+    return replace(
+        device,
+        flop_per_s=flop_per_s,
+        dequant_per_s=dequant_per_s | device.dequant_per_s,
+        elements_per_s=elements_per_s,
+    )
+
+
 def gpu_ceilings(
     samples: Iterable[Sample],
     *,

@@ -15,7 +15,9 @@ from hetero.measure.attention import AttentionCase, decode_rounds
 from hetero.measure.chains import timed_chains
 from hetero.measure.cold_memory import ColdMemory
 from hetero.measure.experts import ExpertShape, experts_rounds
-from hetero.measure.timing import Timing
+from hetero.measure.linear import linear_sample
+from hetero.measure.timing import Timing, torch_threads
+from hetero.runtime.devices import EmulatedAccelerator
 from planner.device import Sample
 from planner.kernels import HostMemory
 from planner.model_spec import WeightKind
@@ -119,6 +121,42 @@ def beside_copies(
             spread=beside.spread,
         ),
     )
+
+
+def torch_beside_paced_copies(
+    memory: ColdMemory,
+    copied: ColdMemory,
+    alone: Sample,
+    *,
+    link_bytes_per_s: float,
+    budget_s: float,
+) -> Sample:
+    """Measure a product of torch's one thread while the emulated accelerator's link copies.
+
+    That is what its compute lane loses to its copies; `alone` is the same product's sample.
+    """
+    accelerator = EmulatedAccelerator(
+        budget_bytes=_COPY_BYTES, link_bytes_per_s=link_bytes_per_s, latency_s=0.0
+    )
+    try:
+        target = accelerator.allocate(_COPY_BYTES, "the target of a test copy")
+
+        def copy() -> None:
+            accelerator.copy_into(target, copied.take("float32", _COPY_BYTES // 4))
+
+        rows, columns = alone.shape
+        with kept_busy(copy), torch_threads(1):
+            beside = linear_sample(
+                memory,
+                kind=alone.format,
+                num_tokens=alone.num_tokens,
+                shape=(rows, columns),
+                budget_s=budget_s,
+                backend="torch",
+            )
+    finally:
+        accelerator.close()
+    return replace(beside, busy=("h2d",))
 
 
 def beside_attention(

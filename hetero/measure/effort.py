@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import dataclass, replace
 
 from cpu_kernels.experts import expert_bytes
 from hetero.measure.attention import AttentionCase, Heads, heads_of
@@ -12,8 +11,6 @@ from hetero.measure.linear import Shape, model_shapes
 from hetero.model.products import weight_format
 from planner.kernels import Backend
 from planner.model_spec import Dtype, ModelSpec, WeightKind
-
-Depth = Literal["quick", "full"]
 
 _KINDS: tuple[WeightKind, ...] = ("bfloat16", "int8", "int4", "float32")
 _TORCH_DTYPES: tuple[Dtype, ...] = ("bfloat16", "float32")
@@ -74,12 +71,16 @@ class Effort:
     vocabularies: tuple[int, ...]
     copy_bytes: tuple[int, ...]
     has_all_thread_counts: bool = False
-    model_shapes: tuple[Shape, ...] = field(default=())
+
+    @property
+    def widths_and_rows(self) -> list[tuple[int, int]]:
+        """Sizes that kernels between products are measured at."""
+        return [(width, count) for width in self.widths for count in self.rows]
 
     def products(self, backend: Backend, kinds: tuple[WeightKind, ...]) -> list[ProductCase]:
         """Dense products on a backend of the CPU."""
         is_own = backend == "numba"
-        shapes = (self.shapes if is_own else self.torch_shapes) + self.model_shapes
+        shapes = self.shapes if is_own else self.torch_shapes
         found = [
             ProductCase(kind=kind, shape=shape, num_tokens=count, backend=backend)
             for kind in kinds
@@ -133,7 +134,8 @@ class Effort:
         """Prefill attention of one sequence whose cache is not more than so many bytes."""
         found = [
             AttentionCase(heads=heads, dtype=dtype, context=past, num_tokens=count)
-            for heads in self.heads
+            # what prefill reaches depends on the width of all queries
+            for heads in {heads[0] * heads[2]: heads for heads in self.heads}.values()
             for dtype in self.kv_dtypes[:1]
             for count, past in self.prompts
         ]
@@ -208,19 +210,19 @@ QUICK = Effort(
     copy_bytes=(4 << 10, 1 << 20, 64 << 20),
 )
 FULL = Effort(
-    budget_s=0.06,
-    settling_s=3.0,
-    max_flops=20e9,
-    tokens=(1, 2, 4, 8, 16, 32, 64, 128, 512, 2048),
+    budget_s=0.04,
+    settling_s=4.0,
+    max_flops=36e9,
+    tokens=(1, 4, 16, 64, 128, 512, 2048),
     torch_tokens=(1, 4, 16, 64, 512),
     gpu_tokens=(1, 4, 16, 64, 128, 256, 512, 2048),
     shapes=((64, 1024), (512, 1024), (2048, 1024), (2048, 4096), (32768, 1024)),
     torch_shapes=((512, 1024), (2048, 2048), (16384, 1024)),
     expert_shapes=((1024, 512), (2048, 768)),
-    dense_shapes=((1024, 4096), (4096, 11008)),
-    expert_tokens=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512),
-    heads=((32, 8, 128), (16, 16, 128), (16, 8, 64)),
-    contexts=(32, 128, 512, 2048, 8192),
+    dense_shapes=((1024, 4096), (2048, 8192)),
+    expert_tokens=(1, 2, 4, 8, 16, 64, 256, 512),
+    heads=((32, 8, 128), (16, 16, 128), (16, 8, 64), (32, 4, 128)),
+    contexts=(128, 512, 2048, 8192),
     num_seqs=(1, 4, 16),
     prompts=((32, 0), (128, 0), (512, 0), (2048, 0), (128, 512), (512, 2048), (2048, 2048)),
     widths=(1024, 4096),

@@ -37,6 +37,8 @@ from planner.model_spec import Dtype, RopeSpec
 _EPS = 1e-6
 _NUM_ROUNDS = 64
 _NUM_COLD_CALLS = 5
+_NUM_COLD_PASSES = 8
+_MAX_COLD_ROWS = 16
 # Operations of `elementwise_sample`'s chain: a norm is two.
 _NUM_PASSES = 32
 
@@ -58,12 +60,12 @@ def norm_sample(width: int, num_tokens: int, *, num_threads: int, budget_s: floa
 def residual_sample(width: int, num_tokens: int, *, num_threads: int, budget_s: float) -> Sample:
     """Measure the addition of float32 rows to bfloat16 ones."""
     x, y = _bits(num_tokens, width), np.full((num_tokens, width), 0.01, np.float32)
-    out = np.empty_like(x)
     return _small_sample(
         "residual",
         (width,),
         num_tokens,
-        lambda: (add_residual_link(x, y, None, out),),
+        # the engine's prefill writes each sum to fresh memory, which the system then provides
+        lambda: (add_residual_link(x, y, None, np.empty_like(x)),),
         num_threads,
         budget_s,
     )
@@ -141,22 +143,41 @@ def _small_sample(
 
 
 def elementwise_sample(
-    device: torch.device, dtype: Dtype, width: int, num_tokens: int, *, budget_s: float
+    device: torch.device,
+    dtype: Dtype,
+    width: int,
+    num_tokens: int,
+    *,
+    budget_s: float,
+    cold: ColdMemory | None = None,
 ) -> Sample:
     """Measure one pass of torch over rows: the mean of norms, products and additions.
 
-    On a GPU the passes over few rows take as long as a thread needs to submit them.
+    On a GPU the passes over few rows take as long as a thread needs to submit them. On a CPU they
+    take as long as torch's code does to come back to the caches, from which weights drove it:
+    `cold` is read before them.
     """
     torch_dtype = torch.bfloat16 if dtype == "bfloat16" else torch.float32
     x = torch.full((num_tokens, width), 0.5, dtype=torch_dtype, device=device)
     weight = torch.full((width,), 0.25, dtype=torch_dtype, device=device)
 
+    is_cold = cold is not None and num_tokens <= _MAX_COLD_ROWS
+    num_passes = _NUM_COLD_PASSES if is_cold else _NUM_PASSES
+
     def passes() -> None:
         y = x
-        for _ in range(_NUM_PASSES // 4):
+        for _ in range(num_passes // 4):
             y = rms_norm(y, weight, _EPS) * weight + x
 
-    found = timed(passes, device=device, budget_s=budget_s)
+    if is_cold:
+        assert cold is not None
+        words, samples = cold.whole().numpy().view(np.uint8), list[float]()
+        for _ in range(_NUM_COLD_CALLS):
+            read_memory(words, num_threads=torch.get_num_threads())
+            samples.append(host_seconds(passes))
+        found = Timing.of(samples)
+    else:
+        found = timed(passes, device=device, budget_s=budget_s)
     return Sample(
         lane="cpu" if device.type == "cpu" else "gpu",
         kernel="elementwise",
@@ -164,7 +185,7 @@ def elementwise_sample(
         shape=(width,),
         num_tokens=num_tokens,
         num_threads=torch.get_num_threads() if device.type == "cpu" else 1,
-        seconds=found.seconds / _NUM_PASSES,
+        seconds=found.seconds / num_passes,
         spread=found.spread,
     )
 
@@ -174,8 +195,7 @@ def sampling_sample(
 ) -> Sample:
     """Measure the choice of the likeliest token of each row, after weights were read.
 
-    Weights drive the code of the interpreter and of torch out of the caches, which the logits have
-    just been written to.
+    Weights drive the code of the interpreter and of torch out of the caches.
     """
     logits_RV = torch.randn(num_seqs, vocab_size)
     rows = [SamplingRow(params=SamplingParams(temperature=0.0))] * num_seqs
@@ -184,7 +204,6 @@ def sampling_sample(
     sample(logits_RV, rows)
     for _ in range(_NUM_COLD_CALLS):
         read_memory(words, num_threads=num_threads)
-        logits_RV += 1.0
         samples.append(host_seconds(partial(sample, logits_RV, rows)))
     found = Timing.of(samples)
     return Sample(

@@ -1,4 +1,5 @@
-"""What Python costs: a step beside its ops, and an op beside its kernels, by running the engine.
+"""What Python costs, by running the engine: a step beside its ops, an op beside its kernels,
+embedding and sampling.
 
 Weights that are larger than the caches drive the interpreter's code and data out of them, so the
 caches are emptied before each step.
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -21,21 +23,30 @@ from hetero.model_lookup import ModelSource, read_model_spec
 from hetero.runtime.weights import load_weights
 from hetero.sampler import SamplingParams
 from planner.device import Sample
+from planner.kernels import Kernel
+from planner.step_graph import OpKind
 from planner.strategies import placement
 from planner.workload import Phase
 
 _NUM_STEPS = 6
 _KV_BLOCKS = 64
+# Ops that a prefill step calls one by one, where a decode step has one chain.
+_OWN_OPS: frozenset[OpKind] = frozenset(
+    {"attention", "router", "experts", "combine", "dense", "head"}
+)
+# Ops that are Python for the most part, which weights have driven from the caches.
+_COLD_OPS: tuple[Literal["embed", "sample"], ...] = ("embed", "sample")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Step:
-    """Seconds of a step: all of it, and from its first op to its last."""
+    """Seconds of a step: all of it, from its first op to its last, and of single ops."""
 
     phase: Phase
     wall_s: float
     ops_s: float
     num_ops: int
+    op_s: dict[OpKind, float]
 
 
 def host_samples(
@@ -69,6 +80,10 @@ def host_samples(
         decode = [step for step in steps if step.phase == "decode"]
         found = Timing.of([max(1e-9, step.wall_s - step.ops_s) for step in decode])
         samples.append(_sample("step", found, num_threads, num_seqs=count))
+        for kind in _COLD_OPS:
+            found = Timing.of([step.op_s[kind] for step in decode])
+            shape = () if kind == "embed" else (spec.vocab_size,)
+            samples.append(_sample(kind, found, num_threads, num_seqs=count, shape=shape))
         if count == 1:
             # a prompt of one token does what a decode step does, an op at a time
             prefill = [step for step in steps if step.phase == "prefill"]
@@ -80,12 +95,20 @@ def host_samples(
     return tuple(samples)
 
 
-def _sample(kernel: str, found: Timing, num_threads: int, num_seqs: int = 1) -> Sample:
+def _sample(
+    kernel: Kernel,
+    found: Timing,
+    num_threads: int,
+    num_seqs: int = 1,
+    shape: tuple[int, ...] = (),
+) -> Sample:
     return Sample(
         lane="cpu",
-        kernel="op" if kernel == "op" else "step",
+        kernel=kernel,
         backend="torch",
-        num_seqs=num_seqs,
+        shape=shape,
+        num_tokens=num_seqs if kernel == "embed" else 1,
+        num_seqs=1 if kernel == "embed" else num_seqs,
         num_threads=num_threads,
         seconds=found.seconds,
         spread=found.spread,
@@ -121,5 +144,6 @@ def _step(result: StepResult, wall_s: float) -> _Step:
         phase=result.batch.phase,
         wall_s=wall_s,
         ops_s=result.timeline.makespan_s,
-        num_ops=len(result.graph.ops),
+        num_ops=sum(op.kind in _OWN_OPS for op in result.graph.ops),
+        op_s={span.op.kind: span.seconds for span in result.timeline.spans},
     )

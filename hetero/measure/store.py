@@ -303,7 +303,7 @@ def _usable_profile(cache_dir: Path) -> tuple[HardwareProfile | None, str]:
 
 
 def _measured(quick: bool, say: Progress, measure: Measure | None, reason: str) -> HardwareProfile:
-    say(f"measuring this machine {'quickly (about 10 s)' if quick else '(about 60 s)'}: {reason}")
+    say(f"measuring this machine {'quickly (about 10 s)' if quick else '(about 90 s)'}: {reason}")
     if measure is not None:
         return measure()
     # Here and not above: with a stored profile `hetero plan` runs without torch and numba.

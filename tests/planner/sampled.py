@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -131,7 +132,7 @@ def grids(max_value: int) -> st.SearchStrategy[list[int]]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampled:
-    """A device, and samples of one kernel at every crossing of some rows and sizes."""
+    """A device, and samples of one kernel at crossings of some rows and sizes."""
 
     device: DeviceProfile
     axis: Axis
@@ -163,6 +164,19 @@ def sampled(draw: st.DrawFn, axis: Axis | None = None) -> Sampled:
     return Sampled(
         device=device, axis=axis, rows=tuple(rows), sizes=tuple(sizes), samples=tuple(found)
     )
+
+
+@st.composite
+def staircases(draw: st.DrawFn) -> Sampled:
+    """Samples of fewer rows the larger the size, as calls that take long are not measured."""
+    full = draw(sampled())
+    found: list[Sample] = []
+    num_kept = len(full.rows)
+    for index in range(len(full.sizes)):
+        num_kept = draw(st.integers(1, num_kept))
+        start = index * len(full.rows)
+        found += full.samples[start : start + num_kept]
+    return dataclasses.replace(full, samples=tuple(found))
 
 
 def sped_up(device: DeviceProfile, factor: float) -> DeviceProfile:

@@ -299,25 +299,18 @@ layers_of_experts = st.integers(1, 256).flatmap(
 
 @PROPERTY
 @given(layers_of_experts, st.integers(1, 4000), st.integers(1, 4000))
-def test_distinct_experts_of_even_choices_are_between_k_and_all(
+def test_distinct_experts_of_even_and_usual_choices_are_between_k_and_all(
     layer: tuple[int, int], some: int, more: int
 ) -> None:
     """And rise with the tokens; one token chooses k."""
     num_experts, chosen = layer
-    spec = dataclasses.replace(
-        small_spec(),
-        layers=(
-            dataclasses.replace(
-                small_spec().layers[1], num_experts=num_experts, num_experts_per_token=chosen
-            ),
-        ),
-    )
     few, many = sorted((some, more))
-    less, most = (spec.distinct_experts(0, num_tokens) for num_tokens in (few, many))
+    for found in (Popularity.even(num_experts, chosen), Popularity.usual(num_experts, chosen)):
+        less, most = (found.distinct_experts(0, num_tokens) for num_tokens in (few, many))
 
-    assert chosen <= less * ROUNDING and most <= num_experts * ROUNDING
-    assert less <= most * ROUNDING
-    assert spec.distinct_experts(0, 1) == pytest.approx(chosen)
+        assert chosen <= less * ROUNDING and most <= num_experts * ROUNDING
+        assert less <= most * ROUNDING
+        assert found.distinct_experts(0, 1) == pytest.approx(chosen)
 
 
 @st.composite
@@ -367,7 +360,8 @@ def test_experts_that_a_popularity_names_are_priced_as_many_as_it_expects(
     lane: Lane = "gpu" if is_gpu else "cpu"
     op = Op(index=0, kind="experts", lane=lane, layer=0, module="experts")
     shape, machine = decode_shape(num_seqs, 9), reference("desktop-rtx4090")
-    even = CostModel(machine).op_cost(op, spec, shape)
+    alike = Popularity.even(len(found.probabilities[0]), chosen)
+    even = CostModel(machine, popularity=alike).op_cost(op, spec, shape)
     skewed = CostModel(machine, popularity=found).op_cost(op, spec, shape)
 
     assert skewed.seconds <= even.seconds * ROUNDING

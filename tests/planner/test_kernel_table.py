@@ -26,6 +26,7 @@ from tests.planner.sampled import (
     sampled,
     sped_up,
     sped_up_samples,
+    staircases,
 )
 from tests.planner.tiny import tiny_device
 
@@ -116,6 +117,22 @@ def test_outside_the_samples_the_utilisation_of_the_boundary_holds(
     assert outside.seconds == pytest.approx(seconds, rel=1e-12)
     assert outside.source == "extrapolated"
     assert outside.sigma == pytest.approx(INSIDE_SIGMA + min(0.5, 0.06 * num_es), rel=1e-9)
+
+
+def test_beyond_its_samples_a_size_goes_on_as_a_smaller_one_does() -> None:
+    """16 tokens took 64 weights twice the seconds of 1, so 256 weights will take 128 s for 64.
+
+    As far beyond its samples as the sizes differ.
+    """
+    samples = (
+        sample_of(product(8, 1), 16.0),
+        sample_of(product(8, 16), 32.0),
+        sample_of(product(16, 1), 64.0),
+    )
+    outside = table(*samples).estimate(product(16, 16))
+
+    check(outside, 128.0, "extrapolated")
+    assert outside.sigma == pytest.approx(INSIDE_SIGMA + 0.06 * math.log(4), rel=1e-9)
 
 
 def test_beyond_the_samples_more_to_compute_takes_longer_in_proportion() -> None:
@@ -293,7 +310,7 @@ def test_a_format_without_ceilings_is_refused_by_name() -> None:
 
 
 @PROPERTY
-@given(sampled())
+@given(sampled() | staircases())
 def test_a_measured_sample_is_predicted_exactly(known: Sampled) -> None:
     for sample in known.samples:
         estimate = known.table.estimate(sample.call)
@@ -301,7 +318,7 @@ def test_a_measured_sample_is_predicted_exactly(known: Sampled) -> None:
 
 
 @PROPERTY
-@given(sampled(), st.integers(1, 2000), st.integers(1, 2000), st.integers(1, 200))
+@given(sampled() | staircases(), st.integers(1, 2000), st.integers(1, 2000), st.integers(1, 200))
 def test_more_rows_never_take_less(known: Sampled, some: int, more: int, size: int) -> None:
     """Tokens, sequences, bytes of a read; between the samples, beyond them, and on them."""
     few, many = sorted((some, more))
@@ -312,7 +329,7 @@ def test_more_rows_never_take_less(known: Sampled, some: int, more: int, size: i
 
 
 @PROPERTY
-@given(sampled(), st.data())
+@given(sampled() | staircases(), st.data())
 def test_rows_of_samples_lie_on_the_curve(known: Sampled, data: st.DataObject) -> None:
     """One row less takes no more than a sample, one row more no less."""
     rows, size = data.draw(st.sampled_from(known.rows)), data.draw(st.sampled_from(known.sizes))
@@ -325,7 +342,7 @@ def test_rows_of_samples_lie_on_the_curve(known: Sampled, data: st.DataObject) -
 
 
 @PROPERTY
-@given(sampled(), st.integers(1, 2000), st.integers(1, 200), st.integers(1, 200))
+@given(sampled() | staircases(), st.integers(1, 2000), st.integers(1, 200), st.integers(1, 200))
 def test_a_larger_size_never_takes_less(known: Sampled, rows: int, some: int, more: int) -> None:
     """Rows of a matrix, width of an expert, context of attention, the vocabulary."""
     small, large = sorted((some, more))
@@ -336,7 +353,7 @@ def test_a_larger_size_never_takes_less(known: Sampled, rows: int, some: int, mo
 
 
 @PROPERTY
-@given(sampled(), st.data())
+@given(sampled() | staircases(), st.data())
 def test_sizes_of_samples_lie_on_the_curve(known: Sampled, data: st.DataObject) -> None:
     rows, size = data.draw(st.sampled_from(known.rows)), data.draw(st.sampled_from(known.sizes))
     before, at, after = (

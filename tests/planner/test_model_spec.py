@@ -304,14 +304,6 @@ def test_attention_flops_count_the_pairs_that_the_mask_allows(num_new: int, num_
         assert HAND.attention_flops(layer, num_new, num_past) == 4 * 24 * pairs
 
 
-def test_distinct_experts_by_hand() -> None:
-    """8 (1 - (3/4)^T): one token chooses exactly two, many choose all."""
-    assert HAND.distinct_experts(1, 1) == 2
-    assert HAND.distinct_experts(1, 2) == 8 * (1 - 0.75**2)
-    assert HAND.distinct_experts(1, 1000) == pytest.approx(8)
-    assert HAND.distinct_experts(1, 0) == HAND.distinct_experts(0, 5) == 0
-
-
 def test_the_fingerprint_ignores_the_name_only() -> None:
     """Plans are matched by shapes and formats."""
     assert replace(HAND, name="other").fingerprint == HAND.fingerprint

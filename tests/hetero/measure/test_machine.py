@@ -15,17 +15,14 @@ from cpu_kernels import compiling
 from cpu_kernels.calls import Chain
 from hetero import LLM, SamplingParams
 from hetero.errors import EnvironmentProblemError
+from hetero.measure import cpu as cpu_probes
+from hetero.measure import gpu as gpu_probes
 from hetero.measure import machine, settling
 from hetero.measure.cold_memory import cold_cpu_memory
+from hetero.measure.cpu import choose_threads, thread_counts
 from hetero.measure.effort import FULL, QUICK
-from hetero.measure.machine import (
-    choose_threads,
-    measure_machine,
-    measure_with,
-    other_use_notes,
-    own_context_bytes,
-    thread_counts,
-)
+from hetero.measure.gpu import other_use_notes, own_context_bytes
+from hetero.measure.machine import measure_machine, measure_with
 from hetero.measure.timing import torch_threads
 from planner import strategies
 from planner.cost_model import Backends, CostModel
@@ -47,9 +44,9 @@ MODULES: tuple[Module, ...] = ("attention", "router", "experts", "dense", "head"
 def measured(request: pytest.FixtureRequest) -> Iterator[HardwareProfile]:
     """A machine of one core, or of two that are used both; the one thread is measured briefly."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(machine, "physical_cores", lambda: request.param)
-        patch.setattr(machine, "choose_threads", max)
-        patch.setattr(machine, "QUICK", TINY)
+        patch.setattr(cpu_probes, "physical_cores", lambda: request.param)
+        patch.setattr(cpu_probes, "choose_threads", max)
+        patch.setattr(cpu_probes, "QUICK", TINY)
         patch.setattr(settling, "_MAX_ROUNDS", 0)
         yield measure_with(
             replace(TINY, has_all_thread_counts=True),
@@ -66,7 +63,7 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> mock.MagicMock:
     others = mock.MagicMock()
     others.return_value.notes.return_value = ()
     monkeypatch.setattr(machine, "OtherProcesses", others)
-    monkeypatch.setattr(machine, "physical_cores", lambda: 1)
+    monkeypatch.setattr(cpu_probes, "physical_cores", lambda: 1)
     monkeypatch.setattr(settling, "_MAX_ROUNDS", 0)
     return others
 
@@ -111,12 +108,13 @@ def test_every_call_is_measured_once(measured: HardwareProfile) -> None:
 
 
 def test_lanes_are_measured_beside_each_other(measured: HardwareProfile) -> None:
-    """Experts beside copies, copies beside experts, experts beside attention."""
+    """Experts beside copies, copies beside experts, experts beside attention; emulated copies."""
     beside = {(each.lane, each.kernel, each.busy) for each in measured.samples if each.busy}
     assert beside == {
         ("cpu", "experts", ("h2d",)),
         ("h2d", "copy", ("cpu",)),
         ("cpu", "experts", ("cpu",)),
+        ("cpu", "linear", ("h2d",)),  # torch's, beside the emulated accelerator's copies
     }
 
 
@@ -241,7 +239,7 @@ def test_what_the_engine_runs_in_chains_is_what_is_measured(
     by_engine = names_of_bodies(seen)
     seen.clear()
     # which runs the engine itself
-    monkeypatch.setattr(machine, "host_samples", lambda *arguments, **others: ())
+    monkeypatch.setattr(cpu_probes, "host_samples", lambda *arguments, **others: ())
     with mock.patch.object(Chain, "run", noted):
         measure_tiny()
     assert len(by_engine) > 5
@@ -305,7 +303,7 @@ def test_a_busy_machine_has_low_confidence(
     quiet: mock.MagicMock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And says why; a quiet one has high confidence."""
-    monkeypatch.setattr(machine, "_measure_kernels", lambda *arguments: [])
+    monkeypatch.setattr(cpu_probes, "_measure_kernels", lambda *arguments: [])
     quiet.return_value.notes.return_value = ("others ran",)
     busy = measure_tiny()
     assert (busy.confidence, busy.notes) == ("low", ("others ran",))
@@ -318,7 +316,7 @@ def test_other_processes_are_watched_from_before_the_first_probe(
     quiet: mock.MagicMock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To after the last one."""
-    monkeypatch.setattr(machine, "_measure_kernels", lambda *arguments: [])
+    monkeypatch.setattr(cpu_probes, "_measure_kernels", lambda *arguments: [])
     order: list[str] = []
     others: mock.MagicMock = quiet.return_value
 
@@ -382,7 +380,7 @@ def test_missing_gpu_is_refused() -> None:
 def test_the_kernels_of_a_gpu_are_measured_wherever_the_memory_is() -> None:
     """On a CPU it is torch: every kernel of a step that has all on the GPU, in two formats."""
     with torch_threads(1), torch.inference_mode():
-        found = machine._measure_gpu_kernels(cold_cpu_memory(MEMORY_BYTES), TINY)
+        found = gpu_probes.measure_gpu_kernels(cold_cpu_memory(MEMORY_BYTES), TINY)
     assert {each.backend for each in found} == {"torch"}
     every: set[Kernel] = {
         *("linear", "experts", "decode_attention", "prefill_attention", "elementwise")

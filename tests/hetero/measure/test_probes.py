@@ -451,7 +451,7 @@ def test_a_handover_is_measured_on_the_lane_that_is_given() -> None:
 
 
 def test_steps_are_measured_for_each_number_of_sequences(memory: ColdMemory) -> None:
-    """By decode steps of the engine with as many; an op by prefills of one token."""
+    """By decode steps of the engine with as many, and ops of theirs; an op by prefills."""
     sizes: Counter[tuple[str, int]] = Counter()
     step = Engine.step
 
@@ -466,7 +466,15 @@ def test_steps_are_measured_for_each_number_of_sequences(memory: ColdMemory) -> 
     with mock.patch.object(Engine, "step", noted):
         found = host_samples(memory, find_model(None), num_threads=1, num_seqs=(1, 3))
     assert threading.enumerate() == before
-    assert [(each.kernel, each.num_seqs) for each in found] == [("step", 1), ("op", 1), ("step", 3)]
+    assert [(each.kernel, each.num_tokens, each.num_seqs) for each in found] == [
+        ("step", 1, 1),
+        ("embed", 1, 1),
+        ("sample", 1, 1),
+        ("op", 1, 1),
+        ("step", 1, 3),
+        ("embed", 3, 1),
+        ("sample", 1, 3),
+    ]
     assert all(is_measured(each) and each.num_threads == 1 for each in found)
     assert {("prefill", 1), ("decode", 1), ("decode", 3)} <= set(sizes)
 

@@ -49,10 +49,22 @@ def test_experts_are_compared_one_by_one() -> None:
     assert disturbed([few, many]) == []
 
 
-@given(st.lists(st.floats(1e-6, 1e3), min_size=1, max_size=8))
-def test_seconds_that_rise_with_rows_stand(seconds: list[float]) -> None:
-    samples = [product(each, 2**index) for index, each in enumerate(sorted(seconds))]
-    assert disturbed(samples) == []
+@given(st.lists(st.floats(1.0, 2.0), max_size=8))
+def test_seconds_that_rise_with_rows_and_no_faster_stand(factors: list[float]) -> None:
+    """Twice the rows take as long, twice as long, or anything between."""
+    seconds = [1.0]
+    for factor in factors:
+        seconds.append(seconds[-1] * factor)
+    assert disturbed([product(each, 2**index) for index, each in enumerate(seconds)]) == []
+
+
+def test_what_does_less_in_a_second_than_fewer_rows_is_disturbed() -> None:
+    """Twice the rows in four times as long; of a smaller matrix that says nothing."""
+    half = product(4.0, 2)
+    assert disturbed([product(1.0, 1), half, product(4.0, 4)]) == [1]
+    assert disturbed([product(1.0, 1), product(3.0, 2, rows=4)]) == []
+    assert disturbed([product(1.0, 1), product(3.0, 2, rows=16)]) == []
+    assert disturbed([product(1.0, 1), product(6.0, 2, rows=16)]) == [1]
 
 
 def probes_of(
