@@ -10,7 +10,7 @@ from cpu_kernels.calls import Chain, Link
 from hetero.measure.timing import MIN_CALLS, Timing, host_seconds
 
 # Rounds of a small kernel before the same weights are read again, where memory holds more.
-MAX_ROUNDS = 2048
+MAX_ROUNDS = 512
 
 
 def timed_chains(rounds: Sequence[Sequence[Link]], *, num_threads: int, budget_s: float) -> Timing:

@@ -190,9 +190,9 @@ def _fitting(
 # Prices on two cores, kernels compiled: quick about 8 s, full about 80 s.
 QUICK = Effort(
     budget_s=0.012,
-    settling_s=0.2,
+    settling_s=0.1,
     max_flops=6e9,
-    tokens=(1, 4, 16, 64, 512),
+    tokens=(1, 16, 64, 512),
     torch_tokens=(1, 256),
     gpu_tokens=(1, 16, 64, 512),
     shapes=((64, 1024), (1024, 1024), (2048, 2048)),
