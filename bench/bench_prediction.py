@@ -351,7 +351,7 @@ def calibrate(bench: Bench, learned: Path, num_runs: int) -> None:
     before = contents(learned)
     for cell in calibration_cells(bench.cells, num_runs):
         say(f"calibration run: {cell.name}")
-        found = spawn(bench, cell, learned, repeat=1, is_warmed=False)
+        found = spawn(bench, cell, learned, repeat=1, is_warmed=True)
         if "refused" in found:
             say(f"refused: {found['refused']}")
     if contents(learned) == before:

@@ -286,12 +286,12 @@ def print_plan(console: Console, plan: Plan, hardware: HardwareProfile) -> None:
     trust = trust_text(plan, hardware)
     if trust is not None:
         console.print()
-        console.print(Text(one_line(trust)), soft_wrap=True)
+        console.print(Text(one_line(trust)))
     if plan.trial is not None:
         console.print()
         print_trial(console, plan.trial)
     for line in calibration_lines(plan.estimate):
-        console.print(Text(one_line(line)), soft_wrap=True)
+        console.print(Text(one_line(line)))
     for note in hardware.notes:
         console.print(Text(one_line(f"note: {note}")))
 

@@ -505,17 +505,6 @@ def _experts_call(
     )
 
 
-def has_grouped_products(spec: ModelSpec, kind: DeviceKind) -> bool:
-    """True where a device multiplies all experts in one kernel.
-
-    CUDA has that kernel for bfloat16 rows of a multiple of 16 bytes; elsewhere each expert with
-    tokens is a product of its own.
-    """
-    widths = {spec.hidden_size, *(layer.intermediate_size for layer in spec.layers if layer.is_moe)}
-    is_aligned = all(width % 8 == 0 for width in widths)
-    return kind == "cuda" and is_aligned and spec.dtype == "bfloat16"
-
-
 class Pricer:
     """Op seconds for one (model, machine, batch shape), each distinct price worked out once.
 

@@ -348,7 +348,8 @@ def _on_level(level: _Level, rows: float) -> tuple[float, float, float]:
     after = points[index]
     if index == 0:
         if level.call.kernel == "copy":
-            return after.seconds, here_s, 0.0  # starting it is all that a small one takes
+            # starting it is all that a small one takes
+            return after.seconds, here_s, math.log(after.rows / rows)
         utilisation = _light_s(level, after.rows) / after.seconds
         beyond = math.log(after.rows / rows) if rows < after.rows else 0.0
         return here_s / utilisation, here_s, beyond

@@ -119,7 +119,11 @@ def plan(
     found = (low_confidence_note(hardware), assumed_note(spec, hardware))
     notes = tuple(note for note in found if note is not None)
     if as_json:
+        from hetero.report import trust_text
+
         click.echo(made.to_json(), nl=False)
+        if hardware.provenance == "datasheet":
+            notes = (*notes, trust_text(made, hardware) or "")
         for note in notes:
             say(f"note: {note}")
     else:

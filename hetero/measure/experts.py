@@ -20,7 +20,7 @@ from hetero.measure.cold_memory import ColdMemory
 from hetero.measure.linear import inputs
 from hetero.measure.timing import timed
 from hetero.model.families import TORCH_DTYPES
-from hetero.model.moe import Routing, dispatch, experts
+from hetero.model.moe import Routing, dispatch, expert_method, experts
 from hetero.model.products import weight_format
 from planner.device import Sample
 from planner.model_spec import Dtype, WeightKind
@@ -147,11 +147,9 @@ def torch_experts_sample(
         for _ in range(count)
     ]
     lap = itertools.cycle(layers)
-    is_grouped = device.type == "cuda" and hasattr(torch.nn.functional, "grouped_mm")
+    method = expert_method(device, x_TD.dtype, shape)
     found = timed(
-        lambda: experts(sorted_tokens, next(lap), method="grouped" if is_grouped else "loop"),
-        device=device,
-        budget_s=budget_s,
+        lambda: experts(sorted_tokens, next(lap), method=method), device=device, budget_s=budget_s
     )
     return Sample(
         lane="cpu" if device.type == "cpu" else "gpu",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -40,20 +40,22 @@ class MeasuredGpu:
     notes: tuple[str, ...]
 
 
-def measure_gpu(effort: Effort, progress: Progress) -> MeasuredGpu:
+def measure_gpu(efforts: Sequence[Effort], progress: Progress) -> MeasuredGpu:
+    """Measure the first GPU by one effort or several, a model's own after the usual one."""
     # Before torch is asked for anything, which makes the context.
     used_by_uuid = {gpu.uuid: gpu_used_bytes(gpu.uuid) for gpu in nvidia_gpus()}
     device = torch.device("cuda", 0)
     facts = torch.cuda.get_device_properties(device)
     uuid = f"GPU-{facts.uuid}"
     used_before, torch_before = used_by_uuid.get(uuid), torch.cuda.memory_reserved(device)
-    budget_s = effort.budget_s
+    effort, budget_s = efforts[0], efforts[0].budget_s
     progress(f"gpu, {facts.name}: reading memory")
     free, _ = torch.cuda.mem_get_info(device)
-    memory = cold_gpu_memory(gpu_cold_bytes(free, _largest_gpu_bytes(effort)), device)
+    memory = cold_gpu_memory(gpu_cold_bytes(free, max(map(_largest_gpu_bytes, efforts))), device)
     read = gpu_read_bytes_per_s(memory, budget_s=budget_s)
     progress(f"gpu, {facts.name}: matrix products, experts, attention")
-    samples = measure_gpu_kernels(memory, effort)
+    measured = [each for one in efforts for each in measure_gpu_kernels(memory, one)]
+    samples = list({sample.call: sample for sample in measured}.values())
     small_op_s = launch_s(device, budget_s=budget_s)
     progress("link between cpu and gpu")
     copies = copy_samples(device, effort.copy_bytes, budget_s=budget_s)

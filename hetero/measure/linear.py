@@ -42,7 +42,7 @@ def linear_sample(
 ) -> Sample:
     """Measure `x W^T` for `num_tokens` rows; on the CPU with the threads that torch is set to."""
     lane: Lane = "cpu"
-    if memory.device.type != "cpu" or kind == "float16":
+    if memory.device.type != "cpu" or (backend == "torch" and kind not in ("int8", "int4")):
         assert backend == "torch"
         found = _rows_timing(memory, kind, num_tokens, shape, budget_s)
         lane = "gpu" if memory.device.type != "cpu" else "cpu"
@@ -83,7 +83,7 @@ def model_shapes(spec: ModelSpec, *, max_elements: int) -> tuple[Shape, ...]:
 def _rows_timing(
     memory: ColdMemory, kind: WeightKind, num_tokens: int, shape: Shape, budget_s: float
 ) -> Timing:
-    """F.linear on a device, or in float16."""
+    """F.linear, as the engine's torch layers have it."""
     assert kind != "int8" and kind != "int4"
     x = torch.full((num_tokens, shape[1]), 0.01, dtype=TORCH_DTYPES[kind], device=memory.device)
     return timed(

@@ -83,7 +83,7 @@ def measure_with(
         subjects.append(Subject.of(spec, memory, effort))
     with torch.inference_mode():
         cpu = measure_cpus(subjects, progress)
-        found = measure_gpu(effort, progress) if has_gpu else None
+        found = measure_gpu([each.effort for each in subjects], progress) if has_gpu else None
         # what copies cost the CPU, and the CPU them
         device = torch.device("cpu" if found is None else "cuda")
         beside = measure_contention(memory, effort, cpu, device, progress)

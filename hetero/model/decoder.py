@@ -36,6 +36,7 @@ from hetero.model.moe import (
     Routing,
     combine,
     dispatch,
+    expert_method,
     experts,
     route,
 )
@@ -43,7 +44,6 @@ from hetero.model.packed import PackedModule, embedding_rows
 from hetero.model.rotary import rotary_frequencies
 from hetero.runtime.devices import Accelerator
 from hetero.runtime.weights import ModuleWeights, Weights
-from planner.cost_model import has_grouped_products
 from planner.model_spec import ModelSpec, Module
 from planner.placement import Device, TierPlacement
 from planner.step_graph import Op
@@ -116,11 +116,8 @@ class Decoder:
 
 
 def _expert_method(spec: ModelSpec, accelerator: Accelerator) -> ExpertMethod:
-    """One kernel for all experts where the device has it, by the rule that prices it."""
-    if not has_grouped_products(spec, accelerator.kind):
-        return "loop"
-    is_ampere = torch.cuda.get_device_capability(accelerator.device) >= (8, 0)
-    return "grouped" if is_ampere and hasattr(torch.nn.functional, "grouped_mm") else "loop"
+    widths = {spec.hidden_size, *(layer.intermediate_size for layer in spec.layers if layer.is_moe)}
+    return expert_method(accelerator.device, TORCH_DTYPES[spec.dtype], widths)
 
 
 class DecoderStep:

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,6 +16,19 @@ from hetero.model.mlp import gated
 from hetero.model.norm import rms_norm
 
 ExpertMethod = Literal["loop", "grouped"]
+
+
+def expert_method(
+    device: torch.device, dtype: torch.dtype, widths: Collection[int]
+) -> ExpertMethod:
+    """One kernel for all experts where the device has it, or a product for each.
+
+    CUDA has that kernel for bfloat16 rows of a multiple of 16 bytes, from Ampere on.
+    """
+    is_fit = device.type == "cuda" and dtype == torch.bfloat16
+    if not is_fit or any(width % 8 for width in widths) or not hasattr(F, "grouped_mm"):
+        return "loop"
+    return "grouped" if torch.cuda.get_device_capability(device) >= (8, 0) else "loop"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

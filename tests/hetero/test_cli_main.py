@@ -36,12 +36,13 @@ SHARED = {
 }
 OPTIONS = {
     "plan": SHARED
-    | {"model", "prompt_len", "output_len", "num_seqs", "objective", "as_json", "output"},
+    | {"model", "prompt_len", "output_len", "num_seqs", "objective", "as_json", "output"}
+    | {"is_tried"},
     "run": SHARED
     | {
         *("model", "prompt", "input_path", "output", "chat", "max_tokens", "temperature", "top_p"),
         *("top_k", "min_p", "seed", "stop", "plan_path", "no_overlap", "trace", "progress"),
-        "as_json",
+        *("as_json", "is_tried"),
     },
     "profile": {"output", "quick", "model", "is_list", "as_json"},
     "doctor": {"as_json"},

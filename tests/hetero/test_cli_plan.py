@@ -95,24 +95,20 @@ def test_output_is_the_plan_that_was_printed(hetero: Hetero, tmp_path: Path) -> 
     assert outcome.stderr == f"wrote {file}\n"
 
 
-@pytest.mark.parametrize("quantization", ["int4", "int8"])
-def test_rates_of_quantised_weights_are_assumed_and_said_to_be(
-    hetero: Hetero, quantization: str
+@pytest.mark.parametrize(("quantization", "gain"), [("int8", 1.85), ("int4", 2.95)])
+def test_quantised_weights_of_a_reference_machine_take_their_bytes_at_what_is_usual(
+    hetero: Hetero, quantization: str, gain: float
 ) -> None:
-    """A reference machine has none; the bytes of a token shrink, and so does its time."""
-    alone = ("llama-3.1-8b", *DESKTOP, "--accelerator", "none")
-    plain = hetero("plan", *alone, "--json")
-    document = hetero("plan", *alone, "--quantization", quantization, "--json")
-    report = hetero("plan", *alone, "--quantization", quantization)
-    both = "int4 and int8" if quantization == "int4" else "int8"
-    note = f"note: desktop-rtx4090 has no rates for {both}; they are assumed from bfloat16's"
-    assert document.stderr.startswith(note)
-    assert note in report.stdout
-    assert plain.stderr == report.stderr == ""
+    """16 bits a weight against 8.125 or 4.125, of all but the embedding and the KV cache.
+
+    What kernels usually reach of the memory's rate falls from 0.74 to 0.70 and 0.60 of it; the head
+    of an int4 model is int8.
+    """
+    alone = ("llama-3.1-8b", *DESKTOP, "--accelerator", "none", "--json")
+    plain, document = hetero("plan", *alone), hetero("plan", *alone, "--quantization", quantization)
+    assert plain.stderr.startswith("note: not measured: datasheet rates")
     times = [json.loads(each.stdout)["estimate"]["tpot_s"] for each in (plain, document)]
-    # 16 bits a weight against 8.125 or 4.125 of all but the embedding and the KV cache, and the
-    # head of an int4 model in int8
-    assert times[0] / times[1] == pytest.approx(1.96 if both == "int8" else 3.5, rel=0.05)
+    assert times[0] / times[1] == pytest.approx(gain, rel=0.05)
 
 
 def test_what_quantisation_leaves_of_float16_weights_is_said(hetero: Hetero, demo: Path) -> None:
@@ -142,9 +138,10 @@ def test_what_does_not_fit_is_printed_and_exits_with_4(
     arguments = ("llama-3.1-8b", *DESKTOP, "--gpu-mem-gb", "2", "--cpu-mem-gb", "4")
     outcome = hetero("plan", *arguments, *form)
     assert outcome.code == ExitCode.DOES_NOT_FIT
-    assert outcome.stderr.startswith("error: llama-3.1-8b as ")
-    assert "may be used" in outcome.stderr
-    assert len(outcome.stderr.splitlines()) == 1
+    *notes, error = outcome.stderr.splitlines()
+    assert error.startswith("error: llama-3.1-8b as ") and "may be used" in error
+    # one document has no place for it
+    assert all(note.startswith("note: not measured") for note in notes) and len(notes) == len(form)
     if form:
         assert json.loads(outcome.stdout)["feasible"] is False
     else:

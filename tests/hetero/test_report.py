@@ -152,9 +152,12 @@ def test_where_counts_layers(spec: ModelSpec, strategy: str, text: str) -> None:
 
 
 def test_summary_has_a_line_for_each_question(plan: Plan, hardware: HardwareProfile) -> None:
-    """What, on what, prefill, decode, memory, speed."""
+    """What, on what, prefill, decode, memory, speed, its band, what it rests on."""
     words = [line.partition(":")[0] for line in plan_lines(plan, hardware)]
-    assert words == ["plan", "machine", "prefill", "decode", "memory", "predicted"]
+    assert words == [
+        *("plan", "machine", "prefill", "decode", "memory", "predicted"),
+        *("4 of 5 such predictions end in", "beyond what was measured"),
+    ]
 
 
 def test_a_machine_without_gpu_is_said_to_be_one(spec: ModelSpec) -> None:

@@ -9,7 +9,7 @@ import pytest
 from msgspec.structs import replace
 
 from planner.calibration import Correction, Corrections
-from planner.cost_model import CostModel, OpCost, Pricer, copy_bytes, has_grouped_products, predict
+from planner.cost_model import CostModel, OpCost, Pricer, copy_bytes, predict
 from planner.device import Sample
 from planner.errors import ProfileError
 from planner.hardware import HardwareProfile
@@ -317,15 +317,6 @@ def test_prefill_attention_is_a_call_for_each_sequence() -> None:
     ]
 
     assert [each["launch"] for each in launches] == [(5 + 6 + 1) * 0.5, (5 + 6 + 3) * 0.5]
-
-
-def test_cuda_multiplies_all_experts_in_one_call_where_rows_are_aligned() -> None:
-    """bfloat16 rows of a multiple of 8 elements: the tiny expert of width 6 is not."""
-    aligned = tiny_moe(width=16)
-
-    assert has_grouped_products(aligned, "cuda")
-    assert not has_grouped_products(aligned, "cpu")
-    assert not has_grouped_products(tiny_spec("m"), "cuda")
 
 
 def test_a_middle_chunk_of_a_prompt_pays_only_python_for_the_head() -> None:

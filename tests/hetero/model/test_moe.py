@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from hetero.model.moe import (
     Dispatch,
@@ -16,6 +17,7 @@ from hetero.model.moe import (
     Routing,
     combine,
     dispatch,
+    expert_method,
     experts,
     route,
 )
@@ -142,3 +144,18 @@ def test_dispatch_sorts_tokens_by_expert(num_tokens: int) -> None:
     for token in range(num_tokens):
         for choice, row in enumerate(actual.rows_Tk[token].tolist()):
             assert order[row] == (int(ids_Tk[token, choice]), token)
+
+
+def test_experts_are_multiplied_in_one_kernel_where_the_device_has_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """CUDA from Ampere on, bfloat16, rows of a multiple of 16 bytes; the CPU never."""
+    cuda, capability = torch.device("cuda"), [(8, 0)]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[0])
+    monkeypatch.setattr(F, "grouped_mm", None, raising=False)
+    assert expert_method(cuda, torch.bfloat16, (2048, 768)) == "grouped"
+    assert expert_method(cuda, torch.bfloat16, (2048, 60)) == "loop"
+    assert expert_method(cuda, torch.float16, (2048, 768)) == "loop"
+    assert expert_method(torch.device("cpu"), torch.bfloat16, (2048, 768)) == "loop"
+    capability[0] = (7, 5)
+    assert expert_method(cuda, torch.bfloat16, (2048, 768)) == "loop"
