@@ -20,9 +20,10 @@ SCHEMA_VERSION = 1
 MIN_FACTOR, MAX_FACTOR = 0.5, 2.0
 
 # What the cost model itself is off by before any run, as a standard deviation of the logarithm, and
-# how many runs that knowledge is worth: runs scatter about as much as the model errs.
+# how many runs that knowledge is worth, the ratio of the variances: on a virtual machine runs
+# scatter by 0.12 where the model errs by 0.07. bench/results/prediction_xeon-2core_202611.md
 _PRIOR_SIGMA = 0.15
-_PRIOR_RUNS = 1.0
+_PRIOR_RUNS = 3.0
 # Runs after which an older one counts half: a machine changes (its heat, its other work).
 _HALF_LIFE_RUNS = 8.0
 # A term of a smaller share of its steps is left alone: a clock tick would be a large ratio of it.
