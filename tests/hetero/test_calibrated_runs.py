@@ -35,7 +35,7 @@ def cache_dir(cache_home: Path) -> Path:
 
 
 def slow_experts(profile: HardwareProfile, run: int = 0) -> CalibrationRecord:
-    """A run in which experts on the CPU decoded 1.44 times as long as predicted."""
+    """A run in which experts on the CPU decoded 2.0736 times as long as predicted."""
     return CalibrationRecord(
         at=f"2026-01-31T12:00:00.{run:06}Z",
         model="tiny",
@@ -49,7 +49,7 @@ def slow_experts(profile: HardwareProfile, run: int = 0) -> CalibrationRecord:
         num_tokens=1,
         num_seqs=1,
         num_past_tokens=0,
-        terms=(TermSeconds(lane="cpu", term="experts", predicted_s=1.0, measured_s=1.44),),
+        terms=(TermSeconds(lane="cpu", term="experts", predicted_s=1.0, measured_s=2.0736),),
     )
 
 
@@ -134,7 +134,7 @@ def test_a_log_that_cannot_be_written_is_one_line_and_stops_nothing(
 def test_a_plan_says_what_runs_corrected(
     hetero: Hetero, stored_profile: HardwareProfile, cache_dir: Path
 ) -> None:
-    """One run's 1.44 is its square root: the decode step's experts take 1.2 times as long."""
+    """One run's 2.0736 is its fourth root: the decode step's experts take 1.2 times as long."""
     plans = []
     arguments = ("plan", "--accelerator", "none", "--json")
     plans.append(Plan.from_json(hetero(*arguments).stdout.encode(), source="before"))

@@ -30,7 +30,7 @@ from tests.machines import toy_machine
 
 
 def record(number: int = 0, *, profile: str = "machine", rates: str = "rates") -> CalibrationRecord:
-    """A run in which the CPU took 1.44 times as long as predicted."""
+    """A run in which the CPU took 2.0736 times as long as predicted."""
     return CalibrationRecord(
         at=f"2026-01-31T12:00:00.{number:06}Z",
         model="tiny",
@@ -44,7 +44,7 @@ def record(number: int = 0, *, profile: str = "machine", rates: str = "rates") -
         num_tokens=1,
         num_seqs=1,
         num_past_tokens=0,
-        terms=(TermSeconds(lane="cpu", term="dense", predicted_s=1.0, measured_s=1.44),),
+        terms=(TermSeconds(lane="cpu", term="dense", predicted_s=1.0, measured_s=2.0736),),
     )
 
 
@@ -163,7 +163,7 @@ def test_a_folder_that_others_may_write_to_is_not_written_to(cache_dir: Path) ->
 
 
 def test_runs_correct_the_measurement_that_they_were_predicted_from(cache_home: Path) -> None:
-    """The machine as it is used, and its rates; the square root of 1.44 is one run's word."""
+    """The machine as it is used, and its rates; the fourth root of 2.0736 is one run's word."""
     profile = replace(toy_machine(), fingerprint=machine_fingerprint())
     emulated = profile.with_emulated_gpu(memory_bytes=10**9, link_bytes_per_s=4e9)
     mine = record(profile=profile_fingerprint(profile), rates=rates_fingerprint(profile))
