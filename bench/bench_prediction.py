@@ -13,11 +13,13 @@ error, which says that a cost is missing rather than noisy.
     python bench/bench_prediction.py [--quick] [--cells REGEX] [--list] [--repeat 3] [--models DIR]
                                      [--profile FILE] [--calibrate N] [--output FILE]
 
---calibrate runs other workloads of the same models N times, as a user would, and then every cell
-again: does hetero predict better on a machine where it has run? What it learns is kept in a folder
-of this benchmark's own, and no cell learns from another. Weights are random, and so are the
-routers: they favour a few experts more than a trained one would. --quick has models of 4 layers,
-which may stay in the caches of a large machine: it shows that the benchmark works, no more.
+--calibrate runs other workloads of each model and format N times, as a user would, and then every
+cell again: does hetero predict better where it has run? What it learns is kept in a folder of this
+benchmark's own, and no cell learns from another. Of the second round two errors are told, with and
+without what was learned: the machine itself may have changed since the first. Weights are random,
+and so are the routers: they favour a few experts more than a trained one would. --quick has models
+of 4 layers, which may stay in the caches of a large machine: it shows that the benchmark works, no
+more.
 """
 
 from __future__ import annotations
@@ -229,14 +231,17 @@ def quick_cells() -> list[Cell]:
 
 
 def calibration_cells(cells: Iterable[Cell], num_runs: int) -> list[Cell]:
-    """The models, formats and placements of the cells in turn, with workloads that no cell has."""
-    by_group: dict[Accelerator, dict[Cell, None]] = {}
+    """So many runs of each model and format, with workloads that no cell has.
+
+    Where cells of one have several placements they take turns.
+    """
+    by_model: dict[tuple[Accelerator, str, Format], dict[Cell, None]] = {}
     for cell in cells:
         # 200 tokens is no prompt length of a cell, 2 and 8 are no batches of one.
         fields = asdict(cell) | {"prompt_len": 200, "num_seqs": 8 if cell.num_seqs > 1 else 2}
-        by_group.setdefault(cell.accelerator, {})[Cell(**fields)] = None
-    turns = cycle([cycle(group) for group in by_group.values()])
-    return [next(turn) for turn in islice(turns, num_runs)]
+        key = (cell.accelerator, cell.folder, cell.format)
+        by_model.setdefault(key, {})[Cell(**fields)] = None
+    return [run for runs in by_model.values() for run in islice(cycle(runs), num_runs)]
 
 
 def main() -> None:
@@ -247,7 +252,9 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, help="runs of a cell (default: 3, with --quick 1)")
     parser.add_argument("--profile", type=Path, help="of this machine; measured if left out")
     parser.add_argument("--models", type=Path, help="keep the models here, or use those there")
-    parser.add_argument("--calibrate", type=int, default=0, metavar="N", help="learn from N runs")
+    parser.add_argument(
+        "--calibrate", type=int, default=0, metavar="N", help="learn from N runs of each"
+    )
     parser.add_argument("--output", type=Path, help="keep the rows so far here, too")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -404,6 +411,8 @@ def run_one(task: dict[str, Any], profile: Path, models: Path) -> dict[str, Any]
 
     from hetero import LLM
     from hetero.errors import HeteroError
+    from planner.cost_model import CostModel
+    from planner.estimate import estimate
     from planner.workload import Workload
 
     cell = msgspec.convert(task["cell"], Cell)
@@ -425,11 +434,19 @@ def run_one(task: dict[str, Any], profile: Path, models: Path) -> dict[str, Any]
             ),
         ) as llm:
             runs = measure(llm, cell, repeat=task["repeat"], is_warmed=task["is_warmed"])
-            placement = llm.plan.placement
+            plan, placement = llm.plan, llm.plan.placement
+            uncorrected = estimate(
+                llm.spec,
+                placement,
+                CostModel(llm.hardware),
+                plan.workload,
+                num_concurrent=plan.estimate.num_concurrent_seqs,
+            )
             return {
                 "placement": placement.name,
                 "cut": {"prefill": placement.prefill.cut, "decode": placement.decode.cut},
-                "estimate": msgspec.to_builtins(llm.plan.estimate),
+                "estimate": msgspec.to_builtins(plan.estimate),
+                "uncorrected": {"ttft_s": uncorrected.ttft_s, "tpot_s": uncorrected.tpot_s},
                 "runs": runs,
             }
     except HeteroError as error:
@@ -511,6 +528,7 @@ def rows_of(cell: Cell, found: Mapping[str, Any], num_calibration_runs: int) -> 
                 "accelerator": cell.accelerator,
                 "phase": metric,
                 "predicted_s": estimate[f"{metric}_s"],
+                "uncorrected_s": found["uncorrected"][f"{metric}_s"],
                 "measured_s": statistics.median(run[f"{metric}_s"] for run in runs),
                 "low_s": low_s,
                 "high_s": high_s,
@@ -584,15 +602,20 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for phase in (*METRICS, "both"):
             those = [row for row in mine if phase in (row["phase"], "both")]
-            found[phase] = {**errors([pair_of(row) for row in those]), **in_band(those)}
+            plain = errors([pair_of(row, "uncorrected_s") for row in those])
+            found[phase] = {
+                **errors([pair_of(row) for row in those]),
+                "uncorrected_median_error": plain["median_error"],
+                **in_band(those),
+            }
         document["errors"][accelerator] = found
         document["terms"][accelerator] = term_errors(mine)
     document["ranking"] = ranking(rows)
     return document
 
 
-def pair_of(row: Mapping[str, Any]) -> Pair:
-    return Pair(predicted_s=row["predicted_s"], measured_s=row["measured_s"])
+def pair_of(row: Mapping[str, Any], predicted: str = "predicted_s") -> Pair:
+    return Pair(predicted_s=row[predicted], measured_s=row["measured_s"])
 
 
 def in_band(rows: Sequence[Row]) -> dict[str, float]:
@@ -692,12 +715,19 @@ def show_summary(found: Mapping[str, Any]) -> None:
 
 
 def show_change(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
-    """The median error of each group and phase before and after the calibration runs."""
+    """The median error of each group and phase before the calibration runs, and after them.
+
+    After them both ways: what the runs taught, and what it would have been without.
+    """
     say(f"\nmedian error before and after {after['num_calibration_runs']} calibration runs")
+    say(f"{'':32} {'before':>7} {'after':>7} {'after, not corrected':>21}")
     for accelerator, by_phase in before["errors"].items():
         for phase, each in by_phase.items():
             later = after["errors"].get(accelerator, {}).get(phase)
-            changed = "nothing ran" if later is None else f"{later['median_error']:7.1%}"
+            changed = "nothing ran"
+            if later is not None:
+                plain = later["uncorrected_median_error"]
+                changed = f"{later['median_error']:7.1%} {plain:21.1%}"
             say(f"{f'{group(accelerator)} {phase}':32} {each['median_error']:7.1%} {changed}")
 
 

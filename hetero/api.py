@@ -177,7 +177,7 @@ class LLM:
         self._log = own_log(profile, os.environ) if overlap else None
         self.corrections = NO_CORRECTIONS
         if self._log is not None:
-            self.corrections = self._log.corrections(self.hardware, say)
+            self.corrections = self._log.corrections(self.spec, self.hardware, say)
         self._uncorrected_costs = CostModel(self.hardware)
         self._costs = CostModel(self.hardware, corrections=self.corrections)
         self.tokenizer = Tokenizer.load(source.folder)
@@ -209,6 +209,7 @@ class LLM:
                     checkpoint,
                     self._accelerator,
                     self.tokenizer,
+                    backends=self._backends,
                     max_num_seqs=max_num_seqs,
                     max_model_len=self._max_model_len,
                     overlap=overlap,

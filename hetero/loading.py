@@ -19,8 +19,7 @@ from hetero.planning import MAX_NUM_SEQS
 from hetero.runtime.devices import Accelerator, CudaAccelerator, EmulatedAccelerator
 from hetero.runtime.weights import load_weights
 from hetero.tokenizer import Tokenizer, read_eos_token_ids
-from planner.backends import cpu_backends
-from planner.cost_model import CostModel
+from planner.cost_model import Backends
 from planner.hardware import HardwareProfile
 from planner.memory import KV_BLOCK_TOKENS, kv_block_capacity, needs, num_kv_blocks
 from planner.model_spec import ModelSpec
@@ -48,6 +47,7 @@ def load_engine(
     accelerator: Accelerator | None,
     tokenizer: Tokenizer | None,
     *,
+    backends: Backends,
     max_num_seqs: int | None,
     max_model_len: int,
     overlap: bool,
@@ -68,7 +68,6 @@ def load_engine(
     sizes = plan.estimate.bytes_by_device.items()
     where = ", ".join(f"{size / 1e9:.2f} GB on the {device}" for device, size in sizes)
     say(f"loading {spec.name} as {plan.placement.name}: {where}")
-    backends = cpu_backends(spec, CostModel(hardware), plan.wave)
     by_torch = [module for module, backend in backends.items() if backend == "torch"]
     if by_torch and plan.placement.uses("cpu"):
         say(f"products on the CPU by torch, faster here by the profile: {', '.join(by_torch)}")

@@ -19,11 +19,12 @@ SCHEMA_VERSION = 1
 # A ratio beyond these is not a matter of calibration: the machine must be measured anew.
 MIN_FACTOR, MAX_FACTOR = 0.5, 2.0
 
-# What the cost model itself is off by before any run, as a standard deviation of the logarithm, and
-# how many runs that knowledge is worth, the ratio of the variances: on a virtual machine runs
-# scatter by 0.12 where the model errs by 0.07. bench/results/prediction_xeon-2core_202611.md
-_PRIOR_SIGMA = 0.15
-_PRIOR_RUNS = 3.0
+# What the cost model itself is off by before any run, as a standard deviation of the logarithm.
+_PRIOR_SIGMA = 0.07
+# What single runs are off by, and how many runs that knowledge is worth: on a virtual machine whose
+# cores other work shares they scatter so. bench/results/prediction_xeon-2core_202611.md
+_RUN_SIGMA = 0.12
+_RUN_SIGMA_RUNS = 2.0
 # Runs after which an older one counts half: a machine changes (its heat, its other work).
 _HALF_LIFE_RUNS = 8.0
 # A term of a smaller share of its steps is left alone: a clock tick would be a large ratio of it.
@@ -135,35 +136,47 @@ NO_CORRECTIONS = Corrections(by_key=MappingProxyType({}), num_runs=0)
 
 
 def corrections(
-    records: Iterable[CalibrationRecord], *, profile_fingerprint: str, rates_fingerprint: str
+    records: Iterable[CalibrationRecord],
+    *,
+    model_fingerprint: str,
+    profile_fingerprint: str,
+    rates_fingerprint: str,
 ) -> Corrections:
-    """Learn from the runs on one machine, as one measurement of it describes it.
+    """Learn from a model's runs on one machine, as one measurement of it describes it.
+
+    What is wrong of a prediction is a sample of one format and shape more than a term of all
+    models: correcting int4 by runs of bfloat16 made it worse
+    (bench/results/prediction_xeon-2core_202611.md).
 
     Parameters
     ----------
     records : iterable of CalibrationRecord
-        In any order; those of other machines or measurements are left out.
+        In any order; those of other models, machines or measurements are left out.
+    model_fingerprint : str
+        Shapes and formats of the model.
     profile_fingerprint, rates_fingerprint : str
         The machine as it is to be used, and its measurement.
 
     Notes
     -----
     Of each (lane, term, phase), with r = log(measured / predicted) of its N runs, newest first
-    counting 2^(-age/8): m is the Huber estimate of the middle of r, and the correction is
-    exp(m * N / (N + 1)). That is the posterior mean of a normal whose prior, centred on no
-    correction, is worth one run. `sigma` is pooled in the same way: the prior's variance of 0.15^2
-    counts as one run, each run with its distance from the correction.
+    counting 2^(-age/8): m is the Huber estimate of the middle of r, s^2 the variance of r about it,
+    pooled with two runs' worth of 0.12^2, and the correction is exp(m * N / (N + s^2 / 0.07^2)).
+    That is the posterior mean of a normal whose prior is centred on no correction, 0.07 wide: runs
+    that agree are soon believed, runs that scatter are not. `sigma` is what is then left: each run
+    counts with its distance from the correction, and s^2 / 0.07^2 runs with s^2 + 0.07^2.
 
     Examples
     --------
-    >>> corrections((), profile_fingerprint="", rates_fingerprint="").factor(
+    >>> corrections((), model_fingerprint="", profile_fingerprint="", rates_fingerprint="").factor(
     ...     "cpu", "experts", "decode")
     1.0
     """
     mine = [
         record
         for record in records
-        if record.profile_fingerprint == profile_fingerprint
+        if record.model_fingerprint == model_fingerprint
+        and record.profile_fingerprint == profile_fingerprint
         and record.rates_fingerprint == rates_fingerprint
     ]
     runs: dict[Key, list[tuple[str, float]]] = {}
@@ -199,18 +212,24 @@ def _correction(runs: Sequence[tuple[str, float]]) -> Correction:
     # Runs of one time are of one age, so that their order in the log says nothing.
     weighted = sorted((ratio, 0.5 ** (times.index(at) / _HALF_LIFE_RUNS)) for at, ratio in runs)
     middle, scale = _middle(weighted)
-    wanted = middle * len(runs) / (len(runs) + _PRIOR_RUNS)
-    log_factor = min(max(wanted, math.log(MIN_FACTOR)), math.log(MAX_FACTOR))
     weight = math.fsum(weight for _, weight in weighted)
-    # An outlier counts as far as it may pull, here too.
-    reach = abs(middle - log_factor) + _HUBER * scale
-    left = math.fsum(w * min(abs(ratio - log_factor), reach) ** 2 for ratio, w in weighted)
+    scatter = _squares(weighted, middle, _HUBER * scale)
+    variance = (_RUN_SIGMA_RUNS * _RUN_SIGMA**2 + scatter) / (_RUN_SIGMA_RUNS + weight - 1.0)
+    unknown, prior_runs = variance + _PRIOR_SIGMA**2, variance / _PRIOR_SIGMA**2
+    wanted = middle * len(runs) / (len(runs) + prior_runs)
+    log_factor = min(max(wanted, math.log(MIN_FACTOR)), math.log(MAX_FACTOR))
+    left = _squares(weighted, log_factor, abs(middle - log_factor) + _HUBER * scale)
     return Correction(
         factor=min(max(math.exp(log_factor), MIN_FACTOR), MAX_FACTOR),
-        sigma=math.sqrt((_PRIOR_RUNS * _PRIOR_SIGMA**2 + left) / (_PRIOR_RUNS + weight)),
+        sigma=math.sqrt((prior_runs * unknown + left) / (prior_runs + weight)),
         is_bounded=wanted != log_factor,
         num_runs=len(runs),
     )
+
+
+def _squares(weighted: Sequence[tuple[float, float]], middle: float, reach: float) -> float:
+    """Squared distances from the middle; an outlier counts as far as it may pull."""
+    return math.fsum(w * min(abs(value - middle), reach) ** 2 for value, w in weighted)
 
 
 def _middle(weighted: Sequence[tuple[float, float]]) -> tuple[float, float]:

@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from types import MappingProxyType
 
 from planner.calibration import NO_CORRECTIONS, Corrections
@@ -208,7 +209,7 @@ class CostModel:
         for call, times in calls:
             each = table.estimate(call)
             part_s = times * each.seconds
-            if each.source == "prior" and call.kernel not in ("op", "step", "embed", "handover"):
+            if each.source == "prior" and each.resource != "launch":
                 launch_s = times * _launch_s(call, table.device)
                 by_resource["launch"] = by_resource.get("launch", 0.0) + launch_s
                 seconds += launch_s
@@ -227,6 +228,7 @@ class CostModel:
             source=max(known, key=SOURCES.index, default="measured"),
         )
 
+    @cached_property
     def slowdowns(self) -> Slowdowns:
         """What lanes that work at the same time cost each other.
 
@@ -363,10 +365,7 @@ def _op_calls(
             (KernelCall(kernel="embed", backend="torch", num_tokens=rows), 1.0),
             (_rowwise("elementwise", spec.hidden_size, rows, "torch"), 1.0),
         ]
-    if backend == "numba" and op.kind not in ("embed", "sample"):
-        calls = _small_calls(op, spec, rows)
-    else:
-        calls = _passes(op, spec, rows)
+    calls = _small_calls(op, spec, rows) if backend == "numba" else _passes(op, spec, rows)
     if op.kind == "experts":
         calls.append((_experts_call(op, spec, shape, backend, distinct), 1.0))
     elif op.kind in ("attention", "router", "dense", "head"):
@@ -591,4 +590,4 @@ def predict(
     backends: Backends = OWN_BACKENDS,
 ) -> Timeline:
     """Predicted Timeline of a step: every op priced, then simulated."""
-    return simulate(graph, Pricer(spec, costs, shape, backends), costs.slowdowns())
+    return simulate(graph, Pricer(spec, costs, shape, backends), costs.slowdowns)

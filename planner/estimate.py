@@ -135,7 +135,7 @@ class WavePricer:
         self._spec = spec
         self._costs = costs
         self._wave = wave
-        self._slowdowns = costs.slowdowns()
+        self._slowdowns = costs.slowdowns
         self._steps = [
             (step, Pricer(spec, costs, step.shape, backends))
             for step in prefill_steps(wave, chunk_tokens)

@@ -12,11 +12,12 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 from planner.device import DeviceProfile, Sample
-from planner.kernels import Kernel, KernelCall, Resource
+from planner.kernels import Backend, Family, Kernel, KernelCall, Resource
+from planner.model_spec import WeightKind
 from planner.priors import (
     EMBED_LAUNCHES,
     GPU_HALF_RATE_BYTES,
@@ -94,8 +95,15 @@ _LAUNCHES: dict[Kernel, Prior] = {
     "embed": EMBED_LAUNCHES,
 }
 
-# (kernel, backend, format, family, threads)
-_Key = tuple[object, ...]
+
+class _Key(NamedTuple):
+    """What samples must share to be interpolated between."""
+
+    kernel: Kernel
+    backend: Backend
+    format: WeightKind
+    family: Family
+    num_threads: int
 
 
 class KernelTable:
@@ -189,21 +197,19 @@ class KernelTable:
             return self._levels[key], True
         # Kernel and backend must be the same; format, heads and threads may be others', in order
         # of what matters least: utilisation is relative to each one's ceilings.
-        kernel, backend, weights, family, threads = key
-        others = [other for other in self._levels if other[:2] == (kernel, backend)]
+        others = [other for other in self._levels if other[:2] == key[:2]]
         if not others:
             return None
 
         def distance(other: _Key) -> tuple[bool, bool, float, float]:
             return (
-                other[2] != weights,
-                other[3] != family,
-                _family_distance(other[3], family),
-                abs(math.log(float(str(other[4])) / float(str(threads)))),
+                other.format != key.format,
+                other.family != key.family,
+                _family_distance(other.family, key.family),
+                abs(math.log(other.num_threads / key.num_threads)),
             )
 
-        nearest = min(others, key=distance)
-        return self._levels[nearest], False
+        return self._levels[min(others, key=distance)], False
 
     def _interpolate(
         self, levels: tuple[_Level, ...], call: KernelCall, light_s: float
@@ -329,11 +335,7 @@ def _light_s(level: _Level, rows: float) -> float:
 
 
 def _sized_light_s(call: KernelCall, rows: float, device: DeviceProfile) -> float:
-    if call.kernel in ("read", "copy"):
-        return speed_of_light(replace(call, shape=(rows,)), device).seconds
-    is_by_seqs = call.kernel in ("decode_attention", "sample", "step", "op", "handover")
-    sized = replace(call, num_seqs=rows) if is_by_seqs else replace(call, num_tokens=rows)
-    return speed_of_light(sized, device).seconds / call.count
+    return speed_of_light(call.with_rows(rows), device).seconds / call.count
 
 
 def _on_level(level: _Level, rows: float) -> tuple[float, float, float]:
@@ -375,20 +377,14 @@ def _identity(call: KernelCall) -> tuple[object, ...]:
 
 
 def _key(call: KernelCall, num_threads: int) -> _Key:
-    return (call.kernel, call.backend, call.format, call.family, num_threads)
+    return _Key(call.kernel, call.backend, call.format, call.family, num_threads)
 
 
-def _family_distance(other: object, wanted: object) -> float:
-    """How unlike two families are, as a logarithm; those of other kinds are far."""
-    if not isinstance(other, tuple) or not isinstance(wanted, tuple) or len(other) != len(wanted):
-        return math.inf
-    total = 0.0
-    for one, two in zip(other, wanted, strict=True):
-        if isinstance(one, bool | str) or one is None or isinstance(two, bool | str) or two is None:
-            total += 0.0 if one == two else 1.0
-        else:
-            total += abs(math.log(one / two))
-    return total
+def _family_distance(other: Family, wanted: Family) -> float:
+    """How unlike two families of a kernel are: numbers by the logarithm of their ratio."""
+    if isinstance(other, float) and isinstance(wanted, float):
+        return abs(math.log(other / wanted))
+    return 0.0 if other == wanted else 1.0
 
 
 def _spread_sigma(spread: float) -> float:

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from planner.model_spec import DTYPE_BYTES, WeightKind, matrix_bytes
@@ -49,6 +49,9 @@ Backend = Literal["numba", "torch", "ipex"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 Resource = Literal["compute", "memory", "dequant", "launch", "link"]
 HostMemory = Literal["pinned", "pageable"]
+# What calls of a kernel must share to be alike: query heads to a KV head, whether there is a past,
+# the host's memory.
+Family = float | bool | HostMemory | None
 
 # Numbers of `shape` that each kernel has.
 SHAPE_LENGTHS: dict[Kernel, int] = {
@@ -69,6 +72,10 @@ SHAPE_LENGTHS: dict[Kernel, int] = {
     "handover": 0,
     "copy": 1,
 }
+
+
+# Kernels whose rows are sequences; those of others are tokens, or bytes.
+_BY_SEQS: frozenset[Kernel] = frozenset({"decode_attention", "sample", "step", "op", "handover"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +108,7 @@ class KernelCall:
             return self.num_seqs, self.context * self.shape[1] * self.shape[2]
         if self.kernel == "prefill_attention":
             return self.num_tokens, self.shape[0] * self.shape[2]
-        if self.kernel in ("sample", "step", "op", "handover"):
+        if self.kernel in _BY_SEQS:
             return self.num_seqs, self.shape[0] if self.shape else 1.0
         if self.kernel in ("read", "copy"):
             return self.shape[0], 1.0
@@ -110,18 +117,25 @@ class KernelCall:
             size *= number
         return self.num_tokens, size
 
+    def with_rows(self, rows: float) -> KernelCall:
+        """The same call for so many rows, the first of its `axes`."""
+        if self.kernel in ("read", "copy"):
+            return replace(self, shape=(rows,))
+        is_by_seqs = self.kernel in _BY_SEQS
+        return replace(self, num_seqs=rows) if is_by_seqs else replace(self, num_tokens=rows)
+
     @property
-    def family(self) -> tuple[object, ...]:
+    def family(self) -> Family:
         """Calls of one family are interpolated between each other.
 
         What decode attention reaches of memory's rate depends on the query heads that share a KV
         head. A prompt whose past lies in the cache is another kernel than one that begins.
         """
         if self.kernel == "decode_attention":
-            return (self.shape[0] / self.shape[1],)
+            return self.shape[0] / self.shape[1]
         if self.kernel == "prefill_attention":
-            return (self.context > 0,)
-        return (self.memory,)
+            return self.context > 0
+        return self.memory
 
     @property
     def flops(self) -> float:

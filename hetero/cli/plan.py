@@ -109,7 +109,7 @@ def plan(
         output_len=output_len,
         num_seqs=num_seqs,
     )
-    known = own_corrections(profile, hardware, os.environ, say)
+    known = own_corrections(spec, profile, hardware, os.environ, say)
     made = make_plan(spec, hardware, workload, objective, strategy=strategy, corrections=known)
     if is_tried and made.feasible:
         made = try_plan(made, spec, hardware, known, model, say, profile=profile)

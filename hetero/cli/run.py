@@ -200,7 +200,7 @@ def run(
         with RowWriter(output) as writer:
             _write_bad(writer, job)
         context.exit(_rows_code(writer, job))
-    known = own_corrections(profile, hardware, os.environ, teller(progress))
+    known = own_corrections(spec, profile, hardware, os.environ, teller(progress))
     made = plan_job(given, spec, hardware, job, max_tokens, strategy, known)
     if is_tried:
         tell = teller(progress)

@@ -20,6 +20,7 @@ from hetero.measure.store import (
 )
 from planner.calibration import NO_CORRECTIONS, CalibrationRecord, Corrections, corrections
 from planner.hardware import HardwareProfile
+from planner.model_spec import ModelSpec
 from planner.search import profile_fingerprint
 
 LOG_FILE = "calibration.jsonl"
@@ -101,8 +102,10 @@ class ProfileLog:
         """Add records (see `append`)."""
         append(self.cache_dir, records)
 
-    def corrections(self, hardware: HardwareProfile, say: Callable[[str], None]) -> Corrections:
-        """What runs say of the part of the machine that may be used.
+    def corrections(
+        self, spec: ModelSpec, hardware: HardwareProfile, say: Callable[[str], None]
+    ) -> Corrections:
+        """What a model's runs say of the part of the machine that may be used.
 
         A log that cannot be read, or lines of it, are told in one line; they stop nothing.
         """
@@ -118,6 +121,7 @@ class ProfileLog:
             )
         return corrections(
             log.records,
+            model_fingerprint=spec.fingerprint,
             profile_fingerprint=profile_fingerprint(hardware),
             rates_fingerprint=self.rates_fingerprint,
         )
@@ -138,14 +142,15 @@ def own_log(profile: HardwareProfile, environ: Mapping[str, str]) -> ProfileLog 
 
 
 def own_corrections(
+    spec: ModelSpec,
     profile: HardwareProfile,
     hardware: HardwareProfile,
     environ: Mapping[str, str],
     say: Callable[[str], None],
 ) -> Corrections:
-    """What runs say of a part (`hardware`) of a machine; nothing of another than this one."""
+    """What a model's runs say of a part of a machine (`hardware`); nothing of any other machine."""
     log = own_log(profile, environ)
-    return NO_CORRECTIONS if log is None else log.corrections(hardware, say)
+    return NO_CORRECTIONS if log is None else log.corrections(spec, hardware, say)
 
 
 def _append(path: Path, lines: bytes) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from msgspec.structs import replace
 
@@ -42,17 +42,11 @@ def cpu_ceilings(
 def raised(device: DeviceProfile, samples: Iterable[Sample]) -> DeviceProfile:
     """The device with ceilings that further samples of it lie below too."""
     found = list(samples)
-    rates: dict[WeightKind, float] = dict(device.flop_per_s)
-    for kind, rate in _fastest_products(found).items():
-        rates[kind] = max(rate, rates.get(kind, 0.0))
-    unpacking: dict[WeightKind, float] = dict(device.dequant_per_s)
-    for kind, rate in _fastest_unpacking(found).items():
-        unpacking[kind] = max(rate, unpacking.get(kind, 0.0))
     return replace(
         device,
         read_bytes_per_s=_fastest_read(found, device.read_bytes_per_s / _HEADROOM),
-        flop_per_s=rates,
-        dequant_per_s=unpacking,
+        flop_per_s=_highest(device.flop_per_s, _fastest_products(found)),
+        dequant_per_s=_highest(device.dequant_per_s, _fastest_unpacking(found)),
     )
 
 
@@ -64,8 +58,6 @@ def filled(device: DeviceProfile, like: DeviceProfile, ratio: float) -> DevicePr
     flop_per_s: dict[WeightKind, float] = {
         kind: rate * ratio for kind, rate in like.flop_per_s.items()
     }
-    for kind, rate in device.flop_per_s.items():
-        flop_per_s[kind] = max(rate, flop_per_s.get(kind, 0.0))
     dequant_per_s: dict[WeightKind, float] = {
         kind: rate * ratio for kind, rate in like.dequant_per_s.items()
     }
@@ -74,7 +66,7 @@ def filled(device: DeviceProfile, like: DeviceProfile, ratio: float) -> DevicePr
         elements_per_s = like.elements_per_s * ratio
     return replace(
         device,
-        flop_per_s=flop_per_s,
+        flop_per_s=_highest(flop_per_s, device.flop_per_s),
         dequant_per_s=dequant_per_s | device.dequant_per_s,
         elements_per_s=elements_per_s,
     )
@@ -110,21 +102,22 @@ def _fastest_read(samples: list[Sample], plain: float) -> float:
 
 
 def _fastest_products(samples: list[Sample]) -> dict[WeightKind, float]:
-    found: dict[WeightKind, float] = {}
-    for each in samples:
-        flops = each.call.flops
-        if flops:
-            found[each.format] = max(found.get(each.format, 0.0), flops / each.seconds * _HEADROOM)
-    return found
+    rates = ((each.format, each.call.flops / each.seconds) for each in samples)
+    return _highest(*({kind: rate * _HEADROOM} for kind, rate in rates if rate))
 
 
 def _fastest_unpacking(samples: list[Sample]) -> dict[WeightKind, float]:
+    packed = (each for each in samples if each.format in ("int8", "int4"))
+    rates = ((each.format, each.call.num_weights / each.seconds) for each in packed)
+    return _highest(*({kind: rate * _HEADROOM} for kind, rate in rates if rate))
+
+
+def _highest(*rates: Mapping[WeightKind, float]) -> dict[WeightKind, float]:
+    """Of each format the highest rate."""
     found: dict[WeightKind, float] = {}
-    for each in samples:
-        num_weights = each.call.num_weights
-        if num_weights and each.format in ("int8", "int4"):
-            rate = num_weights / each.seconds * _HEADROOM
-            found[each.format] = max(found.get(each.format, 0.0), rate)
+    for each in rates:
+        for kind, rate in each.items():
+            found[kind] = max(rate, found.get(kind, 0.0))
     return found
 
 

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cpu_kernels.memory_read import read_memory
 from hetero.errors import EnvironmentProblemError
 from hetero.model.families import TORCH_DTYPES
 from planner.model_spec import Dtype
@@ -57,6 +58,10 @@ class ColdMemory:
         floats = self.take("float32", -(-num_bytes // 4))
         taken: NDArray[np.uint8] = floats.numpy().view(np.uint8)[:num_bytes]
         return taken
+
+    def displace_caches(self, num_threads: int) -> None:
+        """Read all of a buffer in host memory: what the caches held of anything else is gone."""
+        read_memory(self.whole().numpy().view(np.uint8), num_threads=num_threads)
 
     def whole(self) -> Tensor:
         """All of the buffer as float32."""

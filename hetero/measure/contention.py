@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from msgspec.structs import replace
 
-from cpu_kernels.calls import Chain
+from cpu_kernels.calls import Chain, Link
 from hetero.measure.attention import AttentionCase, decode_rounds
 from hetero.measure.chains import timed_chains
 from hetero.measure.cold_memory import ColdMemory
-from hetero.measure.experts import ExpertShape, experts_rounds
+from hetero.measure.experts import experts_rounds
 from hetero.measure.linear import linear_sample
 from hetero.measure.timing import Timing, torch_threads
 from hetero.runtime.devices import EmulatedAccelerator
 from planner.device import Sample
 from planner.kernels import HostMemory
-from planner.model_spec import WeightKind
 from planner.step_graph import Lane
 
 _COPY_BYTES = 32 << 20
@@ -91,19 +90,10 @@ def beside_copies(
     alone: Sample,
     device: torch.device,
     *,
-    kind: WeightKind,
-    shape: ExpertShape,
     budget_s: float,
 ) -> tuple[Sample, Sample]:
     """Measure experts while copies run, and the copies; `alone` is the same experts' sample."""
-    rounds = experts_rounds(
-        memory,
-        kind=kind,
-        shape=shape,
-        num_experts=alone.shape[0],
-        tokens_each=alone.num_tokens,
-        num_threads=alone.num_threads,
-    )
+    rounds = _rounds_like(alone, memory, alone.num_threads)
     copy, host_memory = copying(copied, device)
     with kept_busy(copy) as copies:
         found = timed_chains(rounds, num_threads=alone.num_threads, budget_s=budget_s)
@@ -164,21 +154,12 @@ def beside_attention(
     cached: ColdMemory,
     alone: Sample,
     *,
-    kind: WeightKind,
-    shape: ExpertShape,
     case: AttentionCase,
     budget_s: float,
 ) -> Sample:
     """Measure experts on all threads but one, while one thread does decode attention."""
     num_threads = max(1, alone.num_threads - 1)
-    rounds = experts_rounds(
-        memory,
-        kind=kind,
-        shape=shape,
-        num_experts=alone.shape[0],
-        tokens_each=alone.num_tokens,
-        num_threads=num_threads,
-    )
+    rounds = _rounds_like(alone, memory, num_threads)
     links = [link for each in decode_rounds(cached, case, num_threads=1) for link in each]
     chain = Chain(links, num_threads=1)
     busy: tuple[Lane, ...] = ("cpu",)
@@ -186,4 +167,17 @@ def beside_attention(
         found = timed_chains(rounds, num_threads=num_threads, budget_s=budget_s)
     return replace(
         alone, num_threads=num_threads, busy=busy, seconds=found.seconds, spread=found.spread
+    )
+
+
+def _rounds_like(alone: Sample, memory: ColdMemory, num_threads: int) -> list[Sequence[Link]]:
+    """Rounds of the experts that a sample is of."""
+    num_experts, hidden, width = alone.shape
+    return experts_rounds(
+        memory,
+        kind=alone.format,
+        shape=(hidden, width),
+        num_experts=num_experts,
+        tokens_each=alone.num_tokens,
+        num_threads=num_threads,
     )

@@ -29,7 +29,8 @@ from hetero.measure.launch import handover_sample, launch_s, link_s
 from hetero.measure.linear import linear_sample
 from hetero.measure.memory import cpu_read_bytes_per_s
 from hetero.measure.memory_limit import memory_limit_bytes
-from hetero.measure.settling import Probe, settled
+from hetero.measure.pace import Pace
+from hetero.measure.settling import Probe, Settling
 from hetero.measure.timing import torch_threads
 from hetero.model.products import available_backends, fits_groups
 from hetero.model_lookup import find_model
@@ -188,7 +189,7 @@ def _measure_kernels(
     memory: ColdMemory, effort: Effort, num_threads: int, progress: Progress
 ) -> list[Sample]:
     """Every kernel of the CPU with the threads that torch is set to."""
-    who, samples = _threads(num_threads), list[Sample]()
+    who, settling = _threads(num_threads), Settling(Pace(num_threads))
     parts: tuple[tuple[str, list[Probe]], ...] = (
         ("matrix products", _products(memory, effort)),
         ("experts", _experts(memory, effort, num_threads)),
@@ -197,7 +198,9 @@ def _measure_kernels(
     )
     for what, probes in parts:
         progress(f"{who}: {what}")
-        samples += settled(probes, budget_s=effort.settling_s)
+        settling.run(probes)
+    progress(f"{who}: again what was disturbed")
+    samples = settling.settle(effort.settling_s)
     progress(f"{who}: Python between kernels")
     samples += host_samples(memory, find_model(None, hub_cache=Path()), num_threads=num_threads)
     samples.append(handover_sample(num_threads=num_threads))

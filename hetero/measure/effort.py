@@ -42,7 +42,7 @@ class Effort:
     budget_s : float
         Seconds that a call is repeated for, at least three times.
     settling_s : float
-        Seconds that disturbed calls of a part are measured again for.
+        Seconds that disturbed calls are measured again for.
     max_flops : float
         Calls of more are left out: their utilisation is that of smaller ones.
     shapes, expert_shapes, heads : tuple
@@ -190,7 +190,7 @@ def _fitting(
 # Prices on two cores, kernels compiled: quick about 8 s, full about 80 s.
 QUICK = Effort(
     budget_s=0.012,
-    settling_s=0.1,
+    settling_s=0.4,
     max_flops=6e9,
     tokens=(1, 16, 64, 512),
     torch_tokens=(1, 256),
@@ -211,7 +211,7 @@ QUICK = Effort(
 )
 FULL = Effort(
     budget_s=0.04,
-    settling_s=4.0,
+    settling_s=14.0,
     max_flops=36e9,
     tokens=(1, 4, 16, 64, 128, 512, 2048),
     torch_tokens=(1, 4, 16, 64, 512),

@@ -21,7 +21,6 @@ from cpu_kernels.elementwise import (
     rotary_tables,
     route_link,
 )
-from cpu_kernels.memory_read import read_memory
 from hetero.kv_cache import BLOCK_SIZE
 from hetero.measure.attention import Heads
 from hetero.measure.chains import repeated, timed_chains
@@ -171,11 +170,7 @@ def elementwise_sample(
 
     if is_cold:
         assert cold is not None
-        words, samples = cold.whole().numpy().view(np.uint8), list[float]()
-        for _ in range(_NUM_COLD_CALLS):
-            read_memory(words, num_threads=torch.get_num_threads())
-            samples.append(host_seconds(passes))
-        found = Timing.of(samples)
+        found = _timed_cold(passes, cold, torch.get_num_threads())
     else:
         found = timed(passes, device=device, budget_s=budget_s)
     return Sample(
@@ -199,13 +194,8 @@ def sampling_sample(
     """
     logits_RV = torch.randn(num_seqs, vocab_size)
     rows = [SamplingRow(params=SamplingParams(temperature=0.0))] * num_seqs
-    words = memory.whole().numpy().view(np.uint8)
-    samples: list[float] = []
     sample(logits_RV, rows)
-    for _ in range(_NUM_COLD_CALLS):
-        read_memory(words, num_threads=num_threads)
-        samples.append(host_seconds(partial(sample, logits_RV, rows)))
-    found = Timing.of(samples)
+    found = _timed_cold(partial(sample, logits_RV, rows), memory, num_threads)
     return Sample(
         lane="cpu",
         kernel="sample",
@@ -216,6 +206,15 @@ def sampling_sample(
         seconds=found.seconds,
         spread=found.spread,
     )
+
+
+def _timed_cold(call: Callable[[], object], memory: ColdMemory, num_threads: int) -> Timing:
+    """Time a call of Python whose code weights have driven from the caches."""
+    samples: list[float] = []
+    for _ in range(_NUM_COLD_CALLS):
+        memory.displace_caches(num_threads)
+        samples.append(host_seconds(call))
+    return Timing.of(samples)
 
 
 def _bits(*shape: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint16]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,7 +10,7 @@ import torch
 from hetero.measure.attention import prefill_sample, torch_decode_sample
 from hetero.measure.ceilings import gpu_ceilings
 from hetero.measure.cold_memory import ColdMemory, cold_gpu_memory, gpu_cold_bytes
-from hetero.measure.cpu import KV_SHARE
+from hetero.measure.cpu import KV_SHARE, Progress
 from hetero.measure.effort import Effort
 from hetero.measure.elementwise import elementwise_sample
 from hetero.measure.experts import torch_experts_sample
@@ -21,8 +21,6 @@ from hetero.measure.link import copy_samples, link_profile
 from hetero.measure.memory import gpu_read_bytes_per_s
 from planner.device import DeviceProfile, LinkProfile, Sample
 from planner.model_spec import Dtype
-
-Progress = Callable[[str], None]
 
 # CUDA context, library workspaces: less than this was never seen.
 _MIN_RESERVED_GPU_BYTES = 500_000_000

@@ -13,7 +13,6 @@ from typing import Literal
 
 import numpy as np
 
-from cpu_kernels.memory_read import read_memory
 from hetero.checkpoint import Checkpoint
 from hetero.engine import Engine, StepResult
 from hetero.measure.cold_memory import ColdMemory
@@ -73,10 +72,9 @@ def host_samples(
         max_model_len=_NUM_STEPS + 4,
     )
     engine.warm_up()
-    words = memory.whole().numpy().view(np.uint8)
     samples: list[Sample] = []
     for count in num_seqs:
-        steps = _run(engine, count, words, num_threads)
+        steps = _run(engine, count, memory, num_threads)
         decode = [step for step in steps if step.phase == "decode"]
         found = Timing.of([max(1e-9, step.wall_s - step.ops_s) for step in decode])
         samples.append(_sample("step", found, num_threads, num_seqs=count))
@@ -115,9 +113,7 @@ def _sample(
     )
 
 
-def _run(
-    engine: Engine, num_seqs: int, words: np.ndarray[tuple[int], np.dtype[np.uint8]], threads: int
-) -> list[_Step]:
+def _run(engine: Engine, num_seqs: int, memory: ColdMemory, num_threads: int) -> list[_Step]:
     """Run sequences of one prompt token, the caches emptied before each step."""
     params = SamplingParams(max_tokens=_NUM_STEPS, temperature=0.0, ignore_eos=True)
     found: list[_Step] = []
@@ -127,7 +123,7 @@ def _run(
             for index in range(num_seqs)
         ]
         while True:
-            read_memory(words, num_threads=threads)
+            memory.displace_caches(num_threads)
             begin_s = time.perf_counter()
             result = engine.step()
             wall_s = time.perf_counter() - begin_s

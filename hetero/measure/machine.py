@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from datetime import UTC, datetime
 
 import torch
@@ -11,7 +10,7 @@ from hetero.errors import EnvironmentProblemError
 from hetero.measure.busy import OtherProcesses
 from hetero.measure.ceilings import raised
 from hetero.measure.cold_memory import cold_bytes, cold_cpu_memory, last_level_cache_bytes
-from hetero.measure.cpu import Subject, measure_cpus
+from hetero.measure.cpu import Progress, Subject, measure_cpus
 from hetero.measure.effort import FULL, QUICK, Effort
 from hetero.measure.fingerprint import machine_fingerprint
 from hetero.measure.gpu import measure_gpu
@@ -22,8 +21,6 @@ from planner.device import DeviceProfile
 from planner.fingerprint import Fingerprint
 from planner.hardware import AcceleratorName, HardwareProfile
 from planner.model_spec import ModelSpec
-
-Progress = Callable[[str], None]
 
 
 def measure_machine(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from hetero.measure.cold_memory import ColdMemory, cold_cpu_memory
@@ -12,12 +10,10 @@ from hetero.measure.contention import (
     beside_copies,
     torch_beside_paced_copies,
 )
-from hetero.measure.cpu import MeasuredCpu
+from hetero.measure.cpu import MeasuredCpu, Progress
 from hetero.measure.effort import Effort
 from planner.device import DeviceProfile, Sample
 from planner.hardware import EMULATED_LINK_BYTES_PER_S
-
-Progress = Callable[[str], None]
 
 
 def measure_contention(
@@ -46,11 +42,9 @@ def measure_contention(
         return ()
     copied = cold_cpu_memory(max(64 << 20, memory.num_bytes // 8))
     budget_s = max(0.1, 2 * effort.budget_s)
-    beside = beside_copies(memory, copied, alone, device, kind=kind, shape=shape, budget_s=budget_s)
+    beside = beside_copies(memory, copied, alone, device, budget_s=budget_s)
     case = effort.decode_cases(copied.num_bytes)[0]
-    attended = beside_attention(
-        memory, copied, alone, kind=kind, shape=shape, case=case, budget_s=budget_s
-    )
+    attended = beside_attention(memory, copied, alone, case=case, budget_s=budget_s)
     # Without other samples of the format this one would be its ceiling.
     is_known = any(is_on(attended, each) and kind in each.flop_per_s for each in cpu.devices)
     return (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from planner.device import Sample
 from planner.kernels import Kernel
@@ -16,27 +17,81 @@ _MAX_SPREAD = 0.1
 _MAX_EXCESS = 1.03
 # Nor do more rows of as large matrices lower the rate by more than this.
 _MIN_RATE = 0.85
+# A core that another guest of the host shares runs a product at half its rate; one that is alone
+# varies by a few percent.
+_MAX_PACE = 1.15
 _MAX_ROUNDS = 3
+# While the machine is slow nothing is gained by measuring.
+_WAIT_S = 0.05
 # Of few rows measured with cold caches, of many with warm ones: not to be compared.
 _COLD_KERNELS: tuple[Kernel, ...] = ("elementwise", "sample")
 
 
-def settled(probes: Sequence[Probe], *, budget_s: float) -> list[Sample]:
-    """Run every probe once, and again those that were disturbed; the fastest median of each counts.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Reading:
+    """What a probe gave, and the slower pace of those before and after it."""
 
-    Disturbed are samples that vary much, and those that are slower than others of the same kernel
-    say. Neighbours make work slower and never faster. Measuring again ends after `budget_s`.
+    sample: Sample
+    pace_s: float
+
+
+class Settling:
+    """Runs probes once, and again those that were disturbed. Mutable.
+
+    Disturbed are samples that vary much, those that are slower than others of the same kernel say,
+    and those beside which the machine was slow at everything. Neighbours make work slower and never
+    faster, so of several samples of a probe the fastest median counts.
+
+    Parameters
+    ----------
+    pace : callable
+        Seconds of the same short work each time it is called.
     """
-    samples = [probe() for probe in probes]
-    deadline = time.perf_counter() + budget_s
-    for _ in range(_MAX_ROUNDS):
-        for index in disturbed(samples):
-            if time.perf_counter() > deadline:
-                return samples
-            other = probes[index]()
-            if other.seconds < samples[index].seconds:
-                samples[index] = other
-    return samples
+
+    def __init__(self, pace: Callable[[], float]) -> None:
+        self._pace = pace
+        self._last_s = self._fastest_s = pace()
+        self._probes: list[Probe] = []
+        self._readings: list[_Reading] = []
+
+    def run(self, probes: Sequence[Probe]) -> None:
+        """Run every probe once."""
+        self._probes += probes
+        self._readings += [self._read(probe) for probe in probes]
+
+    def settle(self, budget_s: float) -> list[Sample]:
+        """Run the disturbed ones again for so many seconds; the samples in the order of probes."""
+        deadline = time.perf_counter() + budget_s
+        for _ in range(_MAX_ROUNDS):
+            for index in self._disturbed():
+                self._await_pace(deadline)
+                if time.perf_counter() > deadline:
+                    return [reading.sample for reading in self._readings]
+                other = self._read(self._probes[index])
+                if other.sample.seconds < self._readings[index].sample.seconds:
+                    self._readings[index] = other
+        return [reading.sample for reading in self._readings]
+
+    def _read(self, probe: Probe) -> _Reading:
+        before_s, sample = self._last_s, probe()
+        self._last_s = self._pace()
+        self._fastest_s = min(self._fastest_s, self._last_s)
+        return _Reading(sample=sample, pace_s=max(before_s, self._last_s))
+
+    def _await_pace(self, deadline: float) -> None:
+        self._last_s = self._pace()
+        while self._is_slow(self._last_s) and time.perf_counter() < deadline:
+            time.sleep(_WAIT_S)
+            self._last_s = self._pace()
+
+    def _is_slow(self, pace_s: float) -> bool:
+        return pace_s > _MAX_PACE * self._fastest_s
+
+    def _disturbed(self) -> list[int]:
+        """Positions of the probes to run again: first those beside which everything was slow."""
+        slow = {index for index, each in enumerate(self._readings) if self._is_slow(each.pace_s)}
+        others = set(disturbed([reading.sample for reading in self._readings])) - slow
+        return [*sorted(slow), *sorted(others)]
 
 
 def disturbed(samples: Sequence[Sample]) -> list[int]:

@@ -19,8 +19,11 @@ from hetero.measure.calibration_log import (
     rates_fingerprint,
     read,
 )
+from hetero.model_lookup import find_model
+from hetero.planning import spec_as_run
 from planner.calibration import CalibrationRecord, TermSeconds
 from planner.hardware import HardwareProfile
+from planner.model_spec import ModelSpec
 from planner.plan import Plan
 from planner.search import profile_fingerprint
 from tests.conftest import Hetero
@@ -34,12 +37,17 @@ def cache_dir(cache_home: Path) -> Path:
     return cache_home / "hetero"
 
 
+def demo_spec(profile: HardwareProfile) -> ModelSpec:
+    """The shipped model as a machine runs it."""
+    return spec_as_run(find_model(), "auto", profile, print)
+
+
 def slow_experts(profile: HardwareProfile, run: int = 0) -> CalibrationRecord:
     """A run in which experts on the CPU decoded 2.0736 times as long as predicted."""
     return CalibrationRecord(
         at=f"2026-01-31T12:00:00.{run:06}Z",
         model="tiny",
-        model_fingerprint="model",
+        model_fingerprint=demo_spec(profile).fingerprint,
         profile_fingerprint=profile_fingerprint(profile),
         rates_fingerprint=rates_fingerprint(profile),
         placement="cpu",
@@ -134,7 +142,7 @@ def test_a_log_that_cannot_be_written_is_one_line_and_stops_nothing(
 def test_a_plan_says_what_runs_corrected(
     hetero: Hetero, stored_profile: HardwareProfile, cache_dir: Path
 ) -> None:
-    """One run's 2.0736 is its fourth root: the decode step's experts take 1.2 times as long."""
+    """One run goes 1 / 3.939 of its way: the decode step's experts take 1.2 times as long."""
     plans = []
     arguments = ("plan", "--accelerator", "none", "--json")
     plans.append(Plan.from_json(hetero(*arguments).stdout.encode(), source="before"))
@@ -143,9 +151,10 @@ def test_a_plan_says_what_runs_corrected(
     before, after = (plan.estimate for plan in plans)
 
     assert (before.calibrated_runs, after.calibrated_runs) == (0, 1)
-    assert after.correction_by_phase["decode"] == {"cpu experts": pytest.approx(1.2)}
+    factor = 2.0736 ** (1 / 3.939)
+    assert after.correction_by_phase["decode"] == {"cpu experts": pytest.approx(factor, rel=1e-4)}
     experts = [each.terms_by_phase["decode"]["experts"] for each in (before, after)]
-    assert experts[1] == pytest.approx(1.2 * experts[0])
+    assert experts[1] == pytest.approx(factor * experts[0], rel=1e-4)
     assert after.ttft_s == pytest.approx(before.ttft_s)
 
     report = hetero("plan", "--accelerator", "none").stdout
@@ -177,7 +186,7 @@ def test_a_profile_that_was_measured_anew_starts_from_nothing(
 ) -> None:
     append(cache_dir, [slow_experts(stored_profile)])
     anew = replace(stored_profile, measured_at="2026-02-01T00:00:00Z")
-    found = own_corrections(anew, anew, os.environ, print)
+    found = own_corrections(demo_spec(anew), anew, anew, os.environ, print)
     assert found.num_runs == 0
 
 

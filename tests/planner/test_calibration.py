@@ -37,6 +37,7 @@ def record(
     *,
     predicted_s: float = 1.0,
     phase: Phase = "decode",
+    model: str = "model",
     profile: str = "machine",
     rates: str = "rates",
     others: tuple[TermSeconds, ...] = (),
@@ -48,7 +49,7 @@ def record(
     return CalibrationRecord(
         at=at(run),
         model="tiny",
-        model_fingerprint="model",
+        model_fingerprint=model,
         profile_fingerprint=profile,
         rates_fingerprint=rates,
         placement="cpu",
@@ -63,7 +64,12 @@ def record(
 
 
 def learned(records: Sequence[CalibrationRecord]) -> Corrections:
-    return corrections(records, profile_fingerprint="machine", rates_fingerprint="rates")
+    return corrections(
+        records,
+        model_fingerprint="model",
+        profile_fingerprint="machine",
+        rates_fingerprint="rates",
+    )
 
 
 def factor(records: Sequence[CalibrationRecord]) -> float:
@@ -77,19 +83,40 @@ def test_without_runs_nothing_is_corrected() -> None:
     assert NO_CORRECTIONS.num_runs == 0
 
 
-def test_one_run_goes_a_quarter_of_the_way_and_three_go_half() -> None:
-    """The prior is worth three runs: ratio^(N / (N + 3))."""
-    assert factor([record(1.44)]) == pytest.approx(1.44**0.25)
-    assert factor([record(1.44, run) for run in range(3)]) == pytest.approx(1.2)
+def left_of_prior(num_runs: int, scatter: float = 0.0, *, past: float | None = None) -> float:
+    """The prior's share of a factor, by the formula of `corrections` for runs of equal weight."""
+    counted = num_runs if past is None else past
+    variance = (2 * 0.12**2 + counted * scatter**2) / (2 + counted - 1)
+    prior_runs = variance / 0.07**2
+    return prior_runs / (num_runs + prior_runs)
+
+
+def test_one_run_goes_a_quarter_of_the_way() -> None:
+    """It is (0.12 / 0.07)^2 = 2.94 runs that speak for the prior."""
+    assert factor([record(1.44)]) == pytest.approx(1.44 ** (1 / 3.939), rel=1e-4)
 
 
 @given(ratio=RATIO, num_runs=st.integers(1, 60))
 def test_runs_that_agree_bring_the_factor_ever_nearer_to_their_ratio(
     ratio: float, num_runs: int
 ) -> None:
-    """What is left of log(ratio) after N runs is its share 3 / (N + 3)."""
+    """The more agree, the less is said against each: of five four fifths are gone."""
     left = math.log(ratio / factor([record(ratio, run) for run in range(num_runs)]))
-    assert left == pytest.approx(3 * math.log(ratio) / (num_runs + 3), abs=1e-9)
+    weight = math.fsum(0.5 ** (run / 8) for run in range(num_runs))
+    expected = left_of_prior(num_runs, past=weight) * math.log(ratio)
+    assert left == pytest.approx(expected, abs=1e-9)
+    if num_runs >= 5:
+        assert abs(left) <= 0.2 * abs(math.log(ratio))
+
+
+@given(ratio=st.floats(min_value=1.1, max_value=1.9), scatter=st.floats(0.15, 0.4))
+def test_runs_that_scatter_are_believed_less(ratio: float, scatter: float) -> None:
+    """On a machine whose runs vary more than the model errs, five of them say little."""
+    agreeing = [record(ratio, run) for run in range(5)]
+    offsets = (-scatter, scatter, 0.0, scatter, -scatter)
+    scattered = [record(ratio * math.exp(each), run) for run, each in enumerate(offsets)]
+    assert 1.0 < factor(scattered) < math.sqrt(ratio * factor(agreeing)) < ratio
+    assert math.log(factor(scattered)) < 0.75 * math.log(factor(agreeing))
 
 
 @given(
@@ -99,11 +126,11 @@ def test_runs_that_agree_bring_the_factor_ever_nearer_to_their_ratio(
 )
 def test_runs_that_scatter_are_averaged(ratio: float, spread: float, seed: int) -> None:
     """40 runs of half-life 8 are worth 23 equal ones: 5 standard errors of a 10 % worse estimate,
-    and the 7 % of the way that are the prior's."""
+    and the 5 % of the way that are the prior's."""
     draw = Random(seed)
     runs = [record(ratio * math.exp(draw.gauss(0, spread)), run) for run in range(40)]
     error = math.log(factor(runs) / ratio)
-    assert abs(error) <= 5 * 1.1 * spread / math.sqrt(23) + 3 * abs(math.log(ratio)) / 43 + 1e-9
+    assert abs(error) <= 5 * 1.1 * spread / math.sqrt(23) + 0.05 * abs(math.log(ratio)) + 1e-9
 
 
 @given(st.lists(st.floats(min_value=1e-6, max_value=1e6), min_size=1, max_size=12))
@@ -196,14 +223,18 @@ def test_what_has_no_prediction_or_no_measurement_is_left_alone() -> None:
 
 
 def test_phases_are_corrected_apart() -> None:
-    found = learned([record(1.44, phase="prefill"), record(0.81)])
-    assert found.factors("prefill") == {"cpu experts": pytest.approx(1.44**0.25)}
-    assert found.factors("decode") == {"cpu experts": pytest.approx(0.81**0.25)}
+    found, gone = learned([record(1.44, phase="prefill"), record(0.81)]), 1 - left_of_prior(1)
+    assert found.factors("prefill") == {"cpu experts": pytest.approx(1.44**gone)}
+    assert found.factors("decode") == {"cpu experts": pytest.approx(0.81**gone)}
     assert found.num_runs == 1
 
 
-def test_runs_of_another_machine_or_another_measurement_do_not_count() -> None:
-    others = [record(1.9, profile="another machine"), record(1.9, rates="measured before")]
+def test_runs_of_another_model_machine_or_measurement_do_not_count() -> None:
+    others = [
+        record(1.9, model="another model"),
+        record(1.9, profile="another machine"),
+        record(1.9, rates="measured before"),
+    ]
     assert learned(others) == NO_CORRECTIONS
     assert learned([*others, record(1.44)]) == learned([record(1.44)])
 

@@ -459,8 +459,8 @@ def test_lanes_that_share_the_hosts_memory_slow_each_other_down() -> None:
     """The CPU reads 16 bytes a second and copies 48: both at once want 64 of 16."""
     machine = tiny_machine(gpu=tiny_device("gpu"), link_bytes_per_s=48.0)
 
-    assert CostModel(machine).slowdowns() == {("cpu", "h2d"): 4.0, ("h2d", "cpu"): 4.0}
-    assert CostModel(machine.without_gpu()).slowdowns() == {}
+    assert CostModel(machine).slowdowns == {("cpu", "h2d"): 4.0, ("h2d", "cpu"): 4.0}
+    assert CostModel(machine.without_gpu()).slowdowns == {}
 
 
 def test_slowdowns_that_were_measured_replace_those() -> None:
@@ -471,7 +471,7 @@ def test_slowdowns_that_were_measured_replace_those() -> None:
     others = replace(alone, num_threads=4, busy=("h2d",), seconds=90.0)
     machine = replace(MACHINE, samples=(alone, *beside, quick, others))
 
-    assert CostModel(machine).slowdowns() == {
+    assert CostModel(machine).slowdowns == {
         ("cpu", "h2d"): pytest.approx(4.0),
         ("h2d", "cpu"): 2.0,
         ("cpu", "gpu"): 1.0,

@@ -27,6 +27,9 @@ from hetero.measure.fingerprint import machine_fingerprint
 from planner.calibration import NO_CORRECTIONS, CalibrationRecord, TermSeconds
 from planner.search import profile_fingerprint
 from tests.machines import toy_machine
+from tests.planner.tiny import tiny_spec
+
+SPEC = tiny_spec("dm")
 
 
 def record(number: int = 0, *, profile: str = "machine", rates: str = "rates") -> CalibrationRecord:
@@ -34,7 +37,7 @@ def record(number: int = 0, *, profile: str = "machine", rates: str = "rates") -
     return CalibrationRecord(
         at=f"2026-01-31T12:00:00.{number:06}Z",
         model="tiny",
-        model_fingerprint="model",
+        model_fingerprint=SPEC.fingerprint,
         profile_fingerprint=profile,
         rates_fingerprint=rates,
         placement="cpu",
@@ -163,18 +166,21 @@ def test_a_folder_that_others_may_write_to_is_not_written_to(cache_dir: Path) ->
 
 
 def test_runs_correct_the_measurement_that_they_were_predicted_from(cache_home: Path) -> None:
-    """The machine as it is used, and its rates; the fourth root of 2.0736 is one run's word."""
+    """The model, the machine as it is used, and its rates; one run is trusted for a quarter."""
     profile = replace(toy_machine(), fingerprint=machine_fingerprint())
     emulated = profile.with_emulated_gpu(memory_bytes=10**9, link_bytes_per_s=4e9)
     mine = record(profile=profile_fingerprint(profile), rates=rates_fingerprint(profile))
     append(cache_home / "hetero", [mine])
     said: list[str] = []
 
-    found = own_corrections(profile, profile, os.environ, said.append)
-    assert found.factor("cpu", "dense", "decode") == pytest.approx(1.2)
-    assert own_corrections(profile, emulated, os.environ, said.append) == NO_CORRECTIONS
+    found = own_corrections(SPEC, profile, profile, os.environ, said.append)
+    assert found.factor("cpu", "dense", "decode") == pytest.approx(1.203, rel=1e-3)
+    other = tiny_spec("md")
+    assert own_corrections(other, profile, profile, os.environ, said.append) == NO_CORRECTIONS
+    assert own_corrections(SPEC, profile, emulated, os.environ, said.append) == NO_CORRECTIONS
     measured_anew = replace(profile, measured_at="2026-02-01T00:00:00Z")
-    assert own_corrections(measured_anew, measured_anew, os.environ, said.append) == NO_CORRECTIONS
+    found = own_corrections(SPEC, measured_anew, measured_anew, os.environ, said.append)
+    assert found == NO_CORRECTIONS
     assert not said
 
 
@@ -196,10 +202,10 @@ def test_what_is_wrong_with_a_log_is_said_in_one_line(cache_home: Path) -> None:
     log.append([record()])
     with open(log.cache_dir / LOG_FILE, "ab") as file:
         file.write(b"torn\n")
-    assert log.corrections(profile, said.append) == NO_CORRECTIONS
+    assert log.corrections(SPEC, profile, said.append) == NO_CORRECTIONS
     (log.cache_dir / LOG_FILE).unlink()
     (log.cache_dir / LOG_FILE).mkdir()
-    assert log.corrections(profile, said.append) == NO_CORRECTIONS
+    assert log.corrections(SPEC, profile, said.append) == NO_CORRECTIONS
     assert len(said) == 2
     assert "not used are 1 lines, which are damaged" in said[0]
     assert said[1].endswith("Is a directory; predictions are not calibrated")

@@ -102,8 +102,6 @@ def test_copies_and_experts_name_each_other() -> None:
         cold_cpu_memory(64 << 20),
         alone,
         CPU,
-        kind="bfloat16",
-        shape=SHAPE,
         budget_s=0.0,
     )
     assert (computed.call, computed.num_threads) == (alone.call, 2)
@@ -122,8 +120,6 @@ def test_attention_takes_a_thread_of_the_experts(num_threads: int, num_left: int
         cold_cpu_memory(MEMORY_BYTES),
         cold_cpu_memory(MEMORY_BYTES),
         alone,
-        kind="bfloat16",
-        shape=SHAPE,
         case=AttentionCase(heads=(4, 2, 32), context=31),
         budget_s=0.0,
     )

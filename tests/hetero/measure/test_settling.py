@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hetero.measure.settling import disturbed, settled
+from hetero.measure.settling import Probe, Settling, disturbed
 from planner.device import Sample
 
 
@@ -83,6 +84,15 @@ def probes_of(
     return [probe(index) for index in range(len(runs))], counts
 
 
+def settled(
+    probes: list[Probe], *, budget_s: float, pace: Callable[[], float] = lambda: 1.0
+) -> list[Sample]:
+    settling = Settling(pace)
+    settling.run(probes[:1])
+    settling.run(probes[1:])
+    return settling.settle(budget_s)
+
+
 def test_only_the_disturbed_are_measured_again() -> None:
     """Once, if that settles it; the others keep their first sample."""
     probes, counts = probes_of(
@@ -98,3 +108,25 @@ def test_the_fastest_of_several_counts() -> None:
     probes, counts = probes_of([[product(each, spread=0.5) for each in seconds]])
     assert [each.seconds for each in settled(probes, budget_s=60.0)] == [pytest.approx(4.0)]
     assert counts == [4]
+
+
+def test_what_ran_while_all_was_slow_is_measured_again_once_it_is_not() -> None:
+    """The pace is asked before the first probe, after each, and until it is good again."""
+    paces = iter([1.0, 1.05, 1.8, 1.7, 1.6, 1.0, 1.0, 1.0])
+    probes, counts = probes_of(
+        [[product(1.0)], [product(4.0, 2), product(2.0, 2)], [product(3.0, 2, rows=16)]]
+    )
+    found = settled(probes, budget_s=60.0, pace=lambda: next(paces, 1.0))
+    assert [each.seconds for each in found] == [1.0, 2.0, 3.0]
+    assert counts[:2] == [1, 2]
+    assert counts[2] > 1  # as much slower before it as after
+
+
+def test_a_machine_that_stays_slow_ends_the_wait() -> None:
+    """The first pace was fast; nothing is measured again at a pace that is not."""
+    paces = iter([1.0])
+    probes, counts = probes_of([[product(1.0)]])
+    begin_s = time.perf_counter()
+    assert settled(probes, budget_s=0.2, pace=lambda: next(paces, 2.0)) == [product(1.0)]
+    assert time.perf_counter() - begin_s < 2.0
+    assert counts == [1]
