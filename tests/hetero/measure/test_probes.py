@@ -40,7 +40,13 @@ from hetero.measure.elementwise import (
     route_sample,
     sampling_sample,
 )
-from hetero.measure.experts import choices, experts_rounds, experts_sample, torch_experts_sample
+from hetero.measure.experts import (
+    choices,
+    experts_rounds,
+    experts_sample,
+    ragged_choices,
+    torch_experts_sample,
+)
 from hetero.measure.host import host_samples
 from hetero.measure.launch import handover_sample, launch_s, link_s
 from hetero.measure.linear import linear_sample, model_shapes
@@ -243,8 +249,19 @@ def test_every_round_has_experts_of_its_own() -> None:
     check_experts(links)
 
 
+@given(st.integers(1, 64), st.integers(1, 64))
+def test_ragged_choices_give_every_expert_tokens_and_the_mean_that_is_asked(
+    num_experts: int, tokens_each: int
+) -> None:
+    ids_Tk = ragged_choices(num_experts, tokens_each)
+    counts = np.bincount(ids_Tk.ravel(), minlength=num_experts)
+    assert counts.sum() == num_experts * tokens_each
+    assert counts.min() >= 1
+    assert (np.diff(counts[:-1]) >= 0).all()
+
+
 def test_torchs_experts_are_looped_over_as_by_the_emulated_accelerator(memory: ColdMemory) -> None:
-    """Eight experts with three tokens each, weights of a lap ago each time."""
+    """Eight experts with three tokens each on average, weights of a lap ago each time."""
     seen: list[tuple[list[int], int, str]] = []
 
     def noted(tokens: Dispatch, weights: dict[str, torch.Tensor], *, method: Any) -> torch.Tensor:
@@ -257,7 +274,7 @@ def test_torchs_experts_are_looped_over_as_by_the_emulated_accelerator(memory: C
         sample = torch_experts_sample(
             memory, dtype="bfloat16", shape=(128, 64), num_experts=8, tokens_each=3, budget_s=0.0
         )
-    assert {tuple(counts) for counts, _, _ in seen} == {(3,) * 8}
+    assert {tuple(counts) for counts, _, _ in seen} == {(1, 2, 2, 3, 3, 4, 4, 5)}
     assert {method for _, _, method in seen} == {"loop"}
     assert len({address for _, address, _ in seen}) == len(seen)
     assert (sample.kernel, sample.backend, sample.format) == ("experts", "torch", "bfloat16")
