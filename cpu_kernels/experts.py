@@ -45,6 +45,8 @@ _PART_BYTES = 1 << 28
 BLOCK_FIELDS = 3
 # An expert that was chosen: its number, its first block, how many.
 EXPERT_FIELDS = 3
+# The id of a choice that is of no expert, and where it lies among the sorted ones.
+NO_EXPERT, NO_PLACE = -1, -1
 # What a `SortCall` has found.
 SORTED, NO_SUCH_EXPERT = 0, 1
 
@@ -186,7 +188,8 @@ def run_experts(
     experts
         The layer's experts.
     ids
-        (T, k) the experts each token chose, 0..E-1.
+        (T, k) the experts each token chose, 0..E-1, or -1: a choice of no expert, which adds
+        nothing and of which nothing is read. A token that has no other gets zeros.
     weights
         (T, k) how much each choice counts.
     compute
@@ -201,7 +204,8 @@ def run_experts(
     Raises
     ------
     ValueError
-        If shapes, formats or memory layouts do not fit together, or an id is none of the experts.
+        If shapes, formats or memory layouts do not fit together, or an id is neither an expert's
+        nor -1.
 
     Examples
     --------
@@ -253,8 +257,8 @@ def experts_links(
     every sort, and `call.x`, `call.weights` and `call.out` of all others, may be set to other
     arrays of all T tokens with the same shapes and strides.
 
-    A chain cannot raise: where an id is none of the experts, the part's rows of out are not
-    written, and `check_experts` says so.
+    An id of -1 is a choice of no expert, as in `run_experts`. A chain cannot raise: where an id is
+    of neither kind, the part's rows of out are not written, and `check_experts` says so.
 
     Raises
     ------
@@ -310,7 +314,7 @@ def check_experts(links: Iterable[Link]) -> None:
     Raises
     ------
     ValueError
-        If an id was none of the experts.
+        If an id was neither an expert's nor -1.
 
     Examples
     --------
@@ -320,7 +324,10 @@ def check_experts(links: Iterable[Link]) -> None:
     for sort in sorts:
         if sort.state == NO_SUCH_EXPERT:
             last = ExpertsCall.from_address(sort.experts_call).num_experts - 1
-            raise ValueError(f"ids are {sort.lowest} to {sort.highest} but must be 0 to {last}")
+            raise ValueError(
+                f"ids are {sort.lowest} to {sort.highest} but must be 0 to {last}, or {NO_EXPERT} "
+                "for no expert"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,6 +25,8 @@ from cpu_kernels.elementwise_kernels import silu
 from cpu_kernels.experts import (
     BLOCK_FIELDS,
     EXPERT_FIELDS,
+    NO_EXPERT,
+    NO_PLACE,
     NO_SUCH_EXPERT,
     SORTED,
     ExpertsCall,
@@ -104,13 +106,13 @@ def make_experts(x_is_bfloat16: bool) -> Source:
 
 @numba.njit(nogil=True, error_model="numpy", inline="always")
 def _find_range(sort_call: Any, ids: Any, num_choices: int, num_experts: int) -> bool:
-    """Set the state, the lowest and the highest id; return whether all are experts."""
+    """Set the state, the lowest and the highest id; return whether all are experts, or none."""
     lowest = highest = ids[0]
     for choice in range(num_choices):
         lowest = min(lowest, ids[choice])
         highest = max(highest, ids[choice])
     sort_call.lowest, sort_call.highest = lowest, highest
-    are_experts = lowest >= 0 and highest < num_experts
+    are_experts = lowest >= NO_EXPERT and highest < num_experts
     sort_call.state = SORTED if are_experts else NO_SUCH_EXPERT
     return bool(are_experts)
 
@@ -126,16 +128,23 @@ def _sort(
     blocks: Any,
     chosen: Any,
 ) -> None:
-    """Sort choices by expert, in token order within one, and cut each expert's into blocks."""
+    """Sort choices by expert, in token order within one, and cut each expert's into blocks.
+
+    Choices of no expert have no place.
+    """
     num_choices = call.num_tokens * call.top_k
     for expert in range(call.num_experts + 1):
         starts[expert] = 0
     for choice in range(num_choices):
-        starts[ids[choice] + 1] += 1
+        if ids[choice] != NO_EXPERT:
+            starts[ids[choice] + 1] += 1
     for expert in range(call.num_experts):
         starts[expert + 1] += starts[expert]
     for choice in range(num_choices):
         expert = ids[choice]
+        if expert == NO_EXPERT:
+            places[choice] = NO_PLACE
+            continue
         place = starts[expert]
         starts[expert] = place + 1
         order[place] = choice
@@ -161,7 +170,7 @@ def _sort(
     call.num_blocks = num_blocks
     call.num_chosen = num_chosen
     # one token is read by every expert as it is
-    call.num_prepared = 1 if call.num_tokens == 1 else num_blocks
+    call.num_prepared = min(1, num_blocks) if call.num_tokens == 1 else num_blocks
     row_parts, down_parts = _parts(call)
     call.num_items = call.num_prepared + num_chosen * (row_parts + down_parts) + call.num_tokens
 
@@ -347,8 +356,9 @@ def _combine(call: Any, weights: Any, out: Any, places: Any, products: Any, toke
     for d in range(0, call.hidden, LANES):
         total = splat(np.float32(0))
         for choice in range(first, first + call.top_k):
-            product = load(products, places[choice] * stride + d)
-            total = add(total, multiply(splat(weights[choice]), product))
+            if places[choice] != NO_PLACE:
+                product = load(products, places[choice] * stride + d)
+                total = add(total, multiply(splat(weights[choice]), product))
         if call.hidden - d >= LANES:
             store(out, token * call.hidden + d, total)
         else:

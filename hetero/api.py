@@ -210,6 +210,7 @@ class LLM:
                     self._accelerator,
                     self.tokenizer,
                     backends=self._backends,
+                    costs=self._costs,
                     max_num_seqs=max_num_seqs,
                     max_model_len=self._max_model_len,
                     overlap=overlap,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from msgspec.structs import replace
@@ -15,11 +16,12 @@ from hetero.engine import Engine
 from hetero.errors import MemoryBudgetError
 from hetero.measure.memory_limit import available_memory_bytes
 from hetero.model.decoder import Decoder
+from hetero.model.expert_step import ExpertTimes
 from hetero.planning import MAX_NUM_SEQS
 from hetero.runtime.devices import Accelerator, CudaAccelerator, EmulatedAccelerator
 from hetero.runtime.weights import load_weights
 from hetero.tokenizer import Tokenizer, read_eos_token_ids
-from planner.cost_model import Backends
+from planner.cost_model import Backends, CostModel
 from planner.hardware import HardwareProfile
 from planner.memory import KV_BLOCK_TOKENS, kv_block_capacity, needs, num_kv_blocks
 from planner.model_spec import ModelSpec
@@ -48,6 +50,7 @@ def load_engine(
     tokenizer: Tokenizer | None,
     *,
     backends: Backends,
+    costs: CostModel,
     max_num_seqs: int | None,
     max_model_len: int,
     overlap: bool,
@@ -56,7 +59,7 @@ def load_engine(
     """Read the weights to where the plan wants them, size the KV cache, and warm up.
 
     The calling thread computes the `cpu` lane from now on: its torch thread count becomes the
-    measured one of the profile.
+    measured one of the profile. `costs` divide the experts of split layers as they were priced.
 
     Raises
     ------
@@ -74,7 +77,13 @@ def load_engine(
     torch.set_num_threads(hardware.cpu.num_threads)
     with _told_of_compilation(say):
         weights = load_weights(spec, checkpoint, plan.placement, accelerator, backends=backends)
-    decoder = Decoder.create(spec, weights, accelerator, num_threads=hardware.cpu.num_threads)
+    decoder = Decoder.create(
+        spec,
+        weights,
+        accelerator,
+        num_threads=hardware.cpu.num_threads,
+        expert_times=ExpertTimes(spec, partial(costs.expert_times, spec)),
+    )
     engine = Engine(
         decoder=decoder,
         placement=plan.placement,

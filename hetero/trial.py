@@ -22,7 +22,8 @@ from planner.memory import needs
 from planner.model_spec import ModelSpec
 from planner.placement import Placement
 from planner.plan import Alternative, Plan, Trial, TrialRow, TrialTimes
-from planner.strategies import placement
+from planner.search import search
+from planner.strategies import STRATEGIES, placement
 from planner.workload import PHASES, Workload
 
 # From the simplest to run on: what a person would do by hand where the plan were not trusted.
@@ -116,12 +117,20 @@ def _rivals(plan: Plan, spec: ModelSpec, costs: CostModel) -> _Rivals:
 
 def _plan_of(other: Alternative, plan: Plan, spec: ModelSpec, costs: CostModel) -> Plan:
     """The plan that an alternative of another plan stands for."""
-    before, _, after = other.name.partition("+")
+    if other.name not in STRATEGIES:  # what was chosen over it is simpler, and as fast within error
+        return search(
+            spec,
+            costs.hardware,
+            plan.workload,
+            plan.objective,
+            corrections=costs.corrections,
+            prefers_simple=False,
+        )
     chunk_tokens = plan.placement.prefill.max_num_tokens
     cuts = other.cut_by_phase
     found = Placement(
-        prefill=placement(spec, before, cuts["prefill"], chunk_tokens=chunk_tokens).prefill,
-        decode=placement(spec, after or before, cuts["decode"], chunk_tokens=chunk_tokens).decode,
+        prefill=placement(spec, other.name, cuts["prefill"], chunk_tokens=chunk_tokens).prefill,
+        decode=placement(spec, other.name, cuts["decode"], chunk_tokens=chunk_tokens).decode,
     )
     return replace(
         plan,

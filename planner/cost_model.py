@@ -15,10 +15,11 @@ from planner.hardware import HardwareProfile
 from planner.kernel_table import SOURCES, KernelEstimate, KernelTable, Source
 from planner.kernels import Backend, Kernel, KernelCall, Resource
 from planner.memory import KV_BLOCK_TOKENS
-from planner.model_spec import ModelSpec, Module
+from planner.model_spec import LayerSpec, ModelSpec, Module
 from planner.popularity import Popularity, independent_tokens
 from planner.priors import prior
 from planner.simulate import Slowdowns, simulate
+from planner.split_rules import expected_fetched
 from planner.step_graph import Lane, Op, OpKind, Payload, StepGraph
 from planner.timeline import Timeline
 from planner.workload import BatchShape
@@ -71,6 +72,17 @@ _EMULATED_COPY_SIGMA = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertLoad:
+    """Experts that some token chose, and how often tokens chose them; both expected."""
+
+    distinct: float
+    choices: float
+
+
+NO_EXPERTS = ExpertLoad(distinct=0.0, choices=0.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OpCost:
     """Predicted seconds of an op.
 
@@ -103,7 +115,8 @@ class OpCost:
 def copy_bytes(op: Op, spec: ModelSpec, shape: BatchShape) -> float:
     """Bytes that a copy op moves in a step of this shape.
 
-    Weights of experts count whole: which experts a step needs is not known when they are streamed.
+    Weights of experts count whole, but for the residents: which ones a step needs is not known when
+    they are streamed.
     """
     assert op.kind == "copy"
     rows = shape.num_tokens
@@ -112,7 +125,11 @@ def copy_bytes(op: Op, spec: ModelSpec, shape: BatchShape) -> float:
         return float(rows * _BATCH_BYTES_PER_TOKEN + shape.num_seqs * table * 4)
     if op.payload == "weights":
         assert op.module is not None
-        return float(spec.weight_bytes(op.module, op.layer))
+        weights = spec.weight_bytes(op.module, op.layer)
+        if op.part == "missed":
+            assert op.layer is not None
+            weights -= op.num_resident * spec.expert_bytes(op.layer)
+        return float(weights)
     if op.payload == "logits":
         return float(shape.num_logits * spec.vocab_size * _LOGIT_BYTES)
     if op.payload == "kv":
@@ -156,6 +173,7 @@ class CostModel:
         self.corrections = corrections
         self.popularity = popularity
         self._usual: dict[tuple[int, int], Popularity] = {}
+        self._expert_times: dict[tuple[LayerSpec, float], tuple[float, float]] = {}
         self._backends_of_kind: dict[str, tuple[Backend, ...]] = {}
         cpu, gpu, link = hardware.cpu, hardware.gpu, hardware.link
         self._tables: dict[Lane, KernelTable] = {
@@ -190,8 +208,9 @@ class CostModel:
         if op.kind == "copy":
             return self._copy_cost(op, spec, shape)
         device = self._tables[op.lane].device
-        backend = self._backend(op, spec, device, backends)
-        calls = _op_calls(op, spec, shape, backend, device.kind, self._distinct(op, spec, shape))
+        backend = self._backend(op, spec, backends)
+        load = self.expert_load(op, spec, shape) if op.kind == "experts" else NO_EXPERTS
+        calls = _op_calls(op, spec, shape, backend, device.kind, load)
         if op.lane == "cpu" and _is_of_its_own(op, shape, backend):
             calls.append((KernelCall(kernel="op", backend="torch"), 1.0))
         return self._sum(op.lane, calls)
@@ -255,10 +274,22 @@ class CostModel:
         return found
 
     def _copy_cost(self, op: Op, spec: ModelSpec, shape: BatchShape) -> OpCost:
-        link = self.hardware.link
-        assert link is not None, "a copy needs a link"
         assert op.payload is not None
-        num_bytes, count = max(1.0, copy_bytes(op, spec, shape)), NUM_COPIES[op.payload]
+        count: float = NUM_COPIES[op.payload]
+        num_bytes = copy_bytes(op, spec, shape)
+        if op.part == "fetched":
+            assert op.layer is not None
+            count = self.expert_load(op, spec, shape).distinct
+            num_bytes = count * spec.expert_bytes(op.layer)
+            if not count:
+                return OpCost()
+            count = 1.0 + max(1.0, count)  # and the numbers of the slots
+        return self._copy_s(num_bytes, count, op.lane)
+
+    def _copy_s(self, num_bytes: float, count: float, lane: Lane) -> OpCost:
+        """Seconds of some bytes in so many copies."""
+        link, num_bytes = self.hardware.link, max(1.0, num_bytes)
+        assert link is not None, "a copy needs a link"
         assert self.hardware.gpu is not None
         is_cuda = self.hardware.gpu.kind == "cuda"
         start_s = link.latency_s
@@ -266,14 +297,14 @@ class CostModel:
             # a throttled copy waits for its time to pass, and wakes as late as a lane does
             handover = KernelCall(kernel="handover", backend="torch")
             start_s += self._tables["cpu"].estimate(handover).seconds
-        if op.lane in self._tables:
+        if lane in self._tables:
             each = KernelCall(
                 kernel="copy", shape=(num_bytes / count,), memory="pinned", backend="torch"
             )
-            cost = self._sum(op.lane, [(each, float(count))])
+            cost = self._sum(lane, [(each, float(count))])
             seconds = cost.seconds + count * start_s
             return replace(cost, seconds=seconds, by_resource={"link": seconds})
-        rate = link.h2d_bytes_per_s if op.lane == "h2d" else link.d2h_bytes_per_s
+        rate = link.h2d_bytes_per_s if lane == "h2d" else link.d2h_bytes_per_s
         least_s, share, sigma = num_bytes / rate, 1.0, _EMULATED_COPY_SIGMA
         if is_cuda:
             assumed = prior("copy", "link", "cuda", "float32")
@@ -287,13 +318,15 @@ class CostModel:
             source="prior" if self.hardware.provenance == "datasheet" else "interpolated",
         )
 
-    def _backend(
-        self, op: Op, spec: ModelSpec, device: DeviceProfile, backends: Backends
-    ) -> Backend:
+    def _backend(self, op: Op, spec: ModelSpec, backends: Backends) -> Backend:
         """Whose kernels an op is made of."""
         module = _MODULE_OF_KIND.get(op.kind)
         if module is None or op.lane != "cpu":
             return "torch"
+        return self._backend_of(spec, module, backends)
+
+    def _backend_of(self, spec: ModelSpec, module: Module, backends: Backends) -> Backend:
+        """Whose kernels the CPU runs a module with."""
         if module in backends:
             return backends[module]
         kind = spec.weight_kind(module)
@@ -302,19 +335,71 @@ class CostModel:
         found = self._backends_of_kind[kind]
         return found[0] if found else "numba"
 
-    def _distinct(self, op: Op, spec: ModelSpec, shape: BatchShape) -> float:
-        """Expected number of experts that get tokens."""
-        if op.kind != "experts":
-            return 0.0
+    def expert_load(self, op: Op, spec: ModelSpec, shape: BatchShape) -> ExpertLoad:
+        """Expected work of the experts of a layer, or of those of an op's part."""
         assert op.layer is not None
-        tokens = independent_tokens(shape.num_tokens, shape.num_seqs)
-        if self.popularity is not None:
-            return self.popularity.distinct_experts(op.layer, tokens)
         layer = spec.layers[op.layer]
+        popularity, row = self._popularity_of(layer, op.layer)
+        tokens = independent_tokens(shape.num_tokens, shape.num_seqs)
+        whole = ExpertLoad(
+            distinct=popularity.distinct_experts(row, tokens),
+            choices=shape.num_tokens * layer.num_experts_per_token,
+        )
+        if op.part == "all":
+            return whole
+        distinct, share = popularity.resident_load(row, tokens, op.num_resident)
+        if op.part == "resident":
+            return ExpertLoad(distinct=distinct, choices=share * whole.choices)
+        missed = ExpertLoad(
+            distinct=max(0.0, whole.distinct - distinct), choices=(1.0 - share) * whole.choices
+        )
+        if op.part == "missed" or not missed.distinct:
+            return missed
+        fetched = self._num_fetched(op, spec, shape, missed) / missed.distinct
+        part = fetched if op.part == "fetched" else 1.0 - fetched
+        return ExpertLoad(distinct=part * missed.distinct, choices=part * missed.choices)
+
+    def _num_fetched(self, op: Op, spec: ModelSpec, shape: BatchShape, missed: ExpertLoad) -> float:
+        """Expected experts that a split layer copies to the GPU."""
+        assert op.layer is not None
+        cpu_s, fetch_s = self.expert_times(spec, op.layer, missed.choices / missed.distinct)
+        return expected_fetched(missed.distinct, cpu_s, fetch_s, op.max_fetched)
+
+    def expert_times(self, spec: ModelSpec, layer: int, tokens_each: float) -> tuple[float, float]:
+        """Seconds of one expert on the CPU and of copying one, while the other does both.
+
+        By these a step divides its missed experts, whether it is priced or run.
+        """
+        link = self.hardware.link
+        assert link is not None, "a copy needs a link"
+        key = (spec.layers[layer], round(math.log2(max(1.0, tokens_each)), 2))
+        if key not in self._expert_times:
+            # Eight experts are as many as share a call's fixed cost in a step.
+            count = 8.0
+            call = KernelCall(
+                kernel="experts",
+                shape=(count, spec.hidden_size, spec.gated_size(layer)),
+                format=spec.weight_kind("experts"),
+                backend=self._backend_of(spec, "experts", OWN_BACKENDS),
+                num_tokens=tokens_each,
+            )
+            cpu_s = self._tables["cpu"].estimate(call).seconds / count
+            copied = self._copy_s(spec.expert_bytes(layer), 1, "h2d").seconds
+            slowdowns = self.slowdowns
+            self._expert_times[key] = (
+                cpu_s * slowdowns.get(("cpu", "h2d"), 1.0),
+                copied * slowdowns.get(("h2d", "cpu"), 1.0),
+            )
+        return self._expert_times[key]
+
+    def _popularity_of(self, layer: LayerSpec, index: int) -> tuple[Popularity, int]:
+        """The popularity of a layer's experts, and its row."""
+        if self.popularity is not None:
+            return self.popularity, index
         key = (layer.num_experts, layer.num_experts_per_token)
         if key not in self._usual:
             self._usual[key] = Popularity.usual(*key)
-        return self._usual[key].distinct_experts(0, tokens)
+        return self._usual[key], 0
 
 
 def _copy_table(
@@ -349,7 +434,7 @@ def _op_calls(
     shape: BatchShape,
     backend: Backend,
     kind: DeviceKind,
-    distinct: float,
+    load: ExpertLoad,
 ) -> _Calls:
     """The kernels that an op calls."""
     rows = shape.num_logits if op.kind in ("head", "sample") else shape.num_tokens
@@ -367,7 +452,9 @@ def _op_calls(
         ]
     calls = _small_calls(op, spec, rows) if backend == "numba" else _passes(op, spec, rows)
     if op.kind == "experts":
-        calls.append((_experts_call(op, spec, shape, backend, distinct), 1.0))
+        if not load.distinct:
+            return []
+        calls.append((_experts_call(op, spec, backend, load), 1.0))
     elif op.kind in ("attention", "router", "dense", "head"):
         calls += _product_calls(op, spec, rows, backend)
     if op.kind == "attention":
@@ -489,18 +576,15 @@ def _attention_calls(
     return [(call, shape.num_seqs * tokens / span)]
 
 
-def _experts_call(
-    op: Op, spec: ModelSpec, shape: BatchShape, backend: Backend, distinct: float
-) -> KernelCall:
-    """Distinct experts, each with its share of the tokens."""
+def _experts_call(op: Op, spec: ModelSpec, backend: Backend, load: ExpertLoad) -> KernelCall:
+    """Distinct experts, each with its share of the tokens; a part of one is one less often."""
     assert op.layer is not None
-    layer = spec.layers[op.layer]
     return KernelCall(
         kernel="experts",
-        shape=(distinct, spec.hidden_size, spec.gated_size(op.layer)),
+        shape=(load.distinct, spec.hidden_size, spec.gated_size(op.layer)),
         format=spec.weight_kind("experts"),
         backend=backend,
-        num_tokens=shape.num_tokens * layer.num_experts_per_token / distinct,
+        num_tokens=load.choices / load.distinct,
     )
 
 
@@ -542,7 +626,8 @@ class Pricer:
     def _key(self, op: Op) -> tuple[object, ...]:
         """What ops of one price share."""
         kind = None if op.layer is None else self._kind_of_layer[op.layer]
-        return (op.kind, op.lane, op.payload, op.module, kind)
+        part = (op.part, op.num_resident, op.max_fetched)
+        return (op.kind, op.lane, op.payload, op.module, kind, part)
 
     def cost(self, op: Op) -> OpCost:
         """Price of an op without corrections."""

@@ -15,7 +15,7 @@ from planner.placement import Device, Placement
 from planner.plan import Estimate, TimeMetric
 from planner.priors import P90_SIGMAS
 from planner.simulate import makespan_s, simulate
-from planner.step_graph import StepGraph, build, build_kv_move
+from planner.step_graph import Lane, Op, StepGraph, build, build_kv_move
 from planner.timeline import TERMS, TimelineTerm
 from planner.workload import PHASES, BatchShape, Phase, Workload, decode_shape, prefill_shapes
 
@@ -143,6 +143,29 @@ class WavePricer:
         # Decode steps read prompt_len .. prompt_len + output_len - 2 tokens of past.
         past = wave.prompt_len + max(0, wave.output_len - 2) / 2
         self._decode = Pricer(spec, costs, decode_shape(wave.num_seqs, past), backends)
+        self._backends = backends
+
+    def with_chunk(self, chunk_tokens: int) -> WavePricer:
+        """The same with other prefill steps; prices of decode steps are shared."""
+        other = WavePricer(self._spec, self._costs, self._wave, chunk_tokens, self._backends)
+        other._decode = self._decode
+        return other
+
+    def steps(self, phase: Phase) -> tuple[tuple[float, Pricer], ...]:
+        """Steps of the sequences that run together: how many of each kind, and their prices."""
+        if phase == "decode":
+            return ((self._wave.output_len - 1.0, self._decode),)
+        return tuple((step.num_steps, price) for step, price in self._steps)
+
+    @property
+    def host_s(self) -> float:
+        """Seconds of all steps beside their ops."""
+        return sum(count * price.host_s for phase in PHASES for count, price in self.steps(phase))
+
+    def kv_layer_move_s(self, layer: int, lane: Lane) -> float:
+        """Seconds of moving one layer's cache of all sequences in a direction."""
+        op = Op(index=0, kind="copy", lane=lane, layer=layer, payload="kv")
+        return self.kv_move_s(StepGraph(phase="prefill", ops=(op,)))
 
     def prefill(self, graph: StepGraph) -> PrefillCost:
         """Price the prefill of all sequences."""

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from planner.hardware import HardwareProfile
-from planner.model_spec import LayerSpec, ModelSpec, Module
-from planner.placement import Device, Placement, TierPlacement
-from planner.step_graph import NUM_STREAM_BUFFERS
+from planner.model_spec import LayerSpec, ModelSpec
+from planner.placement import NUM_STREAM_BUFFERS, Device, Placement, TierPlacement
 from planner.workload import PHASES, Phase, Workload
 
 KV_BLOCK_TOKENS = 16
@@ -48,69 +46,6 @@ def available_bytes(hardware: HardwareProfile, device: Device) -> int:
     return int(free * (1.0 - MARGIN_SHARE[device]))
 
 
-class ModelBytes:
-    """Bytes of a model's modules and activations, worked out once.
-
-    Sets of modules are bit masks, so that the bytes of a union over tiers are a few bit counts:
-    modules of equal size share a mask.
-    """
-
-    def __init__(self, spec: ModelSpec) -> None:
-        keys: list[tuple[Module, int | None]] = [("embedding", None), ("head", None)]
-        for index, layer in enumerate(spec.layers):
-            keys += [(module, index) for module in layer.modules]
-        self._bit = {key: 1 << position for position, key in enumerate(keys)}
-        self._mask_by_bytes: dict[int, int] = {}
-        for key, bit in self._bit.items():
-            size = spec.weight_bytes(*key)
-            self._mask_by_bytes[size] = self._mask_by_bytes.get(size, 0) | bit
-        self._tied_mask = self._bit["embedding", None] | self._bit["head", None]
-        self._tied_bytes = spec.tied_bytes
-        # Norms and softmax widen bfloat16 to float32.
-        self._token_bytes = activation_width(spec) * max(4, spec.dtype_bytes)
-        self._logit_bytes = spec.vocab_size * _LOGIT_BYTES
-
-    def mask(self, modules: Iterable[tuple[Module, int | None]]) -> int:
-        """The bit mask of some modules."""
-        return sum(self._bit[key] for key in modules)
-
-    def weight_bytes(self, mask: int) -> int:
-        """Bytes of a set of modules on one device; a tied matrix is stored once."""
-        total = 0
-        for size, members in self._mask_by_bytes.items():
-            total += size * (mask & members).bit_count()
-        return total - (self._tied_bytes if mask & self._tied_mask == self._tied_mask else 0)
-
-    def activation_bytes(self, num_tokens: int, num_logits: int) -> int:
-        """Upper bound on the live activations of one step, its logits included."""
-        return num_tokens * self._token_bytes + num_logits * self._logit_bytes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class TierFacts:
-    """What the memory of a placement needs to know of one tier."""
-
-    tier: TierPlacement
-    lives: dict[Device, int]
-    kv_layers: dict[Device, int]
-    staging_bytes: int
-    uses: dict[Device, bool]
-
-    @classmethod
-    def of(cls, tier: TierPlacement, spec: ModelSpec, sizes: ModelBytes) -> TierFacts:
-        kv_layers: dict[Device, int] = {"gpu": 0, "cpu": 0}
-        for index, layer in enumerate(tier.layers):
-            kv_layers[layer.kv] |= 1 << index
-        devices: tuple[Device, ...] = ("gpu", "cpu")
-        return cls(
-            tier=tier,
-            lives={device: sizes.mask(tier.lives_on(device)) for device in devices},
-            kv_layers=kv_layers,
-            staging_bytes=staging_bytes(spec, tier),
-            uses={device: tier.uses(device) for device in devices},
-        )
-
-
 def kv_bytes_per_block(spec: ModelSpec, placement: Placement, device: Device) -> int:
     """Bytes that one KV block of all layers takes on a device; states of a sequence not included.
 
@@ -136,15 +71,45 @@ def num_kv_blocks(workload: Workload) -> int:
 
 
 def staging_bytes(spec: ModelSpec, tier: TierPlacement) -> int:
-    """GPU buffers for streamed weights: two of the largest streamed layer."""
+    """GPU memory for weights on their way: two of the largest streamed layer, and expert slots."""
     largest = max(
+        (streamed_bytes(spec, tier, index) for index in range(spec.num_layers)), default=0
+    )
+    return NUM_STREAM_BUFFERS * largest + tier.num_expert_slots * _largest_split_expert(spec, tier)
+
+
+def streamed_bytes(spec: ModelSpec, tier: TierPlacement, layer: int) -> int:
+    """Bytes of a layer that are copied to the GPU in each step."""
+    total = sum(spec.weight_bytes(module, layer) for module in tier.streamed(layer))
+    where = tier.layers[layer].ffn
+    if where.runs == "stream" and where.num_resident:
+        total -= where.num_resident * spec.expert_bytes(layer)
+    return total
+
+
+def _largest_split_expert(spec: ModelSpec, tier: TierPlacement) -> int:
+    return max(
         (
-            sum(spec.weight_bytes(module, index) for module in tier.streamed(index))
-            for index in range(spec.num_layers)
+            spec.expert_bytes(index)
+            for index, layer in enumerate(tier.layers)
+            if layer.ffn.runs == "split"
         ),
         default=0,
     )
-    return NUM_STREAM_BUFFERS * largest
+
+
+def weight_bytes(spec: ModelSpec, placement: Placement, device: Device) -> int:
+    """Bytes of the weights on a device, for both tiers; a tied matrix is stored once."""
+    lives = placement.lives_on(device)
+    total = sum(spec.weight_bytes(*key) for key in lives if key[0] != "experts")
+    if ("embedding", None) in lives and ("head", None) in lives:
+        total -= spec.tied_bytes
+    for index, layer in enumerate(spec.layers):
+        if layer.is_moe:
+            on_gpu = placement.num_resident(spec, index)
+            count = on_gpu if device == "gpu" else placement.num_on_cpu(spec, index)
+            total += count * spec.expert_bytes(index)
+    return total
 
 
 def activation_width(spec: ModelSpec) -> int:
@@ -181,154 +146,90 @@ def needs(
     hardware: HardwareProfile,
 ) -> dict[Device, DeviceMemory]:
     """Memory that a placement needs on each device for all sequences of a workload at once."""
-    sizes = ModelBytes(spec)
-    return WaveMemory(spec, sizes, workload, hardware).needs(
-        TierFacts.of(placement.prefill, spec, sizes), TierFacts.of(placement.decode, spec, sizes)
+    devices: tuple[Device, ...] = ("cpu",) if hardware.gpu is None else ("gpu", "cpu")
+    tiers = (placement.prefill, placement.decode)
+    return {
+        device: DeviceMemory(
+            weights_bytes=weight_bytes(spec, placement, device),
+            kv_bytes=kv_bytes(spec, placement, workload, device),
+            activation_bytes=max(activation_bytes(spec, t, workload, device) for t in tiers),
+            staging_bytes=max(staging_bytes(spec, t) for t in tiers) if device == "gpu" else 0,
+            available_bytes=available_bytes(hardware, device),
+        )
+        for device in devices
+    }
+
+
+def kv_bytes(spec: ModelSpec, placement: Placement, wave: Workload, device: Device) -> int:
+    """Bytes of the caches on a device; a layer whose cache moves has one on both."""
+    return sum(
+        layer_kv_bytes(spec, wave, index)
+        for index in range(spec.num_layers)
+        if device in {placement.tier(phase).layers[index].kv for phase in PHASES}
     )
 
 
-class WaveMemory:
-    """Memory of pairs of tiers for sequences that run together; what all pairs share is here."""
-
-    def __init__(
-        self, spec: ModelSpec, sizes: ModelBytes, wave: Workload, hardware: HardwareProfile
-    ) -> None:
-        self._spec = spec
-        self._sizes = sizes
-        self._wave = wave
-        self._kv_kinds = _kv_kinds(spec, wave)
-        devices: tuple[Device, ...] = ("cpu",) if hardware.gpu is None else ("gpu", "cpu")
-        self._available = {device: available_bytes(hardware, device) for device in devices}
-        self._activations: dict[tuple[TierFacts, Phase, Device], int] = {}
-
-    def needs(self, prefill: TierFacts, decode: TierFacts) -> dict[Device, DeviceMemory]:
-        """Bytes on each device; weights that either tier wants on a device are there for both."""
-        found: dict[Device, DeviceMemory] = {}
-        for device, available in self._available.items():
-            weights, kv, activations, staging = self._parts(prefill, decode, device)
-            found[device] = DeviceMemory(
-                weights_bytes=weights,
-                kv_bytes=kv,
-                activation_bytes=activations,
-                staging_bytes=staging,
-                available_bytes=available,
-            )
-        return found
-
-    def lacking_bytes(self, prefill: TierFacts, decode: TierFacts) -> int:
-        """Bytes by which a pair is over budget, on all devices together; 0 where it fits."""
-        return sum(
-            max(0, sum(self._parts(prefill, decode, device)) - available)
-            for device, available in self._available.items()
-        )
-
-    def fits_alone(self, facts: TierFacts, phase: Phase) -> bool:
-        """Whether a tier would fit in its phase if the other phase needed nothing."""
-        return all(
-            self._sizes.weight_bytes(facts.lives[device])
-            + self._kv_bytes(facts.kv_layers[device])
-            + self._activation_bytes(facts, phase, device)
-            + (facts.staging_bytes if device == "gpu" else 0)
-            <= available
-            for device, available in self._available.items()
-        )
-
-    def _kv_bytes(self, layers: int) -> int:
-        """Bytes of the caches of some layers (a bit mask)."""
-        kinds = self._kv_kinds
-        return sum(kind.layer_bytes * (layers & kind.layers).bit_count() for kind in kinds)
-
-    def _parts(
-        self, prefill: TierFacts, decode: TierFacts, device: Device
-    ) -> tuple[int, int, int, int]:
-        """Bytes of weights, KV, activations and staging."""
-        return (
-            self._sizes.weight_bytes(prefill.lives[device] | decode.lives[device]),
-            self._kv_bytes(prefill.kv_layers[device] | decode.kv_layers[device]),
-            max(
-                self._activation_bytes(prefill, "prefill", device),
-                self._activation_bytes(decode, "decode", device),
-            ),
-            max(prefill.staging_bytes, decode.staging_bytes) if device == "gpu" else 0,
-        )
-
-    def _activation_bytes(self, facts: TierFacts, phase: Phase, device: Device) -> int:
-        """Live activations of a step of the phase, worked out once for each tier."""
-        key = (facts, phase, device)
-        if key not in self._activations:
-            work_out = (
-                self._prefill_activation_bytes
-                if phase == "prefill"
-                else self._decode_activation_bytes
-            )
-            self._activations[key] = work_out(facts, device)
-        return self._activations[key]
-
-    def _prefill_activation_bytes(self, facts: TierFacts, device: Device) -> int:
-        wave, chunk = self._wave, facts.tier.max_num_tokens
-        num_tokens = min(chunk, wave.num_seqs * wave.prompt_len)
-        num_logits = min(wave.num_seqs, num_tokens)
-        if not facts.uses[device]:
-            return self._logits_on_their_way(device, num_logits)
-        total = self._sizes.activation_bytes(num_tokens, num_logits)
-        if facts.kv_layers[device] and wave.num_seqs * wave.prompt_len > chunk:
-            # Prompts in parts read the cache: one sequence gathered at a time, behind a mask that
-            # is made from two boolean ones.
-            context_len = _whole_blocks(wave.prompt_len)
-            total += self._gathered_bytes(context_len, facts.kv_layers[device])
-            total += num_tokens * context_len * (self._spec.dtype_bytes + 2)
-        return total
-
-    def _decode_activation_bytes(self, facts: TierFacts, device: Device) -> int:
-        wave = self._wave
-        if not facts.uses[device]:
-            return self._logits_on_their_way(device, wave.num_seqs)
-        total = self._sizes.activation_bytes(wave.num_seqs, wave.num_seqs)
-        if device == "gpu" and facts.kv_layers[device]:
-            # The CPU's kernel reads the pages in place, the GPU's gathers them.
-            num_gathered = wave.num_seqs * _whole_blocks(wave.context_len)
-            total += self._gathered_bytes(num_gathered, facts.kv_layers[device])
-        return total
-
-    def _logits_on_their_way(self, device: Device, num_logits: int) -> int:
-        """Tokens are sampled on the CPU, whatever computes."""
-        return self._sizes.activation_bytes(0, num_logits) if device == "cpu" else 0
-
-    def _gathered_bytes(self, num_tokens: int, kv_layers: int) -> int:
-        """One layer's KV, gathered: keys, then values before and after they are laid out."""
-        kinds = self._kv_kinds
-        widest = max(kind.bytes_per_token for kind in kinds if kind.layers & kv_layers)
-        return num_tokens * widest * 3 // 2
-
-    def kv_layer_counts(self, layers: int) -> tuple[int, ...]:
-        """How many of some layers (a bit mask) there are of each kind of cache."""
-        return tuple((layers & kind.layers).bit_count() for kind in self._kv_kinds)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _KvKind:
-    """Layers (a bit mask) whose caches have one size, for all sequences of a wave."""
-
-    layers: int
-    layer_bytes: int
-    bytes_per_token: int
-
-
-def _kv_kinds(spec: ModelSpec, wave: Workload) -> tuple[_KvKind, ...]:
-    """The layers of a model by the size of their caches."""
-    layers_of: dict[tuple[int, int], int] = {}
-    for index in range(spec.num_layers):
-        key = (spec.kv_bytes_per_token(index), spec.state_bytes(index))
-        layers_of[key] = layers_of.get(key, 0) | 1 << index
+def layer_kv_bytes(spec: ModelSpec, wave: Workload, layer: int) -> int:
+    """Bytes of a layer's cache for all sequences that run together."""
     num_tokens = num_kv_blocks(wave) * KV_BLOCK_TOKENS
-    return tuple(
-        _KvKind(
-            layers=layers,
-            layer_bytes=num_tokens * token_bytes + wave.num_seqs * state_bytes,
-            bytes_per_token=token_bytes,
-        )
-        for (token_bytes, state_bytes), layers in layers_of.items()
+    return num_tokens * spec.kv_bytes_per_token(layer) + wave.num_seqs * spec.state_bytes(layer)
+
+
+def activation_bytes(spec: ModelSpec, tier: TierPlacement, wave: Workload, device: Device) -> int:
+    """Upper bound on the live activations of one step of a tier on a device, logits included."""
+    return step_activation_bytes(
+        spec,
+        wave,
+        device,
+        tier.phase,
+        tier.max_num_tokens,
+        computes=tier.uses(device),
+        widest_kv_bytes=max(
+            (
+                spec.kv_bytes_per_token(index)
+                for index, layer in enumerate(tier.layers)
+                if layer.kv == device
+            ),
+            default=0,
+        ),
     )
+
+
+def step_activation_bytes(
+    spec: ModelSpec,
+    wave: Workload,
+    device: Device,
+    phase: Phase,
+    chunk_tokens: int,
+    *,
+    computes: bool,
+    widest_kv_bytes: int,
+) -> int:
+    """The same of what a tier is: whether the device computes, and its widest KV per token."""
+    if phase == "prefill":
+        num_tokens = min(chunk_tokens, wave.num_seqs * wave.prompt_len)
+        num_logits = min(wave.num_seqs, num_tokens)
+    else:
+        num_tokens = num_logits = wave.num_seqs
+    if not computes:
+        # Tokens are sampled on the CPU, whatever computes.
+        return num_logits * spec.vocab_size * _LOGIT_BYTES if device == "cpu" else 0
+    # Norms and softmax widen bfloat16 to float32.
+    total = num_tokens * activation_width(spec) * max(4, spec.dtype_bytes)
+    total += num_logits * spec.vocab_size * _LOGIT_BYTES
+    if not widest_kv_bytes:
+        return total
+    if phase == "decode":
+        # The CPU's kernel reads the pages in place, the GPU's gathers them.
+        num_gathered = wave.num_seqs * _whole_blocks(wave.context_len)
+        return total + (num_gathered * widest_kv_bytes * 3 // 2 if device == "gpu" else 0)
+    if wave.num_seqs * wave.prompt_len > chunk_tokens:
+        # Prompts in parts read the cache: one sequence gathered at a time (keys, then values before
+        # and after they are laid out), behind a mask that is made from two boolean ones.
+        context_len = _whole_blocks(wave.prompt_len)
+        total += context_len * widest_kv_bytes * 3 // 2
+        total += num_tokens * context_len * (spec.dtype_bytes + 2)
+    return total
 
 
 def _whole_blocks(num_tokens: int) -> int:

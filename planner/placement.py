@@ -11,23 +11,59 @@ from planner.model_spec import ModelSpec, Module
 from planner.workload import DEFAULT_CHUNK_TOKENS, Phase
 
 Device = Literal["gpu", "cpu"]
-Runs = Literal["gpu", "cpu", "stream"]
+
+# Two buffers: one is filled while the other is read.
+NUM_STREAM_BUFFERS = 2
+
+Runs = Literal["gpu", "cpu", "stream", "split"]
 
 
-class ModulePlacement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`lives`: the memory that holds the weights; `stream` copies them to the GPU for each use."""
+class ModulePlacement(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+):
+    """Where a module's weights live and how it runs.
+
+    Attributes
+    ----------
+    lives : Device
+        The memory that holds the weights.
+    runs : Runs
+        `stream` copies them to the GPU for each use. `split`, of experts: of those that a step
+        needs and the GPU does not hold, some are copied to it and the others run on the CPU, as
+        many as let both end together.
+    num_resident : int
+        Of experts that live on the CPU: so many, the first of the placement's order, live on the
+        GPU and run there in its place.
+    """
 
     lives: Device
     runs: Runs
+    num_resident: Annotated[int, Meta(ge=0)] = 0
 
     def __post_init__(self) -> None:
-        if (self.lives, self.runs) not in (("gpu", "gpu"), ("cpu", "cpu"), ("cpu", "stream")):
+        known = (("gpu", "gpu"), ("cpu", "cpu"), ("cpu", "stream"), ("cpu", "split"))
+        if (self.lives, self.runs) not in known:
             raise ValueError(f"a module that lives on {self.lives} cannot run as {self.runs}")
+        if self.lives == "gpu" and self.num_resident:
+            raise ValueError(
+                f"num_resident is {self.num_resident}, but a module that lives on the gpu is there "
+                "whole"
+            )
+
+    @property
+    def is_mixed(self) -> bool:
+        """Do its weights lie, or run, in two places? Of experts only."""
+        return self.runs == "split" or self.num_resident > 0
 
     @property
     def device(self) -> Device:
-        """The device that computes."""
-        return "cpu" if self.runs == "cpu" else "gpu"
+        """The device that computes; the one that has the result where both do."""
+        return "cpu" if self.runs == "cpu" and not self.num_resident else "gpu"
+
+    @property
+    def devices(self) -> tuple[Device, ...]:
+        """The devices that compute."""
+        return ("gpu", "cpu") if self.is_mixed and self.runs != "stream" else (self.device,)
 
 
 ON_GPU = ModulePlacement(lives="gpu", runs="gpu")
@@ -45,6 +81,13 @@ class LayerPlacement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     ffn: ModulePlacement
     router: ModulePlacement | None = None
 
+    def __post_init__(self) -> None:
+        whole = [self.attention, self.router, None if self.router is not None else self.ffn]
+        if any(where is not None and where.is_mixed for where in whole):
+            raise ValueError("only experts can run split or have residents")
+        if self.ffn.is_mixed and (self.router is None or self.router.device != "gpu"):
+            raise ValueError("experts on both devices need their router on the gpu")
+
     @property
     def kv(self) -> Device:
         return self.attention.device
@@ -60,7 +103,8 @@ class TierPlacement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """The placement of one tier: steps of a phase of up to `max_num_tokens` tokens.
 
     `strategy` and `cut` say which named placement this is: a strategy counts layers, experts or
-    blocks up to its cut (`strategies.py`).
+    blocks up to its cut (`strategies.py`); `mixed` is none of them. `num_expert_slots` is how many
+    experts the GPU has room for beside its residents, for those that split layers copy.
     """
 
     phase: Phase
@@ -70,9 +114,23 @@ class TierPlacement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     embedding: ModulePlacement
     layers: tuple[LayerPlacement, ...]
     head: ModulePlacement
+    num_expert_slots: Annotated[int, Meta(ge=0)] = 0
+
+    def __post_init__(self) -> None:
+        if self.embedding.is_mixed or self.head.is_mixed:
+            raise ValueError("only experts can run split or have residents")
+        is_split = any(layer.ffn.runs == "split" for layer in self.layers)
+        if is_split and self.num_expert_slots < NUM_STREAM_BUFFERS:
+            raise ValueError(
+                f"num_expert_slots is {self.num_expert_slots}, but layers that run split need "
+                f"{NUM_STREAM_BUFFERS} at least"
+            )
 
     def lives_on(self, device: Device) -> frozenset[tuple[Module, int | None]]:
-        """Modules (with their layer) whose weights this tier wants on a device."""
+        """Modules (with their layer) whose weights this tier wants on a device, whole or in part.
+
+        Of experts the residents are on the GPU and the others on the CPU.
+        """
         found: set[tuple[Module, int | None]] = set()
         if self.embedding.lives == device:
             found.add(("embedding", None))
@@ -80,16 +138,23 @@ class TierPlacement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             found.add(("head", None))
         for index, layer in enumerate(self.layers):
             found.update((name, index) for name, where in layer.modules() if where.lives == device)
+            if device == "gpu" and layer.ffn.num_resident:
+                found.add(("experts", index))
         return frozenset(found)
+
+    def num_resident(self, spec: ModelSpec, layer: int) -> int:
+        """Experts of a layer that this tier wants on the GPU."""
+        where = self.layers[layer].ffn
+        return spec.layers[layer].num_experts if where.lives == "gpu" else where.num_resident
 
     def uses(self, device: Device) -> bool:
         """True where any module is computed on the device."""
         places = [self.embedding, self.head]
         places += [where for layer in self.layers for _, where in layer.modules()]
-        return any(where.device == device for where in places)
+        return any(device in where.devices for where in places)
 
     def streamed(self, layer: int) -> tuple[Module, ...]:
-        """Modules of a layer that are copied to the GPU for each use."""
+        """Modules of a layer that are copied to the GPU for each use: experts but the residents."""
         return tuple(n for n, where in self.layers[layer].modules() if where.runs == "stream")
 
 
@@ -104,10 +169,14 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     Weights that any tier wants on a device are resident there for the whole run; moving tens of
     gigabytes between the phases of each request does not pay. KV moves where the tiers put it on
     different devices, and that copy is charged.
+
+    `expert_order` has a row for each layer: its experts, those first that are to be resident
+    first. Without it they are in the order of their numbers.
     """
 
     prefill: TierPlacement
     decode: TierPlacement
+    expert_order: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
         if self.prefill.phase != "prefill" or self.decode.phase != "decode":
@@ -117,6 +186,21 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
                 f"the prefill tier has {len(self.prefill.layers)} layers, "
                 f"the decode tier {len(self.decode.layers)}"
             )
+
+    def num_resident(self, spec: ModelSpec, layer: int) -> int:
+        """Experts of a layer that live on the GPU: as many as either tier wants there."""
+        return max(tier.num_resident(spec, layer) for tier in (self.prefill, self.decode))
+
+    def num_on_cpu(self, spec: ModelSpec, layer: int) -> int:
+        """Experts of a layer that live on the CPU: all but those that both tiers have resident."""
+        least = min(tier.num_resident(spec, layer) for tier in (self.prefill, self.decode))
+        return spec.layers[layer].num_experts - least
+
+    def order_of_experts(self, spec: ModelSpec, layer: int) -> tuple[int, ...]:
+        """Experts of a layer, those first that are to be resident first."""
+        if self.expert_order:
+            return self.expert_order[layer]
+        return tuple(range(spec.layers[layer].num_experts))
 
     @property
     def name(self) -> str:
@@ -143,4 +227,14 @@ def check_matches(placement: Placement, spec: ModelSpec) -> str | None:
             if (where.router is not None) != layer.is_moe:
                 kind = "experts" if layer.is_moe else "a dense feed-forward"
                 return f"layer {index} of the model has {kind}, the plan says otherwise"
+            if layer.is_moe and where.ffn.num_resident >= layer.num_experts:
+                return (
+                    f"layer {index} of the model has {layer.num_experts} experts, the plan has "
+                    f"{where.ffn.num_resident} of them beside others"
+                )
+    orders = placement.expert_order
+    if orders and [sorted(row) for row in orders] != [
+        list(range(layer.num_experts)) for layer in spec.layers
+    ]:
+        return "expert_order of the plan does not have every expert of every layer once"
     return None

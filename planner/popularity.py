@@ -33,10 +33,12 @@ class Popularity:
     """Probability that a token chooses an expert: a row for each layer with experts.
 
     `probabilities[layer][expert]` is P(expert in the top k), so that a row adds up to k; a layer
-    without experts has an empty row.
+    without experts has an empty row. Where `is_known` is false only the probabilities are known,
+    and not which experts have them.
     """
 
     probabilities: tuple[tuple[float, ...], ...]
+    is_known: bool = True
 
     @classmethod
     def from_counts(cls, counts: Sequence[Sequence[int]], num_tokens: int) -> Popularity:
@@ -66,7 +68,8 @@ class Popularity:
     @classmethod
     def even(cls, num_experts: int, num_chosen: int) -> Popularity:
         """All experts of a layer alike, as that of layer 0: E (1 - (1 - k/E)^T) different ones."""
-        return cls(probabilities=((num_chosen / num_experts,) * num_experts,))
+        row = (num_chosen / num_experts,) * num_experts
+        return cls(probabilities=(row,), is_known=False)
 
     @classmethod
     def usual(cls, num_experts: int, num_chosen: int) -> Popularity:
@@ -79,7 +82,7 @@ class Popularity:
             left = math.fsum(weights[num_certain:])
             scale = (num_chosen - num_certain) / left if left > 0 else 0.0
         probabilities = [1.0] * num_certain + [scale * each for each in weights[num_certain:]]
-        return cls(probabilities=(tuple(probabilities),))
+        return cls(probabilities=(tuple(probabilities),), is_known=False)
 
     @property
     def is_by_layer(self) -> bool:
@@ -95,3 +98,34 @@ class Popularity:
         return math.fsum(
             1.0 - math.pow(1.0 - each, num_tokens) for each in self.probabilities[layer]
         )
+
+    def order(self, layer: int) -> tuple[int, ...]:
+        """The experts of a layer, the most popular first."""
+        row = self.probabilities[layer]
+        return tuple(sorted(range(len(row)), key=lambda expert: (-row[expert], expert)))
+
+    def resident_load(
+        self, layer: int, num_tokens: float, num_resident: int
+    ) -> tuple[float, float]:
+        """What the resident experts of a layer get of some independent tokens.
+
+        The first `num_resident` of `order`, or, where it is not known who is popular, as many as
+        any.
+
+        Returns
+        -------
+        tuple of float
+            How many of them are chosen by some token; the share of all choices that are theirs.
+
+        Examples
+        --------
+        >>> Popularity.from_counts([[16, 4, 4, 8]], 16).resident_load(0, 1, 1)
+        (1.0, 0.5)
+        """
+        row = self.probabilities[layer]
+        if not self.is_known:
+            share = num_resident / len(row)
+            return share * self.distinct_experts(layer, num_tokens), share
+        chosen = sorted(row, reverse=True)[:num_resident]
+        distinct = math.fsum(1.0 - math.pow(1.0 - each, num_tokens) for each in chosen)
+        return distinct, math.fsum(chosen) / math.fsum(row)

@@ -1,183 +1,28 @@
-"""Search: the fastest placement that fits, over every named strategy, cut point and phase."""
+"""Search: the fastest placement that fits, and a proof of how far from it the best could be."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import cached_property
-
-from msgspec.structs import replace
+from collections.abc import Sequence
 
 from planner.calibration import NO_CORRECTIONS, Corrections
+from planner.candidate import Candidate, Wave
 from planner.cost_model import CostModel
 from planner.errors import PlannerError
-from planner.estimate import (
-    Latency,
-    PhaseTerms,
-    PrefillCost,
-    WavePricer,
-    estimate,
-    latency,
-    num_waves,
-)
+from planner.estimate import estimate
 from planner.hardware import HardwareProfile
-from planner.memory import DeviceMemory, ModelBytes, TierFacts, WaveMemory
+from planner.memory import DeviceMemory
 from planner.model_spec import ModelSpec
-from planner.placement import Device, Placement, TierPlacement, pair_name
+from planner.placement import Device
 from planner.plan import Alternative, Plan
 from planner.popularity import Popularity
 from planner.priors import P90_SIGMAS
-from planner.step_graph import StepGraph, build, build_kv_move
-from planner.strategies import STRATEGIES, candidates
+from planner.strategies import STRATEGIES, cuts, placement
 from planner.workload import DEFAULT_CHUNK_TOKENS, PHASES, Objective, Phase, Workload
 
-
-class _Tier:
-    """A candidate, for either phase; its graph is built when it is first priced."""
-
-    def __init__(self, tier: TierPlacement, spec: ModelSpec, sizes: ModelBytes) -> None:
-        self.facts = TierFacts.of(tier, spec, sizes)
-        self._spec = spec
-
-    @property
-    def strategy(self) -> str:
-        return self.facts.tier.strategy
-
-    @property
-    def cut(self) -> int:
-        return self.facts.tier.cut
-
-    def placement(self, phase: Phase) -> TierPlacement:
-        return replace(self.facts.tier, phase=phase)
-
-    @cached_property
-    def graph(self) -> StepGraph:
-        return build(self._spec, self.facts.tier)
-
-
-class _Wave:
-    """Memory and prices for sequences in waves of one size; every tier is priced at most once."""
-
-    def __init__(
-        self,
-        spec: ModelSpec,
-        sizes: ModelBytes,
-        costs: CostModel,
-        workload: Workload,
-        num_concurrent: int,
-        chunk_tokens: int,
-    ) -> None:
-        wave = replace(workload, num_seqs=num_concurrent)
-        self.num_concurrent = num_concurrent
-        self.memory = WaveMemory(spec, sizes, wave, costs.hardware)
-        self.pricer = WavePricer(spec, costs, wave, chunk_tokens)
-        self._workload = workload
-        self._num_waves = num_waves(workload, num_concurrent)
-        self._prefills: dict[_Tier, PrefillCost] = {}
-        self._decode_steps_s: dict[_Tier, float] = {}
-        self._moves_s: dict[tuple[tuple[int, ...], tuple[int, ...]], float] = {}
-
-    def prefill_cost(self, tier: _Tier) -> PrefillCost:
-        if tier not in self._prefills:
-            self._prefills[tier] = self.pricer.prefill(tier.graph)
-        return self._prefills[tier]
-
-    def decode_step_s(self, tier: _Tier) -> float:
-        if tier not in self._decode_steps_s:
-            self._decode_steps_s[tier] = self.pricer.decode_step_s(tier.graph)
-        return self._decode_steps_s[tier]
-
-    def move_s(self, prefill: _Tier, decode: _Tier) -> float:
-        """Seconds of moving the KV of all sequences between the phases."""
-        before, after = prefill.facts.kv_layers["gpu"], decode.facts.kv_layers["gpu"]
-        # How many of each kind of cache go up and how many go down is all that counts.
-        ups = self.memory.kv_layer_counts(after & ~before)
-        counts = (ups, self.memory.kv_layer_counts(before & ~after))
-        if counts not in self._moves_s:
-            graph = build_kv_move(prefill.facts.tier, decode.facts.tier)
-            self._moves_s[counts] = self.pricer.kv_move_s(graph)
-        return self._moves_s[counts]
-
-    def latency(self, prefill: _Tier, decode: _Tier) -> Latency:
-        return latency(
-            self.prefill_cost(prefill),
-            self.decode_step_s(decode),
-            self.move_s(prefill, decode),
-            self._workload,
-            self._num_waves,
-        )
-
-    def uncertain_s(
-        self, prefill: _Tier, decode: _Tier
-    ) -> dict[tuple[str, Phase], tuple[float, float]]:
-        """Seconds by lane, term and phase, each with its standard deviation."""
-        found: dict[tuple[str, Phase], tuple[float, float]] = {}
-        parts: tuple[tuple[Phase, PhaseTerms, int], ...] = (
-            ("prefill", self.pricer.prefill_terms(prefill.graph), 1),
-            ("decode", self.pricer.decode_terms(decode.graph), self._workload.output_len - 1),
-        )
-        for phase, terms, num_steps in parts:
-            times = self._num_waves * num_steps
-            for key, seconds in terms.seconds.items():
-                found[key, phase] = (times * seconds, times * terms.sigmas[key])
-        return found
-
-    def seconds_by_phase(self, prefill: _Tier, decode: _Tier) -> dict[Phase, float]:
-        """Seconds that the workload spends in each phase, KV moves in the first."""
-        prefill_s = self.prefill_cost(prefill).seconds + self.move_s(prefill, decode)
-        decode_s = (self._workload.output_len - 1) * self.decode_step_s(decode)
-        return {"prefill": self._num_waves * prefill_s, "decode": self._num_waves * decode_s}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Pair:
-    """A prefill tier and a decode tier for sequences in waves of one size."""
-
-    prefill: _Tier
-    decode: _Tier
-    wave: _Wave
-
-    @property
-    def name(self) -> str:
-        return pair_name(self.prefill.strategy, self.decode.strategy)
-
-    @property
-    def placement(self) -> Placement:
-        return Placement(
-            prefill=self.prefill.placement("prefill"), decode=self.decode.placement("decode")
-        )
-
-    @property
-    def memory(self) -> dict[Device, DeviceMemory]:
-        return self.wave.memory.needs(self.prefill.facts, self.decode.facts)
-
-    @property
-    def lacking_bytes(self) -> int:
-        return self.wave.memory.lacking_bytes(self.prefill.facts, self.decode.facts)
-
-    @property
-    def times(self) -> Latency:
-        return self.wave.latency(self.prefill, self.decode)
-
-    @property
-    def complexity(self) -> int:
-        """0 on one device, 1 with one strategy for both phases, 2 with two."""
-        if self.prefill.strategy != self.decode.strategy:
-            return 2
-        return 0 if self.prefill.strategy in ("gpu", "cpu") else 1
-
-    @property
-    def uncertain_s(self) -> dict[tuple[str, Phase], tuple[float, float]]:
-        """Seconds of the workload by lane, term and phase, each with its standard deviation."""
-        return self.wave.uncertain_s(self.prefill, self.decode)
-
-    @property
-    def rank(self) -> tuple[float, bool, int, int]:
-        """Fastest first; of equals one strategy for both phases, then the smaller cuts."""
-        is_mixed = self.prefill.strategy != self.decode.strategy
-        return (self.times.e2e_s, is_mixed, self.prefill.cut, self.decode.cut)
+# New tokens of a prefill step that are tried.
+CHUNK_TOKENS = (256, 512, 1024, 2048, 4096, 8192)
 
 
 def search(
@@ -186,7 +31,7 @@ def search(
     workload: Workload,
     objective: Objective = "latency",
     *,
-    chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
     strategy: str | None = None,
     corrections: Corrections = NO_CORRECTIONS,
     popularity: Popularity | None = None,
@@ -194,10 +39,11 @@ def search(
 ) -> Plan:
     """Find the placement with the lowest time for a workload that fits the machine's memory.
 
-    The space is every pair of (prefill tier, decode tier) of the named strategies with all their
-    cut points; weights that either tier wants on a device are resident there, KV that changes
-    device between the phases is moved and charged. Every pair that fits is priced, which is
-    exhaustive.
+    The space is every choice, layer by layer and phase by phase, of where attention (with its KV),
+    the router, the dense feed-forward and the experts run, how many experts of each layer are
+    resident on the GPU, and of the tokens of a prefill step. Weights lie where both phases need
+    them; KV that changes device between the phases is moved and charged. Named strategies are
+    alternatives, and what is chosen is never slower than the fastest of them.
 
     Parameters
     ----------
@@ -206,10 +52,10 @@ def search(
     objective : {'latency', 'throughput'}
         `latency` runs all sequences at once. `throughput` may also run them in waves of a half,
         a quarter, ... where that fits a faster placement.
-    chunk_tokens : int
-        New tokens of one prefill step at most.
+    chunk_tokens : int, optional
+        New tokens of one prefill step at most; chosen where it is left out.
     strategy : str, optional
-        Only this named strategy, in both phases (its cut points are still searched).
+        Only this named strategy (its cut point is still searched).
     corrections : Corrections
         What earlier runs say that predictions must be multiplied with.
     popularity : Popularity, optional
@@ -217,12 +63,14 @@ def search(
     prefers_simple : bool
         Take the fastest only where it gains more than the predictions may be off by (the 90th
         percentile of the error of the difference); otherwise the fastest of the simpler ones: one
-        device before one strategy before two strategies. `optimality_gap` says what that costs.
+        device before one strategy before any other placement.
 
     Returns
     -------
     Plan
-        `feasible` is false where nothing fits; the placement is then the nearest miss.
+        `feasible` is false where nothing fits; the placement is then the nearest miss. No placement
+        of the space gains more than the share `optimality_gap` over the one that is chosen, as the
+        cost model prices them.
 
     Examples
     --------
@@ -235,32 +83,34 @@ def search(
         known = ", ".join(STRATEGIES)
         raise PlannerError(f"strategy {strategy!r} is not one of {known}")
     costs = CostModel(hardware, corrections=corrections, popularity=popularity)
-    sizes = ModelBytes(spec)
-    names = tuple(STRATEGIES) if strategy is None else (strategy,)
-    # Strategies place both phases alike, so one list of candidates serves both.
-    tiers = [
-        _Tier(tier, spec, sizes)
-        for tier in candidates(
-            spec,
-            "prefill",
-            has_gpu=hardware.gpu is not None,
-            chunk_tokens=chunk_tokens,
-            names=names,
-        )
-    ]
-    if not tiers:
+    waves = [Wave(spec, costs, workload, each) for each in _wave_sizes(workload, objective)]
+    chunks = _chunks(workload, hardware) if chunk_tokens is None else (chunk_tokens,)
+    named = _named(waves, chunks[-1], strategy)
+    if not named:
         raise PlannerError(
             f"strategy {strategy!r} does not apply: {_no_candidates(spec, hardware)}"
         )
-    waves = [
-        _Wave(spec, sizes, costs, workload, num_concurrent, chunk_tokens)
-        for num_concurrent in _wave_sizes(workload, objective)
-    ]
-    fitting, nearest = _candidates(waves, tiers)
-    chosen = _preferred(fitting) if fitting and prefers_simple else [*fitting, *nearest][0]
-    fastest = fitting[0] if fitting else chosen
-    others = [pair for pair in (*fitting, *nearest) if pair is not chosen]
-    placement = chosen.placement
+    fitting = [each for each in named if each.lacking_bytes == 0]
+    bound_s = min((each.times.e2e_s for each in fitting), default=math.inf)
+    if strategy is None and hardware.gpu is not None:
+        # Here because it brings numpy, which takes longer to load than all else together.
+        from planner.mixed_search import mixed_search
+
+        for wave in waves:
+            known_s = min((each.times.e2e_s for each in fitting), default=math.inf)
+            found = mixed_search(wave, chunks, known_s)
+            fitting += found.candidates
+            bound_s = min(bound_s, found.bound_s)
+    fitting = _best_by_name(fitting)
+    # a placement without a name is worth telling of where it is the fastest
+    fitting = [each for each in fitting if each.name in STRATEGIES or each is fitting[0]]
+    names = {each.name for each in fitting}
+    nearest: dict[str, Candidate] = {}
+    for each in sorted(named, key=lambda each: each.lacking_bytes):
+        if each.lacking_bytes and each.name not in names:
+            nearest.setdefault(each.name, each)
+    chosen = _preferred(fitting) if fitting and prefers_simple else [*fitting, *nearest.values()][0]
+    others = [each for each in (*fitting, *nearest.values()) if each is not chosen]
     return Plan(
         model=spec.name,
         model_fingerprint=spec.fingerprint,
@@ -270,95 +120,94 @@ def search(
         workload=workload,
         objective=objective,
         feasible=bool(fitting),
-        placement=placement,
+        placement=chosen.placement,
         estimate=estimate(
             spec,
-            placement,
+            chosen.placement,
             costs,
             workload,
             chosen.memory,
             num_concurrent=chosen.wave.num_concurrent,
         ),
-        optimality_gap=1.0 - fastest.times.e2e_s / chosen.times.e2e_s,
-        alternatives=tuple(_alternative(pair, chosen) for pair in others),
+        optimality_gap=max(0.0, 1.0 - bound_s / chosen.times.e2e_s) if fitting else 0.0,
+        alternatives=tuple(_alternative(each, chosen) for each in others),
     )
 
 
-def _candidates(waves: list[_Wave], tiers: list[_Tier]) -> tuple[list[_Pair], list[_Pair]]:
-    """The best pair of each name: those that fit by rising seconds, and the nearest misses.
+def _chunks(workload: Workload, hardware: HardwareProfile) -> tuple[int, ...]:
+    """Sizes of prefill steps to try: up to the first that takes all prompts at once.
 
-    A pair needs at least the memory of either tier in its own phase, so that most pairs of a model
-    that is larger than its GPU are seen not to fit without being looked at; they are when nothing
-    of their name fits.
+    Where the CPU does everything larger steps gain nothing that would pay for their memory.
     """
-    found = [
-        _Pair(prefill=prefill, decode=decode, wave=wave)
-        for wave in waves
-        for decodes in [_that_fit(wave, tiers, "decode")]
-        for prefill in _that_fit(wave, tiers, "prefill")
-        for decode in decodes
-    ]
-    fitting, _ = _best_by_name(found)
-    names = {pair.name for pair in fitting}
-    _, nearest = _best_by_name(
-        _Pair(prefill=prefill, decode=decode, wave=wave)
-        for wave in waves
-        for prefill in tiers
-        for decode in tiers
-        if pair_name(prefill.strategy, decode.strategy) not in names
-    )
-    return fitting, nearest
+    if hardware.gpu is None:
+        return (DEFAULT_CHUNK_TOKENS,)
+    num_tokens = workload.num_seqs * workload.prompt_len
+    smaller = tuple(size for size in CHUNK_TOKENS if size < num_tokens)
+    return CHUNK_TOKENS[: len(smaller) + 1]
 
 
-def _that_fit(wave: _Wave, tiers: list[_Tier], phase: Phase) -> list[_Tier]:
-    return [tier for tier in tiers if wave.memory.fits_alone(tier.facts, phase)]
+def _named(waves: Sequence[Wave], chunk_tokens: int, strategy: str | None) -> list[Candidate]:
+    """Of each named strategy and wave the best cut that fits, or the nearest miss."""
+    names = tuple(STRATEGIES) if strategy is None else (strategy,)
+    found = []
+    for wave in waves:
+        has_gpu = wave.costs.hardware.gpu is not None
+        for name in names:
+            all_cuts = cuts(name, wave.spec, has_gpu=has_gpu)
+            if all_cuts:
+                found.append(_best_cut(wave, name, all_cuts, chunk_tokens))
+    return found
 
 
-def _best_by_name(pairs: Iterable[_Pair]) -> tuple[list[_Pair], list[_Pair]]:
-    """Of each name the fastest pair that fits, by price; of the others the nearest miss.
+def _best_cut(wave: Wave, name: str, all_cuts: range, chunk_tokens: int) -> Candidate:
+    """The least cut that fits: the more layers are as the GPU would have them, the faster.
 
-    The nearest miss lacks the fewest bytes and is the fastest of those. Only pairs that fit or are
-    nearest are priced.
+    Where none fits the one that lacks the fewest bytes.
     """
-    fitting: dict[str, _Pair] = {}
-    lacking: dict[str, int] = {}
-    misses: dict[str, list[_Pair]] = {}
-    for pair in pairs:
-        name, num_bytes = pair.name, pair.lacking_bytes
-        if num_bytes == 0:
-            if name not in fitting or pair.rank < fitting[name].rank:
-                fitting[name] = pair
-        elif name not in lacking or num_bytes < lacking[name]:
-            lacking[name], misses[name] = num_bytes, [pair]
-        elif num_bytes == lacking[name]:
-            misses[name].append(pair)
-    missed = [name for name in misses if name not in fitting]
-    nearest = {name: min(misses[name], key=lambda pair: pair.rank) for name in missed}
-    missed.sort(key=lambda name: (lacking[name], nearest[name].rank))
-    return (
-        sorted(fitting.values(), key=lambda pair: pair.rank),
-        [nearest[name] for name in missed],
-    )
+
+    def candidate(cut: int) -> Candidate:
+        return Candidate(placement(wave.spec, name, cut, chunk_tokens=chunk_tokens), wave)
+
+    tried: dict[int, Candidate] = {}
+    low, high = all_cuts.start, all_cuts.stop - 1
+    while low < high:
+        middle = (low + high) // 2
+        tried[middle] = candidate(middle)
+        # Beyond what fits on the GPU a larger cut lacks less there, and more on the CPU.
+        if tried[middle].lacking_on("gpu"):
+            low = middle + 1
+        else:
+            high = middle
+    tried[low] = candidate(low)
+    return min(tried.values(), key=lambda each: (each.lacking_bytes, each.placement.prefill.cut))
 
 
-def _preferred(fitting: list[_Pair]) -> _Pair:
-    """Of pairs by rising seconds the fastest, unless a simpler one may well be as fast."""
+def _best_by_name(fitting: Sequence[Candidate]) -> list[Candidate]:
+    """The fastest of each name, by rising seconds."""
+    best: dict[str, Candidate] = {}
+    for each in sorted(fitting, key=lambda each: each.rank):
+        best.setdefault(each.name, each)
+    return list(best.values())
+
+
+def _preferred(fitting: list[Candidate]) -> Candidate:
+    """Of placements by rising seconds the fastest, unless a simpler one may well be as fast."""
     fastest = fitting[0]
-    for pair in sorted(fitting, key=lambda pair: (pair.complexity, pair.rank)):
-        if pair.complexity >= fastest.complexity:
+    for each in sorted(fitting, key=lambda each: (each.complexity, each.rank)):
+        if each.complexity >= fastest.complexity:
             return fastest
-        if pair.times.e2e_s - fastest.times.e2e_s <= _error_of_gain(pair, fastest):
-            return pair
+        if each.times.e2e_s - fastest.times.e2e_s <= _error_of_gain(each, fastest):
+            return each
     return fastest
 
 
-def _error_of_gain(pair: _Pair, fastest: _Pair) -> float:
-    """90th percentile of how far the predicted difference of two pairs may be off, in seconds.
+def _error_of_gain(simple: Candidate, fastest: Candidate) -> float:
+    """90th percentile of how far the predicted difference of two placements may be off, in seconds.
 
     What both do on one lane is off by one factor in both, so that only differences count.
     """
     variance = 0.0
-    ours, theirs = pair.uncertain_s, fastest.uncertain_s
+    ours, theirs = simple.uncertain_s, fastest.uncertain_s
     for key in ours.keys() | theirs.keys():
         seconds, sigma_s = ours.get(key, (0.0, 0.0))
         best_s, best_sigma_s = theirs.get(key, (0.0, 0.0))
@@ -399,37 +248,30 @@ def _wave_sizes(workload: Workload, objective: Objective) -> list[int]:
     return sizes
 
 
-def _alternative(pair: _Pair, chosen: _Pair) -> Alternative:
+def _alternative(other: Candidate, chosen: Candidate) -> Alternative:
     """One row of what was not chosen, with the reason."""
-    fits, times = pair.lacking_bytes == 0, pair.times
+    fits, times = other.lacking_bytes == 0, other.times
     return Alternative(
-        name=pair.name,
-        cut_by_phase={"prefill": pair.prefill.cut, "decode": pair.decode.cut},
+        name=other.name,
+        cut_by_phase={phase: other.placement.tier(phase).cut for phase in PHASES},
         feasible=fits,
         ttft_s=times.ttft_s,
         tpot_s=times.tpot_s,
         e2e_s=times.e2e_s,
-        reason=_why_slower(pair, chosen) if fits else _why_not(pair.memory),
+        reason=_why_slower(other, chosen) if fits else _why_not(other.memory),
     )
 
 
-def _why_slower(pair: _Pair, chosen: _Pair) -> str:
+def _why_slower(other: Candidate, chosen: Candidate) -> str:
     """Which phase lost more seconds, by how much all is slower, and what bound that phase."""
-    ours = pair.wave.seconds_by_phase(pair.prefill, pair.decode)
-    best = chosen.wave.seconds_by_phase(chosen.prefill, chosen.decode)
-    phase: Phase = max(PHASES, key=lambda phase: ours[phase] - best[phase])
-    pricer = pair.wave.pricer
-    terms = (
-        pricer.prefill_terms(pair.prefill.graph)
-        if phase == "prefill"
-        else pricer.decode_terms(pair.decode.graph)
-    )
-    ratio = pair.times.e2e_s / chosen.times.e2e_s
+    phase: Phase = max(PHASES, key=lambda phase: other.total_s(phase) - chosen.total_s(phase))
+    bottleneck = other.terms(phase).bottleneck
+    ratio = other.times.e2e_s / chosen.times.e2e_s
     if ratio < 0.995:
         return f"{ratio:.2f}x the time, a gain within the error of the prediction"
     if ratio < 1.005:
-        return f"as fast within 0.5%; {phase} bound by {terms.bottleneck}"
-    return f"{ratio:.2f}x the time; {phase} bound by {terms.bottleneck}"
+        return f"as fast within 0.5%; {phase} bound by {bottleneck}"
+    return f"{ratio:.2f}x the time; {phase} bound by {bottleneck}"
 
 
 def _why_not(memory: dict[Device, DeviceMemory]) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from planner.model_spec import ModelSpec, Module
-from planner.placement import Device, TierPlacement
+from planner.placement import NUM_STREAM_BUFFERS, Device, LayerPlacement, TierPlacement
 from planner.workload import Phase
 
 Lane = Literal["gpu", "cpu", "h2d", "d2h"]
@@ -23,12 +23,12 @@ OpKind = Literal[
     "sample",
     "copy",
 ]
+# Which of a layer's experts: those resident on the GPU, the missed ones (all others), and of these,
+# where a step's tokens decide, those that are fetched to the GPU and the rest.
+Part = Literal["all", "resident", "missed", "fetched", "rest"]
 Payload = Literal["batch", "weights", "hidden", "routing", "expert_output", "logits", "kv"]
 
 LANES: tuple[Lane, ...] = ("gpu", "cpu", "h2d", "d2h")
-
-# Two buffers: one is filled while the other is read.
-NUM_STREAM_BUFFERS = 2
 
 _TERM_OF_KIND: dict[OpKind, Term] = {
     "embed": "dense",
@@ -53,14 +53,21 @@ class Op:
     index : int
         Position in the graph; ops of a lane run in this order.
     kind : OpKind
-        `dispatch` sorts tokens by expert; `combine` adds expert outputs that came from the other
-        device; `embed` looks up token embeddings; `copy` moves a `payload` between the memories.
+        `dispatch` sorts tokens by expert, and decides what a split layer fetches; `combine` adds
+        the outputs of experts, or of their parts, to the hidden states; `embed` looks up token
+        embeddings; `copy` moves a `payload` between the memories.
     layer : int or None
         Layer that the op belongs to.
     module : Module or None
         For a copy of weights, the module that is streamed.
     buffer : int or None
         For a copy of weights and the op that reads them, the staging buffer.
+    part : Part
+        For experts, their dispatch and copies of them, which of the layer's.
+    num_resident : int
+        For ops of a part, how many of the layer's experts are resident on the GPU.
+    max_fetched : int
+        For parts that a step decides on, experts that are fetched at most.
     deps : tuple of int
         Ops (of any lane) that must have ended before this one begins.
     """
@@ -73,6 +80,9 @@ class Op:
     payload: Payload | None = None
     module: Module | None = None
     buffer: int | None = None
+    part: Part = "all"
+    num_resident: int = 0
+    max_fetched: int = 0
 
     @property
     def term(self) -> Term:
@@ -87,6 +97,8 @@ class Op:
     def name(self) -> str:
         """A name that is unique in the graph: `experts[3]`, `copy weights attention[0] h2d`."""
         words = [self.kind if self.payload is None else f"copy {self.payload}"]
+        if self.part != "all":
+            words.append(self.part)
         if self.module is not None and self.kind == "copy":
             words.append(self.module)
         text = " ".join(words) + ("" if self.layer is None else f"[{self.layer}]")
@@ -117,6 +129,7 @@ class _Builder:
     def __init__(self) -> None:
         self.ops: list[Op] = []
         self.buffer_readers: dict[int, tuple[int, ...]] = {}
+        self.slot_readers: list[int] = []
 
     def add(
         self,
@@ -128,6 +141,9 @@ class _Builder:
         payload: Payload | None = None,
         module: Module | None = None,
         buffer: int | None = None,
+        part: Part = "all",
+        num_resident: int = 0,
+        max_fetched: int = 0,
     ) -> int:
         self.ops.append(
             Op(
@@ -139,6 +155,9 @@ class _Builder:
                 payload=payload,
                 module=module,
                 buffer=buffer,
+                part=part,
+                num_resident=num_resident,
+                max_fetched=max_fetched,
             )
         )
         return len(self.ops) - 1
@@ -166,6 +185,7 @@ def build(spec: ModelSpec, tier: TierPlacement) -> StepGraph:
     copies: dict[tuple[int, Module], int] = {}
     buffers = _stream_buffers(tier)
     streamed_layers = list(buffers)
+    max_fetched = tier.num_expert_slots // NUM_STREAM_BUFFERS
 
     def stream(position: int) -> None:
         """Emit the copies of the `position`-th streamed layer into its buffer."""
@@ -173,7 +193,9 @@ def build(spec: ModelSpec, tier: TierPlacement) -> StepGraph:
             return
         layer = streamed_layers[position]
         free = builder.buffer_readers.get(buffers[layer], ())
+        num_resident = tier.layers[layer].ffn.num_resident
         for module in tier.streamed(layer):
+            is_part = module == "experts" and num_resident > 0
             copies[layer, module] = builder.add(
                 "copy",
                 "h2d",
@@ -182,6 +204,8 @@ def build(spec: ModelSpec, tier: TierPlacement) -> StepGraph:
                 payload="weights",
                 module=module,
                 buffer=buffers[layer],
+                part="missed" if is_part else "all",
+                num_resident=num_resident if is_part else 0,
             )
 
     # Positions, slots and block tables: every GPU op of the step reads them.
@@ -207,16 +231,14 @@ def build(spec: ModelSpec, tier: TierPlacement) -> StepGraph:
         for module, placement in layer.modules():
             if module == "experts":
                 assert layer.router is not None
-                first, hidden = _experts(
-                    builder,
-                    index,
-                    layer.router.device,
-                    placement.device,
-                    hidden,
-                    weights(module),
-                    buffer,
-                )
-                readers.append(first)
+                if placement.is_mixed:
+                    ops = _mixed_experts(
+                        builder, index, layer, hidden, weights(module), buffer, max_fetched
+                    )
+                else:
+                    ops = _experts(builder, index, layer, hidden, weights(module), buffer)
+                reader, hidden = ops
+                readers.append(reader)
                 continue
             if placement.device != where:
                 hidden = builder.move("hidden", placement.device, hidden, index)
@@ -246,28 +268,94 @@ def _stream_buffers(tier: TierPlacement) -> dict[int, int]:
 
 def _experts(
     builder: _Builder,
-    layer: int,
-    router_device: Device,
-    device: Device,
+    index: int,
+    layer: LayerPlacement,
     routed: int,
     weights: tuple[int, ...],
     buffer: int | None,
 ) -> tuple[int, int]:
     """Dispatch, experts, and the way there and back; returns (op that reads weights, last op)."""
+    assert layer.router is not None
+    device, router_device = layer.ffn.device, layer.router.device
     if device == router_device:
-        dispatch = builder.add("dispatch", device, (routed,), layer=layer)
+        dispatch = builder.add("dispatch", device, (routed,), layer=index)
         experts = builder.add(
-            "experts", device, (dispatch, *weights), layer=layer, module="experts", buffer=buffer
+            "experts", device, (dispatch, *weights), layer=index, module="experts", buffer=buffer
         )
-        combine = builder.add("combine", device, (experts,), layer=layer)
+        combine = builder.add("combine", device, (experts,), layer=index)
         return experts, combine
-    there = builder.move("routing", device, routed, layer)
-    dispatch = builder.add("dispatch", device, (there,), layer=layer)
+    there = builder.move("routing", device, routed, index)
+    dispatch = builder.add("dispatch", device, (there,), layer=index)
     experts = builder.add(
-        "experts", device, (dispatch, *weights), layer=layer, module="experts", buffer=buffer
+        "experts", device, (dispatch, *weights), layer=index, module="experts", buffer=buffer
     )
-    back = builder.move("expert_output", router_device, experts, layer)
-    return experts, builder.add("combine", router_device, (back,), layer=layer)
+    back = builder.move("expert_output", router_device, experts, index)
+    return experts, builder.add("combine", router_device, (back,), layer=index)
+
+
+def _mixed_experts(
+    builder: _Builder,
+    index: int,
+    layer: LayerPlacement,
+    routed: int,
+    weights: tuple[int, ...],
+    buffer: int | None,
+    max_fetched: int,
+) -> tuple[int, int]:
+    """Experts on both devices, or from two memories: each part by itself, added at the end.
+
+    Returns (op that reads streamed weights, last op). The router is on the GPU.
+    """
+    num_resident, runs = layer.ffn.num_resident, layer.ffn.runs
+
+    def add(
+        kind: OpKind,
+        lane: Lane,
+        part: Part,
+        deps: tuple[int, ...],
+        *,
+        buffer: int | None = None,
+        max_fetched: int = 0,
+    ) -> int:
+        return builder.add(
+            kind,
+            lane,
+            deps,
+            layer=index,
+            payload="weights" if kind == "copy" else None,
+            module=None if kind == "dispatch" else "experts",
+            buffer=buffer,
+            part=part,
+            num_resident=num_resident,
+            max_fetched=max_fetched,
+        )
+
+    outputs: list[int] = []
+    if num_resident:
+        dispatch = add("dispatch", "gpu", "resident", (routed,))
+        outputs.append(add("experts", "gpu", "resident", (dispatch,)))
+    if runs == "stream":
+        dispatch = add("dispatch", "gpu", "missed", (routed,))
+        missed = add("experts", "gpu", "missed", (dispatch, *weights), buffer=buffer)
+        return missed, builder.add("combine", "gpu", (*outputs, missed), layer=index)
+    there = builder.move("routing", "cpu", routed, index)
+    part: Part = "rest" if runs == "split" else "missed"
+    on_cpu = add("dispatch", "cpu", part, (there,), max_fetched=max_fetched)
+    if runs == "split":
+        # The slots of the split layer before the last one, free once its fetched experts have run.
+        slots = len(builder.slot_readers) % NUM_STREAM_BUFFERS
+        free = builder.slot_readers[-NUM_STREAM_BUFFERS:-1]
+        fetch = add(
+            "copy", "h2d", "fetched", (on_cpu, *free), buffer=slots, max_fetched=max_fetched
+        )
+        # What is fetched is known with the copy, which brings the slots' numbers too.
+        sort = add("dispatch", "gpu", "fetched", (routed, fetch), max_fetched=max_fetched)
+        fetched = add("experts", "gpu", "fetched", (sort,), buffer=slots, max_fetched=max_fetched)
+        builder.slot_readers.append(fetched)
+        outputs.append(fetched)
+    missed = add("experts", "cpu", part, (on_cpu,), max_fetched=max_fetched)
+    outputs.append(builder.move("expert_output", "gpu", missed, index))
+    return missed, builder.add("combine", "gpu", tuple(outputs), layer=index)
 
 
 def moved_kv_layers(prefill: TierPlacement, decode: TierPlacement) -> tuple[int, ...]:

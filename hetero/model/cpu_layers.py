@@ -308,10 +308,13 @@ def experts_layer(
     """
     x_TD = routing.normed_TD
     own = routing_arrays(x_TD, kernels, routing.expert_ids_Tk.shape[1])
-    if own.normed_TD is not x_TD:  # from another device: the chain reads one place
-        np.copyto(own.normed_TD, x_TD)
-        np.copyto(own.expert_ids_Tk, routing.expert_ids_Tk)
-        np.copyto(own.expert_weights_Tk, routing.expert_weights_Tk)
+    for kept, given in (
+        (own.normed_TD, x_TD),
+        (own.expert_ids_Tk, routing.expert_ids_Tk),
+        (own.expert_weights_Tk, routing.expert_weights_Tk),
+    ):
+        if kept is not given:  # from another device or under other numbers: a chain reads one place
+            np.copyto(kept, given)
     y_TD = experts_output(x_TD, kernels)
     key = ("experts", id(weights), x_TD.dtype.num)
     keeps = (weights, own.normed_TD, own.expert_ids_Tk, own.expert_weights_Tk, y_TD)

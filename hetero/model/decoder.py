@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,26 +24,19 @@ from hetero.model.attention import (
     attention_step,
 )
 from hetero.model.batch import BatchTensors
-from hetero.model.cpu_layers import CpuAttentionStep, CpuRouting, as_tensor
+from hetero.model.cpu_layers import CpuAttentionStep, as_tensor
 from hetero.model.cpu_run import FindPacked, build_run, split_runs
 from hetero.model.cpu_workspace import CpuKernels
+from hetero.model.expert_step import ExpertDevices, ExpertStep, ExpertTimes
 from hetero.model.families import TORCH_DTYPES
 from hetero.model.head import embed, head
 from hetero.model.mlp import dense_layer
-from hetero.model.moe import (
-    Dispatch,
-    ExpertMethod,
-    Routing,
-    combine,
-    dispatch,
-    expert_method,
-    experts,
-    route,
-)
+from hetero.model.moe import ExpertMethod, combine, expert_method, route
 from hetero.model.packed import PackedModule, embedding_rows
 from hetero.model.rotary import rotary_frequencies
 from hetero.runtime.devices import Accelerator
-from hetero.runtime.weights import ModuleWeights, Weights
+from hetero.runtime.host_copies import ModuleWeights
+from hetero.runtime.weights import Weights
 from planner.model_spec import ModelSpec, Module
 from planner.placement import Device, TierPlacement
 from planner.step_graph import Op
@@ -61,13 +54,17 @@ class DeviceKernels:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decoder:
-    """A loaded model: weights, and how each device computes; `cpu_kernels` on packed weights."""
+    """A loaded model: weights, and how each device computes; `cpu_kernels` on packed weights.
+
+    `expert_times` say what split layers fetch; None where there are none.
+    """
 
     spec: ModelSpec
     weights: Weights
     accelerator: Accelerator | None
     kernels: dict[Device, DeviceKernels]
     cpu_kernels: CpuKernels
+    expert_times: ExpertTimes | None
     _runs: dict[int, tuple[tuple[Op, ...], tuple[tuple[Op, ...], ...]]] = field(
         default_factory=dict
     )
@@ -78,6 +75,18 @@ class Decoder:
             self._runs[id(ops)] = (ops, split_runs(ops, find_packed))
         return self._runs[id(ops)][1]
 
+    @property
+    def expert_devices(self) -> ExpertDevices:
+        """What the ops of expert layers need of it."""
+        return ExpertDevices(
+            spec=self.spec,
+            weights=self.weights,
+            accelerator=self.accelerator,
+            methods={device: kernels.experts for device, kernels in self.kernels.items()},
+            cpu_kernels=self.cpu_kernels,
+            times=self.expert_times,
+        )
+
     @classmethod
     def create(
         cls,
@@ -86,6 +95,7 @@ class Decoder:
         accelerator: Accelerator | None,
         *,
         num_threads: int,
+        expert_times: ExpertTimes | None = None,
     ) -> Decoder:
         """Choose each device's kernels; the CPU's decode attention uses `num_threads` threads."""
         cpu = torch.device("cpu")
@@ -112,6 +122,7 @@ class Decoder:
             cpu_kernels=CpuKernels(
                 num_threads=num_threads, inv_freq_F=kernels["cpu"].inv_freq_F.numpy()
             ),
+            expert_times=expert_times,
         )
 
 
@@ -123,8 +134,8 @@ def _expert_method(spec: ModelSpec, accelerator: Accelerator) -> ExpertMethod:
 class DecoderStep:
     """The values that flow through one step. Mutable: each op reads some and sets some.
 
-    One value travels along the chain of ops (`hidden_TD`, then an expert layer's routing, dispatch
-    and output), so that ops on different lanes never write what another still reads.
+    One value travels along the chain of ops (`hidden_TD`; what expert layers add to it has its own
+    place), so that ops on different lanes never write what another still reads.
 
     Parameters
     ----------
@@ -158,9 +169,7 @@ class DecoderStep:
         # Arrays between ops of the CPU's kernels, tensors elsewhere: from one to the other takes
         # 10 us, as long as a kernel.
         self._hidden_TD: Tensor | NDArray[Any] | None = None
-        self._routing: Routing | CpuRouting | None = None
-        self._dispatch: Dispatch | None = None
-        self._expert_output_TD: Tensor | NDArray[np.float32] | None = None
+        self._experts = ExpertStep(decoder.expert_devices, tier)
         self._logits_LV: Tensor | None = None
 
     def perform(self, op: Op) -> None:
@@ -173,8 +182,14 @@ class DecoderStep:
             self._hidden_TD = self._attend(op)
         elif op.kind == "dense":
             self._dense(op)
-        elif op.kind in ("router", "dispatch", "experts", "combine"):
-            self._expert_layer(op)
+        elif op.kind == "router":
+            self._route(op)
+        elif op.kind == "dispatch":
+            self._experts.dispatch(op)
+        elif op.kind == "experts":
+            self._experts.run(op)
+        elif op.kind == "combine":
+            self._combine(op)
         elif op.kind == "head":
             self._head(op)
         else:
@@ -188,7 +203,7 @@ class DecoderStep:
         """
         parts: tuple[tuple[Op, ...], ...] = tuple((op,) for op in ops)
         if self._batches["cpu"].phase == "decode":
-            parts = self._decoder.runs(ops, self._packed)
+            parts = self._decoder.runs(ops, self._chained)
         ends: list[float] = []
         for part in parts:
             if len(part) > 1:
@@ -209,7 +224,10 @@ class DecoderStep:
         ends = run.perform(x_TD)
         if run.hidden_TD is not None:
             self._hidden_TD = run.hidden_TD
-        self._routing, self._expert_output_TD = run.routing, run.expert_output_TD
+        if run.routing is not None:
+            self._experts.set_routing("cpu", run.routing)
+        if run.expert_output_TD is not None:
+            self._experts.set_output(run.expert_output_TD)
         if run.logits_LV is not None:
             self._logits_LV = torch.from_numpy(run.logits_LV)
         return ends
@@ -224,32 +242,27 @@ class DecoderStep:
         assert self._hidden_TD is not None
         return as_array(self._hidden_TD) if isinstance(self._hidden_TD, Tensor) else self._hidden_TD
 
-    def _routing_tensors(self) -> Routing:
-        assert self._routing is not None
-        if isinstance(self._routing, CpuRouting):
-            self._routing = self._routing.tensors()
-        return self._routing
-
-    def _expert_output(self) -> Tensor:
-        """What the experts gave, in the model's format."""
-        assert self._expert_output_TD is not None
-        if not isinstance(self._expert_output_TD, Tensor):
-            y_TD = torch.from_numpy(self._expert_output_TD)
-            self._expert_output_TD = y_TD.to(TORCH_DTYPES[self._decoder.spec.dtype])
-        return self._expert_output_TD
-
     def _weights(self, op: Op) -> ModuleWeights:
         """Weights of the op's module: resident, or staged by a copy that has ended."""
         assert op.module is not None and op.layer is not None
-        weights, streamed = self._decoder.weights, self._tier.streamed(op.layer)
-        if op.module in streamed:
+        weights = self._decoder.weights
+        if op.module in self._tier.streamed(op.layer):
             assert op.buffer is not None
-            return weights.staged(op.module, op.layer, op.buffer, streamed)[1]
+            return weights.staging(self._tier.phase).weights(op.module, op.layer, op.buffer)
         return weights.resident(op.device, op.module, op.layer)
 
     def _packed(self, op: Op, module: Module) -> PackedModule | None:
         """Packed weights of a module of the op's layer, where the CPU has them."""
         return self._decoder.weights.packed(module, op.layer) if op.device == "cpu" else None
+
+    def _chained(self, op: Op, module: Module) -> PackedModule | None:
+        """The same where a chain can read it: a router of the CPU knows experts by their number."""
+        packed = self._packed(op, module)
+        if packed is None or module != "experts":
+            return packed
+        assert op.layer is not None
+        local = self._decoder.weights.local_experts(op.layer, op.part, "cpu", op.num_resident)
+        return packed if local.dispatch_E is None else None
 
     def _embed(self, op: Op) -> None:
         token_ids_T = self._batches[op.device].token_ids_T
@@ -321,41 +334,38 @@ class DecoderStep:
             )
         return self._cpu_attention
 
-    def _expert_layer(self, op: Op) -> None:
+    def _route(self, op: Op) -> None:
         assert op.layer is not None
-        spec, kernels = self._decoder.spec, self._decoder.cpu_kernels
-        layer = spec.layers[op.layer]
-        packed = self._packed(op, "router" if op.kind == "router" else "experts")
-        if op.kind == "router" and packed is not None:
-            top_k = layer.num_experts_per_token
-            x_TD = self._hidden_array()
-            self._routing = cpu_layers.route_layer(x_TD, packed, kernels, spec, top_k)
-        elif op.kind == "router":
-            self._routing = route(
+        spec, packed = self._decoder.spec, self._packed(op, "router")
+        top_k = spec.layers[op.layer].num_experts_per_token
+        if packed is not None:
+            kernels, x_TD = self._decoder.cpu_kernels, self._hidden_array()
+            self._experts.set_routing(
+                op.device, cpu_layers.route_layer(x_TD, packed, kernels, spec, top_k)
+            )
+            return
+        self._experts.set_routing(
+            op.device,
+            route(
                 self._hidden(),
                 self._weights(op),
                 norm_eps=spec.norm_eps,
-                top_k=layer.num_experts_per_token,
+                top_k=top_k,
                 norm_topk_prob=spec.norm_topk_prob,
-            )
-        elif op.kind == "dispatch":
-            if packed is None:  # the CPU's kernel sorts the tokens itself
-                self._dispatch = dispatch(self._routing_tensors(), layer.num_experts)
-        elif op.kind == "experts" and packed is not None:
-            routing = self._routing
-            assert routing is not None
-            if isinstance(routing, Routing):
-                routing = CpuRouting.of(routing)
-            self._expert_output_TD = cpu_layers.experts_layer(routing, packed, kernels)
-        elif op.kind == "experts":
-            assert self._dispatch is not None
-            method = self._decoder.kernels[op.device].experts
-            self._expert_output_TD = experts(self._dispatch, self._weights(op), method=method)
-        elif isinstance(self._expert_output_TD, np.ndarray) and op.device == "cpu":
-            y_TD = self._expert_output_TD
-            self._hidden_TD = cpu_layers.combine(self._hidden_array(), y_TD, kernels)
-        else:
-            self._hidden_TD = combine(self._hidden(), self._expert_output())
+            ),
+        )
+
+    def _combine(self, op: Op) -> None:
+        assert op.layer is not None
+        first, *others = self._experts.take_outputs(op.layer)
+        if isinstance(first, np.ndarray) and op.device == "cpu":
+            kernels = self._decoder.cpu_kernels
+            self._hidden_TD = cpu_layers.combine(self._hidden_array(), first, kernels)
+            return
+        y_TD = self._experts.as_tensor(first)
+        for each in others:
+            y_TD = combine(y_TD, self._experts.as_tensor(each))
+        self._hidden_TD = combine(self._hidden(), y_TD)
 
     def _head(self, op: Op) -> None:
         spec, batch = self._decoder.spec, self._batches[op.device]
@@ -379,12 +389,13 @@ class DecoderStep:
         move = accelerator.upload if op.lane == "h2d" else accelerator.download
         if op.payload == "batch":
             self._batches["gpu"] = self._batches["cpu"].map(move)
+        elif op.part == "fetched":
+            self._experts.fetch(op)
         elif op.payload == "weights":
             assert op.module is not None and op.layer is not None and op.buffer is not None
-            weights = self._decoder.weights
-            streamed = self._tier.streamed(op.layer)
-            staged, _ = weights.staged(op.module, op.layer, op.buffer, streamed)
-            accelerator.copy_into(staged, weights.host_flat(op.module, op.layer))
+            staging = self._decoder.weights.staging(self._tier.phase)
+            target = staging.target(op.module, op.layer, op.buffer)
+            accelerator.copy_into(target, staging.source(op.module, op.layer))
         elif op.payload == "hidden":
             hidden = self._hidden()
             if op.layer is None:
@@ -393,15 +404,10 @@ class DecoderStep:
                 hidden = hidden.index_select(0, self._batches[source].logit_rows_L)
             self._hidden_TD = move(hidden)
         elif op.payload == "routing":
-            routing = self._routing_tensors()
-            self._routing = replace(
-                routing,
-                normed_TD=move(routing.normed_TD),
-                expert_ids_Tk=move(routing.expert_ids_Tk),
-                expert_weights_Tk=move(routing.expert_weights_Tk),
-            )
+            self._experts.copy_routing(op.device, move)
         elif op.payload == "expert_output":
-            self._expert_output_TD = move(self._expert_output())
+            assert op.layer is not None
+            self._experts.copy_output(op.layer, move)
         else:
             assert op.payload == "logits" and self._logits_LV is not None
             self._logits_LV = move(self._logits_LV)

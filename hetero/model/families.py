@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -101,9 +101,18 @@ class _Packer:
 
 
 def module_layout(
-    spec: ModelSpec, module: Module, layer: int | None = None, *, with_matrix: bool = True
+    spec: ModelSpec,
+    module: Module,
+    layer: int | None = None,
+    *,
+    with_matrix: bool = True,
+    experts: Sequence[int] | None = None,
 ) -> ModuleLayout:
-    """How a module is packed; `with_matrix=False` leaves the matrix of a tied head out."""
+    """How a module is packed.
+
+    `with_matrix=False` leaves the matrix of a tied head out; `experts` are those of the layer's
+    that are in it, in this order, all where it is left out.
+    """
     packer = _Packer()
     if module == "embedding":
         packer.matrix("weight", spec.hidden_size, (EMBEDDING, spec.vocab_size))
@@ -114,13 +123,12 @@ def module_layout(
             packer.matrix("weight", spec.hidden_size, (name, spec.vocab_size))
     else:
         assert layer is not None, f"{module} lies inside a layer"
-        pack = {
-            "attention": _attention,
-            "router": _router,
-            "experts": _experts,
-            "dense": _dense,
-        }[module]
-        pack(packer, spec, layer)
+        if module == "experts":
+            every = range(spec.layers[layer].num_experts)
+            _experts(packer, spec, layer, every if experts is None else experts)
+        else:
+            pack = {"attention": _attention, "router": _router, "dense": _dense}[module]
+            pack(packer, spec, layer)
     return packer.layout()
 
 
@@ -179,12 +187,23 @@ def _router(packer: _Packer, spec: ModelSpec, layer: int) -> None:
     packer.matrix("gate", spec.hidden_size, (name, spec.layers[layer].num_experts))
 
 
-def _experts(packer: _Packer, spec: ModelSpec, layer: int) -> None:
+def expert_views(spec: ModelSpec, layer: int, experts_EN: Tensor) -> dict[str, Tensor]:
+    """The roles of some experts of a layer, each in its row as `module_layout` puts it."""
     hidden, width = spec.hidden_size, spec.layers[layer].intermediate_size
-    num_experts = spec.layers[layer].num_experts
+    gate_up_size = 2 * width * hidden
+    return {
+        "gate_up": experts_EN[:, :gate_up_size].unflatten(1, (2 * width, hidden)),
+        "down": experts_EN[:, gate_up_size : spec.expert_params(layer)].unflatten(
+            1, (hidden, width)
+        ),
+    }
+
+
+def _experts(packer: _Packer, spec: ModelSpec, layer: int, experts: Sequence[int]) -> None:
+    hidden, width = spec.hidden_size, spec.layers[layer].intermediate_size
     is_mixtral = spec.architecture == "MixtralForCausalLM"
     gate, up, down = ("w1", "w3", "w2") if is_mixtral else ("gate_proj", "up_proj", "down_proj")
-    for expert in range(num_experts):
+    for expert in experts:
         prefix = f"{_moe_prefix(spec, layer)}.experts.{expert}"
         packer.append(f"{prefix}.{gate}.weight", width, hidden)
         packer.append(f"{prefix}.{up}.weight", width, hidden)
@@ -192,8 +211,8 @@ def _experts(packer: _Packer, spec: ModelSpec, layer: int) -> None:
     # One expert is one range, so that an expert is one copy too: its matrices are contiguous, and
     # the step from expert to expert is the whole of it.
     stride = spec.expert_params(layer)
-    packer.view("gate_up", 0, (num_experts, 2 * width, hidden), (stride, hidden, 1))
-    packer.view("down", 2 * width * hidden, (num_experts, hidden, width), (stride, width, 1))
+    packer.view("gate_up", 0, (len(experts), 2 * width, hidden), (stride, hidden, 1))
+    packer.view("down", 2 * width * hidden, (len(experts), hidden, width), (stride, width, 1))
 
 
 def _moe_prefix(spec: ModelSpec, layer: int) -> str:

@@ -42,12 +42,17 @@ class Routing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dispatch:
-    """Tokens sorted by expert, in token order within an expert; made without asking the device."""
+    """Tokens sorted by expert, in token order within an expert; made without asking the device.
+
+    Rows of choices that are of no expert here come last; `is_chosen_N1` is None where there can be
+    none.
+    """
 
     x_ND: Tensor
     ends_E: Tensor  # int32: expert e has rows ends[e - 1] to ends[e]
     rows_Tk: Tensor  # int64: the row of each token's choice
     expert_weights_Tk: Tensor
+    is_chosen_N1: Tensor | None
 
 
 def route(
@@ -72,9 +77,22 @@ def route(
     )
 
 
-def dispatch(routing: Routing, num_experts: int) -> Dispatch:
-    """Sort the tokens by expert."""
+def dispatch(routing: Routing, num_experts: int, local_E: Tensor | None = None) -> Dispatch:
+    """Sort the tokens by expert.
+
+    Parameters
+    ----------
+    routing
+        What the tokens chose.
+    num_experts
+        Experts that are here.
+    local_E
+        Number here of each of the layer's experts, `num_experts` for those that are not: choices of
+        these add nothing. None where all are here, under their own numbers.
+    """
     ids_Tk = routing.expert_ids_Tk
+    if local_E is not None:
+        ids_Tk = local_E[ids_Tk]
     sorted_N, order_N = ids_Tk.flatten().sort(stable=True)
     experts_E = torch.arange(num_experts, device=ids_Tk.device)
     # Counting with searchsorted: bincount and tolist would make the host wait for a GPU.
@@ -86,6 +104,7 @@ def dispatch(routing: Routing, num_experts: int) -> Dispatch:
         ends_E=ends_E,
         rows_Tk=rows_N.view_as(ids_Tk),
         expert_weights_Tk=routing.expert_weights_Tk,
+        is_chosen_N1=None if local_E is None else (sorted_N < num_experts)[:, None],
     )
 
 
@@ -96,6 +115,9 @@ def experts(
     products = _loop if method == "loop" else _grouped
     gate_up_N2I = products(sorted_tokens.x_ND, weights["gate_up"], sorted_tokens.ends_E)
     y_ND = products(gated(gate_up_N2I), weights["down"], sorted_tokens.ends_E)
+    if sorted_tokens.is_chosen_N1 is not None:
+        # No product has written the other rows: what memory held there may be NaN.
+        y_ND = torch.where(sorted_tokens.is_chosen_N1, y_ND, 0.0)
     # Gathers, scales and adds in one pass, in float32 inside: a tenth of the time of the same in
     # three ops, and no atomics, so the same bits every time.
     return F.embedding_bag(

@@ -1,25 +1,37 @@
-"""Weights: each module one flat buffer where it lives, and staging buffers for streamed ones."""
+"""Weights: each module one flat buffer where it lives, and what is copied from there."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cpu_kernels.scratch import aligned_bytes
 from hetero.checkpoint import Checkpoint
 from hetero.model.families import TORCH_DTYPES, ModuleLayout, TensorSlot, module_layout, views
-from hetero.model.packed import PackedModule, is_packable, pack_module
+from hetero.model.packed import Allocate, PackedModule, is_packable, pack_module
 from hetero.runtime.devices import Accelerator
+from hetero.runtime.expert_homes import ExpertHomes, ExpertPlace, LocalExperts
+from hetero.runtime.host_copies import (
+    Homes,
+    HostCopies,
+    HostCopy,
+    HostExperts,
+    ModuleKey,
+    ModuleWeights,
+)
+from hetero.runtime.staging import Staging, allocate_staging
 from planner.cost_model import OWN_BACKENDS, Backends
 from planner.model_spec import ModelSpec, Module
-from planner.placement import Device, Placement
-from planner.step_graph import NUM_STREAM_BUFFERS
-from planner.workload import PHASES
+from planner.placement import Device, Placement, TierPlacement
+from planner.step_graph import Part
+from planner.workload import PHASES, Phase
 
 _STORED_DTYPES = {
     "F32": torch.float32,
@@ -32,32 +44,32 @@ _NUM_READERS = 2
 
 DEVICES: tuple[Device, ...] = ("cpu", "gpu")
 
-ModuleKey = tuple[Module, int | None]
-ModuleWeights = Mapping[str, Tensor]
-
 
 class Weights:
     """Where every module's tensors are; made by `load_weights`.
 
-    One host copy serves CPU compute and streaming. Modules resident on the accelerator only are not
+    One host copy serves CPU compute and copying. Modules resident on the accelerator only are not
     kept on the host.
     """
 
     def __init__(
         self,
         spec: ModelSpec,
+        homes: Homes,
         resident: Mapping[Device, Mapping[ModuleKey, Tensor]],
         packed: Mapping[ModuleKey, PackedModule],
-        staging: list[Tensor],
+        staging: Mapping[Phase, Staging],
+        accelerator: Accelerator | None,
     ) -> None:
         self._spec = spec
+        self._homes = homes
         self._resident = resident
         self._packed = packed
         self._staging = staging
-        # Filled as steps run: a layout of 128 experts takes a millisecond to work out.
-        self._staged: dict[
-            tuple[Module, int, int, tuple[Module, ...]], tuple[Tensor, ModuleWeights]
-        ] = {}
+        cpu = torch.device("cpu")
+        self._devices = {"cpu": cpu, "gpu": cpu if accelerator is None else accelerator.device}
+        # Filled as steps run.
+        self._locals: dict[tuple[int, Part, ExpertPlace, int], LocalExperts] = {}
         self._views: dict[tuple[Device, ModuleKey], ModuleWeights] = {
             (device, key): self._viewed(device, key, flat)
             for device, flats in resident.items()
@@ -65,33 +77,39 @@ class Weights:
         }
 
     def resident(self, device: Device, module: Module, layer: int | None = None) -> ModuleWeights:
-        """Tensors of a module that lives on a device."""
+        """Tensors of a module that lives on a device; of experts those that do."""
         return self._views[device, (module, layer)]
 
     def packed(self, module: Module, layer: int | None = None) -> PackedModule | None:
-        """A module on the CPU as its kernels read it; None where it is also streamed, as rows."""
+        """A module on the CPU as its kernels read it; None where torch computes it, or nobody."""
         return self._packed.get((module, layer))
 
-    def staged(
-        self, module: Module, layer: int, buffer: int, streamed: tuple[Module, ...]
-    ) -> tuple[Tensor, ModuleWeights]:
-        """Staging memory (flat) of one of a layer's streamed modules, and the tensors in it."""
-        key = (module, layer, buffer, streamed)
-        if key not in self._staged:
-            offset = 0
-            for name in streamed[: streamed.index(module)]:
-                offset += module_layout(self._spec, name, layer).num_elements
-            layout = module_layout(self._spec, module, layer)
-            flat = self._staging[buffer][offset : offset + layout.num_elements]
-            self._staged[key] = (flat, views(layout, flat))
-        return self._staged[key]
+    def staging(self, phase: Phase) -> Staging:
+        """What the tier of a phase copies to the accelerator."""
+        return self._staging[phase]
 
     def host_flat(self, module: Module, layer: int) -> Tensor:
-        """The host copy of a module as one flat tensor."""
+        """The host copy of a module in rows as one flat tensor."""
         return self._resident["cpu"][module, layer]
 
+    def local_experts(
+        self, layer: int, part: Part, place: ExpertPlace, num_resident: int
+    ) -> LocalExperts:
+        """The experts of a part in a place, for a tier with so many residents."""
+        key = (layer, part, place, num_resident)
+        if key not in self._locals:
+            device = self._devices["cpu" if place == "cpu" else "gpu"]
+            self._locals[key] = LocalExperts.of(
+                self._homes[layer], part, place, num_resident, device
+            )
+        return self._locals[key]
+
+    def experts_in_order(self, layer: int) -> tuple[int, ...]:
+        """A layer's experts, those first that are resident on the GPU first."""
+        return self._homes[layer].order
+
     def _viewed(self, device: Device, key: ModuleKey, flat: Tensor) -> ModuleWeights:
-        layout = _layout(self._spec, key, self._resident[device])
+        layout = _layout(self._spec, key, device, self._resident[device], self._homes)
         found = dict(views(layout, flat))
         if key[0] == "head" and "weight" not in found:
             embedding = self._resident[device]["embedding", None]
@@ -100,9 +118,18 @@ class Weights:
         return found
 
 
-def _layout(spec: ModelSpec, key: ModuleKey, beside: Collection[ModuleKey]) -> ModuleLayout:
-    """Layout of a module on a device; a tied head beside the embedding shares its matrix."""
+def _layout(
+    spec: ModelSpec, key: ModuleKey, device: Device, beside: Collection[ModuleKey], homes: Homes
+) -> ModuleLayout:
+    """Layout of a module on a device, which has those beside it.
+
+    A tied head beside the embedding shares its matrix; of experts there are those at home there.
+    """
     module, layer = key
+    if module == "experts" and layer is not None:
+        home = homes[layer]
+        here = home.on_gpu if device == "gpu" else home.on_cpu
+        return module_layout(spec, module, layer, experts=here)
     shares = module == "head" and spec.is_tied and ("embedding", None) in beside
     return module_layout(spec, module, layer, with_matrix=not shares)
 
@@ -133,29 +160,32 @@ def load_weights(
         The accelerator's budget is too small.
     """
     dtype = TORCH_DTYPES[spec.dtype]
-    streamed: set[ModuleKey] = set()
-    for phase in PHASES:
-        tier = placement.tier(phase)
-        for index in range(spec.num_layers):
-            streamed.update((module, index) for module in tier.streamed(index))
-    packable = _packable(spec, placement, streamed, backends)
-    homes = {"cpu": placement.lives_on("cpu"), "gpu": placement.lives_on("gpu")}
+    uses = _CpuUses.of(placement)
+    packable = _packable(spec, uses, backends)
+    homes: Homes = {
+        index: ExpertHomes.of(spec, placement, index)
+        for index, layer in enumerate(spec.layers)
+        if layer.is_moe
+    }
+    places = {"cpu": placement.lives_on("cpu"), "gpu": placement.lives_on("gpu")}
     jobs: list[tuple[Device, ModuleKey]] = [
         (device, key)
         for device in DEVICES
-        for key in sorted(homes[device], key=_in_order)
+        for key in sorted(places[device], key=_in_order)
         if not (device == "cpu" and _is_read_from_head(spec, key, packable))
     ]
-    total = sum(spec.weight_bytes(*key) for _, key in jobs)
+    total = sum(_num_bytes(spec, device, key, homes) for device, key in jobs)
     resident: dict[Device, dict[ModuleKey, Tensor]] = {"cpu": {}, "gpu": {}}
     packed: dict[ModuleKey, PackedModule] = {}
 
     def read(device: Device, key: ModuleKey) -> Tensor | PackedModule:
+        pinned_for = accelerator if device == "cpu" and key in uses.copied else None
         if device == "cpu" and key in packable:
+            # A packed head has its matrix, whatever is beside it.
+            layout, allocate = _layout(spec, key, device, (), homes), _allocator(pinned_for)
             # One thread: the readers are as many as pack at a time.
-            return pack_module(spec, key[0], module_layout(spec, *key), stored, num_threads=1)
-        layout = _layout(spec, key, homes[device])
-        pinned_for = accelerator if device == "cpu" and key in streamed else None
+            return pack_module(spec, key[0], layout, stored, num_threads=1, allocate=allocate)
+        layout = _layout(spec, key, device, places[device], homes)
         flat = _host_flat(layout, dtype, pinned_for)
         fill(checkpoint, layout, flat)
         return flat
@@ -182,25 +212,67 @@ def load_weights(
                 resident[device][key] = _onto(accelerator, found, what)
             else:
                 resident[device][key] = found
-            done += spec.weight_bytes(*key)
+            done += _num_bytes(spec, device, key, homes)
             if progress is not None:
                 progress(done, total)
-    return Weights(spec, resident, packed, _staging(spec, placement, dtype, accelerator))
+    copies = HostCopies(spec, homes, resident["cpu"], packed)
+    staging = {phase: _staging(copies, placement.tier(phase)) for phase in PHASES}
+    allocate_staging(list(staging.values()), accelerator)
+    return Weights(spec, homes, resident, packed, staging, accelerator)
 
 
-def _packable(
-    spec: ModelSpec,
-    placement: Placement,
-    streamed: Collection[ModuleKey],
-    backends: Backends,
-) -> frozenset[ModuleKey]:
-    """Modules on the CPU that its kernels read: but for what is streamed, or torch's, in rows."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _CpuUses:
+    """Modules on the CPU that some tier computes there, and those that some tier copies."""
+
+    computed: frozenset[ModuleKey]
+    copied: frozenset[ModuleKey]
+
+    @classmethod
+    def of(cls, placement: Placement) -> _CpuUses:
+        computed: set[ModuleKey] = set()
+        copied: set[ModuleKey] = set()
+        for phase in PHASES:
+            tier = placement.tier(phase)
+            ends: tuple[Module, Module] = ("embedding", "head")
+            computed.update((name, None) for name in ends if getattr(tier, name).runs == "cpu")
+            for index, layer in enumerate(tier.layers):
+                for module, where in layer.modules():
+                    if where.runs in ("cpu", "split"):
+                        computed.add((module, index))
+                    if where.runs in ("stream", "split"):
+                        copied.add((module, index))
+        return cls(computed=frozenset(computed), copied=frozenset(copied))
+
+
+def _packable(spec: ModelSpec, uses: _CpuUses, backends: Backends) -> frozenset[ModuleKey]:
+    """Modules that the CPU's kernels read; what torch computes, or nobody there, is in rows."""
     if not is_packable(spec):
         return frozenset()
-    on_cpu = {key for key in placement.lives_on("cpu") if key not in streamed}
     return frozenset(
-        key for key in on_cpu if key[0] != "embedding" and backends.get(key[0]) != "torch"
+        key for key in uses.computed if key[0] != "embedding" and backends.get(key[0]) != "torch"
     )
+
+
+def _num_bytes(spec: ModelSpec, device: Device, key: ModuleKey, homes: Homes) -> int:
+    """Bytes of a module on a device."""
+    module, layer = key
+    if module != "experts" or layer is None:
+        return spec.weight_bytes(module, layer)
+    count = homes[layer].num_on_gpu if device == "gpu" else homes[layer].num_on_cpu
+    return count * spec.expert_bytes(layer)
+
+
+def _allocator(pinned_for: Accelerator | None) -> Allocate:
+    """Host memory for a packed module; pinned where it will be copied."""
+    if pinned_for is None:
+        return aligned_bytes
+
+    def pinned(num_bytes: int) -> NDArray[Any]:
+        memory: NDArray[Any] = pinned_for.host_buffer(num_bytes).numpy()
+        return memory
+
+    return pinned
 
 
 def _is_read_from_head(spec: ModelSpec, key: ModuleKey, packable: Collection[ModuleKey]) -> bool:
@@ -259,21 +331,14 @@ def _host_flat(layout: ModuleLayout, dtype: torch.dtype, pinned_for: Accelerator
     return pinned_for.host_buffer(layout.num_elements * dtype.itemsize).view(dtype)
 
 
-def _staging(
-    spec: ModelSpec, placement: Placement, dtype: torch.dtype, accelerator: Accelerator | None
-) -> list[Tensor]:
-    """Buffers that hold the largest layer that is streamed, each."""
-    largest = 0
-    for phase in PHASES:
-        tier = placement.tier(phase)
-        for index in range(spec.num_layers):
-            layouts = [module_layout(spec, name, index) for name in tier.streamed(index)]
-            largest = max(largest, sum(layout.num_elements for layout in layouts))
-    if not largest:
-        return []
-    assert accelerator is not None
-    num_bytes = largest * dtype.itemsize
-    return [
-        accelerator.allocate(num_bytes, "the staging buffers").view(dtype)
-        for _ in range(NUM_STREAM_BUFFERS)
-    ]
+def _staging(copies: HostCopies, tier: TierPlacement) -> Staging:
+    """What a tier copies to the accelerator."""
+    streamed: dict[int, dict[Module, HostCopy]] = {}
+    split: dict[int, HostExperts] = {}
+    for index, layer in enumerate(tier.layers):
+        if layer.ffn.runs == "split":
+            split[index] = copies.experts(index)
+        modules, num_resident = tier.streamed(index), layer.ffn.num_resident
+        if modules:
+            streamed[index] = {name: copies.copy(name, index, num_resident) for name in modules}
+    return Staging(streamed, split, tier.num_expert_slots)

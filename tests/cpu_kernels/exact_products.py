@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cpu_kernels.experts import PackedExperts
+from cpu_kernels.experts import NO_EXPERT, PackedExperts
 from cpu_kernels.formats import (
     WeightFormat,
     from_bfloat16_bits,
@@ -191,7 +191,7 @@ def expert_layer(
     value, error, magnitude = np.zeros(shape), np.zeros(shape), np.zeros(shape)
     for token in range(num_tokens):
         row = exact(x[token : token + 1])
-        for choice in range(top_k):
+        for choice in np.flatnonzero(ids_Tk[token] != NO_EXPERT).tolist():
             gate, up, down = experts.matrices[ids_Tk[token, choice]]
             h = gated(
                 product(row, gate.weight_NK, format, compute),

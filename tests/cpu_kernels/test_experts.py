@@ -7,6 +7,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from cpu_kernels import experts as experts_module
 from cpu_kernels.calls import Chain, Link
 from cpu_kernels.elementwise import route, route_link
 from cpu_kernels.experts import (
+    NO_EXPERT,
     PackedExperts,
     check_experts,
     expert_bytes,
@@ -152,6 +154,55 @@ def test_all_tokens_may_choose_one_expert(case: Case, num_tokens: int) -> None:
     layer.ids[:] = 3
 
     layer.assert_right(num_threads=2)
+
+
+@given(
+    case=st.sampled_from(cases(KINDS)),
+    num_tokens=st.integers(1, 40),
+    top_k=st.integers(1, 5),
+    share=st.sampled_from([0.1, 0.5, 0.9, 1.0]),
+    part_bytes=st.sampled_from([1 << 28, 40_000]),
+    num_threads=st.integers(1, 3),
+    seed=st.integers(0, 2**32 - 1),
+)
+@settings(max_examples=80, deadline=None)
+def test_choices_of_no_expert_add_nothing(
+    case: Case,
+    num_tokens: int,
+    top_k: int,
+    share: float,
+    part_bytes: int,
+    num_threads: int,
+    seed: int,
+) -> None:
+    """Any share of them, all included; their weights are not read."""
+    layer = Layer(case, num_tokens=num_tokens, num_experts=6, top_k=top_k, width=140, seed=seed)
+    is_none = np.random.default_rng(seed).random(layer.ids.shape) < share
+    layer.ids[is_none], layer.weights[is_none] = NO_EXPERT, np.nan
+
+    with mock.patch.object(experts_module, "_PART_BYTES", part_bytes):
+        layer.assert_right(num_threads)
+
+
+@every_kind
+@pytest.mark.parametrize("num_tokens", [1, 2, 30])
+@pytest.mark.parametrize("part_bytes", [1 << 28, 40_000])
+def test_tokens_that_choose_no_expert_get_zeros(
+    monkeypatch: pytest.MonkeyPatch, case: Case, num_tokens: int, part_bytes: int
+) -> None:
+    """All tokens; then the last one does choose, which changes no other."""
+    monkeypatch.setattr(experts_module, "_PART_BYTES", part_bytes)
+    layer = Layer(case, num_tokens=num_tokens, width=300)
+    layer.x[:-1] = layer.x[:-1] * np.float32(np.nan)
+    chosen = layer.ids[-1].copy()
+    layer.ids[:] = NO_EXPERT
+
+    np.testing.assert_array_equal(layer.run(num_threads=2), np.zeros(layer.x.shape))
+
+    layer.ids[-1] = [NO_EXPERT, chosen[1]]
+    np.testing.assert_array_equal(layer.run(num_threads=2)[:-1], 0.0)
+    layer.x, layer.ids, layer.weights = layer.x[-1:], layer.ids[-1:], layer.weights[-1:]
+    layer.assert_right()
 
 
 @every_kind
@@ -308,7 +359,7 @@ def test_arguments_that_do_not_fit_are_named() -> None:
     refused("num_threads is 0", num_threads=0)
 
 
-@pytest.mark.parametrize("number", [-1, 4, 2**62])
+@pytest.mark.parametrize("number", [-2, 4, 2**62])
 def test_an_expert_that_does_not_exist_is_refused(number: int) -> None:
     """The first token's or the last one's."""
     for token in (0, 4):
@@ -431,7 +482,7 @@ def test_a_bad_choice_stops_its_layer_and_no_other() -> None:
 
     chain.run()
 
-    with pytest.raises(ValueError, match=r"^ids are 0 to 4 but must be 0 to 3$"):
+    with pytest.raises(ValueError, match=r"^ids are 0 to 4 but must be 0 to 3, or -1 for no"):
         check_experts(chain.links)
     assert np.isnan(first).all()
     np.testing.assert_array_equal(second, good.run())

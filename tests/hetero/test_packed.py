@@ -21,7 +21,14 @@ from cpu_kernels.linear import PackedMatrix
 from hetero.errors import ModelFolderError
 from hetero.model import packed as packed_module
 from hetero.model.families import TensorSlot, module_layout
-from hetero.model.packed import PackedModule, embedding_rows, is_packable, pack_module
+from hetero.model.packed import (
+    PackedModule,
+    embedding_rows,
+    is_packable,
+    pack_module,
+    rows_of_experts,
+    rows_of_module,
+)
 from planner.model_spec import ModelSpec, Module
 from tests.hetero.model.packed import checkpoint_tensors, packed
 from tests.tiny_models import TINY_MODELS, tiny_model, tiny_spec
@@ -168,6 +175,58 @@ def test_embeddings_are_rows_of_a_tied_head(name: str, dtype: torch.dtype) -> No
         assert rows_TD.dtype == dtype
         assert rows_TD.is_contiguous()
         torch.testing.assert_close(rows_TD, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+@pytest.mark.parametrize("piece_bytes", [64 << 20, 1])
+@every_dtype
+def test_copies_of_packed_modules_become_rows(
+    monkeypatch: pytest.MonkeyPatch, name: str, piece_bytes: int, dtype: torch.dtype
+) -> None:
+    """What torch's layout has, turned at once or piece by piece; shapes that divide by nothing."""
+    monkeypatch.setattr(packed_module, "_PIECE_BYTES", piece_bytes)
+    model = tiny_model(name, dtype=dtype)
+    spec = tiny_spec(model)
+    tensors = checkpoint_tensors(model, spec)
+    for module, layer in modules(spec):
+        found = pack(spec, tensors, module, layer)
+
+        rows = rows_of_module(found.layout, torch.from_numpy(found.flat.copy()), dtype)
+
+        expected = packed(spec, tensors, module, layer)
+        assert rows.keys() == expected.keys()
+        for role, tensor in rows.items():
+            assert tensor.dtype == dtype
+            torch.testing.assert_close(tensor, expected[role], rtol=0, atol=0)
+
+
+@every_dtype
+def test_experts_in_slots_become_rows_where_they_lie(dtype: torch.dtype) -> None:
+    """In slots that are larger than they; of whole panels nothing is copied elsewhere."""
+    model = tiny_model(
+        "olmoe",
+        dtype=dtype,
+        hidden_size=64,
+        intermediate_size=32,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    spec = tiny_spec(model)
+    tensors = checkpoint_tensors(model, spec)
+    found = pack(spec, tensors, "experts", 1)
+    experts = found.experts
+    assert experts is not None
+    copies_EB = torch.from_numpy(experts.blob.copy()).view(experts.num_experts, -1)
+    slots_SB = torch.zeros(experts.num_experts, copies_EB.shape[1] + 128, dtype=torch.uint8)
+    slots_SB[:, : copies_EB.shape[1]] = copies_EB
+
+    rows = rows_of_experts(slots_SB[:3], experts.weight_format, experts.width, experts.hidden)
+
+    expected = packed(spec, tensors, "experts", 1)
+    memory = range(slots_SB.data_ptr(), slots_SB.data_ptr() + slots_SB.nbytes)
+    for role, tensor in rows.items():
+        torch.testing.assert_close(tensor, expected[role][:3], rtol=0, atol=0)
+        assert tensor.data_ptr() in memory
 
 
 def test_what_the_reader_raises_is_passed_on() -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from msgspec.structs import replace as msgspec_replace
 
 from planner import strategies
 from planner.attention_kinds import LatentAttention, RecurrentAttention
 from planner.hardware import HardwareProfile
 from planner.memory import (
     DeviceMemory,
-    ModelBytes,
-    WaveMemory,
     activation_width,
     available_bytes,
     kv_block_capacity,
@@ -20,15 +19,18 @@ from planner.memory import (
     needs,
     num_kv_blocks,
     staging_bytes,
+    weight_bytes,
 )
-from planner.placement import Placement
-from planner.workload import Workload
+from planner.model_spec import ModelSpec
+from planner.placement import ModulePlacement, Placement, Runs, TierPlacement
+from planner.workload import Phase, Workload
 from tests.planner.tiny import (
     ATTENTION,
     DENSE,
     DENSE_LAYER,
     DENSE_TOKEN,
     EMBEDDING,
+    EXPERT,
     EXPERTS,
     HEAD,
     KV_PER_TOKEN,
@@ -178,18 +180,6 @@ def test_layers_of_different_caches_are_counted_each_by_its_own() -> None:
     assert kv_bytes_per_block(spec, placement, "gpu") == 16 * KV_PER_TOKEN
 
 
-def test_what_moves_between_the_phases_is_told_apart_by_its_cache() -> None:
-    """Layers 0 and 2 keep alike, layer 1 does not."""
-    latent = LatentAttention(num_heads=2, kv_rank=3, nope_dim=2, rope_dim=2, value_dim=4)
-    other = replace(DENSE_LAYER, attention=latent)
-    spec = replace(tiny_spec("ddd"), layers=(DENSE_LAYER, other, DENSE_LAYER))
-    memory = WaveMemory(spec, ModelBytes(spec), WORKLOAD, machine())
-
-    assert memory.kv_layer_counts(0b101) == (2, 0)
-    assert memory.kv_layer_counts(0b110) == (1, 1)
-    assert memory.kv_layer_counts(0) == (0, 0)
-
-
 def test_a_state_takes_no_blocks_from_the_cache() -> None:
     """What is left beside the states of the workload's sequences is for blocks."""
     state = RecurrentAttention(
@@ -214,6 +204,40 @@ def test_shared_experts_and_wide_latents_are_alive_too() -> None:
     assert activation_width(replace(tiny_spec("m"), layers=(shared,))) == 32 + 3 * 100 + 16
     # queries 2*22, latent 32, keys and values 2*60, heads' output 2*40
     assert activation_width(replace(tiny_spec("d"), layers=(layer,))) == 32 + 44 + 32 + 120 + 80
+
+
+def test_residents_lie_on_the_gpu_and_the_other_experts_on_the_cpu() -> None:
+    """Of four experts one is resident in prefill and three in decode: 3 above, all but 1 below."""
+    spec = tiny_spec("m")
+    placement = Placement(
+        prefill=with_experts(spec, "prefill", 1), decode=with_experts(spec, "decode", 3)
+    )
+
+    assert (
+        weight_bytes(spec, placement, "gpu") == EMBEDDING + HEAD + ATTENTION + ROUTER + 3 * EXPERT
+    )
+    assert weight_bytes(spec, placement, "cpu") == 3 * EXPERT
+
+
+def test_what_is_streamed_beside_residents_and_slots_needs_staging() -> None:
+    """Two buffers of the three experts that are not resident; six slots of an expert each."""
+    spec = tiny_spec("m")
+    streamed = with_experts(spec, "prefill", 1, runs="stream")
+    assert staging_bytes(spec, streamed) == 2 * 3 * EXPERT
+    assert staging_bytes(spec, with_experts(spec, "prefill", 1)) == 0
+    assert staging_bytes(spec, with_experts(spec, "prefill", 1, runs="split")) == 6 * EXPERT
+
+
+def with_experts(
+    spec: ModelSpec, phase: Phase, num_resident: int, *, runs: Runs = "cpu"
+) -> TierPlacement:
+    """All on the GPU but for experts, of which some are resident."""
+    gpu = strategies.gpu(spec, phase)
+    where = ModulePlacement(lives="cpu", runs=runs, num_resident=num_resident)
+    layers = tuple(msgspec_replace(layer, ffn=where) for layer in gpu.layers)
+    return msgspec_replace(
+        gpu, strategy="mixed", layers=layers, num_expert_slots=6 if runs == "split" else 0
+    )
 
 
 def test_streaming_needs_two_buffers_of_the_largest_streamed_layer() -> None:

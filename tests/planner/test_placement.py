@@ -12,6 +12,7 @@ from planner.placement import (
     ON_GPU,
     STREAMED,
     Device,
+    LayerPlacement,
     ModulePlacement,
     Placement,
     Runs,
@@ -19,6 +20,7 @@ from planner.placement import (
     check_matches,
 )
 from planner.strategies import STRATEGIES, candidates, cuts
+from planner.workload import PHASES
 from tests.planner.tiny import tiny_spec
 
 SPEC = tiny_spec("dmmd")
@@ -28,6 +30,55 @@ SPEC = tiny_spec("dmmd")
 def test_a_module_cannot_live_and_run_in_contradiction(lives: Device, runs: Runs) -> None:
     with pytest.raises(ValueError, match=f"lives on {lives} cannot run as {runs}"):
         ModulePlacement(lives=lives, runs=runs)
+
+
+def test_only_experts_beside_a_router_on_the_gpu_are_on_both_devices() -> None:
+    mixed = ModulePlacement(lives="cpu", runs="cpu", num_resident=1)
+    split = ModulePlacement(lives="cpu", runs="split")
+    for where in (mixed, split):
+        with pytest.raises(ValueError, match="only experts can run split or have residents"):
+            LayerPlacement(attention=where, ffn=ON_CPU)
+        with pytest.raises(ValueError, match="only experts can run split or have residents"):
+            LayerPlacement(attention=ON_GPU, ffn=where)
+        with pytest.raises(ValueError, match="need their router on the gpu"):
+            LayerPlacement(attention=ON_GPU, ffn=where, router=ON_CPU)
+        assert LayerPlacement(attention=ON_CPU, ffn=where, router=ON_GPU).ffn.devices == (
+            "gpu",
+            "cpu",
+        )
+    with pytest.raises(ValueError, match="num_resident is 2, but a module that lives on the gpu"):
+        ModulePlacement(lives="gpu", runs="gpu", num_resident=2)
+
+
+def test_a_tier_that_splits_needs_slots() -> None:
+    tier = strategies.gpu(SPEC, "decode")
+    split = ModulePlacement(lives="cpu", runs="split")
+    layers = tuple(
+        layer if layer.router is None else replace(layer, ffn=split) for layer in tier.layers
+    )
+    with pytest.raises(ValueError, match="num_expert_slots is 1, but layers that run split need 2"):
+        replace(tier, layers=layers, num_expert_slots=1)
+
+
+@pytest.mark.parametrize("order", [((), (1, 0), (), ()), ((), (0, 1, 2, 2), (0, 1, 2, 3), ())])
+def test_an_order_that_lacks_an_expert_does_not_match(order: tuple[tuple[int, ...], ...]) -> None:
+    placement = replace(strategies.placement(SPEC, "gpu", 0), expert_order=order)
+    assert "every expert of every layer once" in (check_matches(placement, SPEC) or "")
+
+
+def test_as_many_residents_as_experts_do_not_match() -> None:
+    tiers = []
+    for phase in PHASES:
+        tier = strategies.gpu(SPEC, phase)
+        where = ModulePlacement(lives="cpu", runs="cpu", num_resident=4)
+        layers = tuple(
+            layer if layer.router is None else replace(layer, ffn=where) for layer in tier.layers
+        )
+        tiers.append(replace(tier, layers=layers))
+    placement = Placement(prefill=tiers[0], decode=tiers[1])
+    assert "has 4 experts, the plan has 4 of them beside others" in (
+        check_matches(placement, SPEC) or ""
+    )
 
 
 def test_a_contradiction_in_a_file_is_refused() -> None:

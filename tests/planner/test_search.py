@@ -20,10 +20,10 @@ from planner.estimate import Latency, estimate
 from planner.hardware import HardwareProfile
 from planner.memory import needs
 from planner.model_spec import ModelSpec
-from planner.placement import Placement
+from planner.placement import ON_GPU, Placement
 from planner.plan import Plan
 from planner.search import _error_of_gain, _preferred, profile_fingerprint
-from planner.strategies import STRATEGIES
+from planner.strategies import STRATEGIES, cuts
 from planner.workload import Objective, Phase, Workload
 from tests.planner.brute_force import Answer, brute_force
 from tests.planner.tiny import EXPERTS, real_machine, tiny_device, tiny_machine, tiny_spec
@@ -70,25 +70,38 @@ def answers(spec: str, machine: str, workload: str) -> tuple[Plan, Answer]:
 
 
 @pytest.mark.parametrize(("spec", "machine", "workload"), sorted(set(CASES)))
-def test_search_finds_what_brute_force_finds(spec: str, machine: str, workload: str) -> None:
-    """The best price, every alternative's price, and what does not fit and by how much."""
+def test_search_is_as_fast_as_any_pair_of_named_placements(
+    spec: str, machine: str, workload: str
+) -> None:
+    """Within 1 % of the best of all strategies, cuts and pairs of them; its bound is below that."""
     plan, brute = answers(spec, machine, workload)
 
-    assert plan.feasible == (brute.best is not None)
-    if brute.best is not None:
-        assert plan.estimate.e2e_s == pytest.approx(brute.best.e2e_s, rel=1e-12)
-    found = {plan.placement.name: plan.estimate.e2e_s} if plan.feasible else {}
-    found |= {other.name: other.e2e_s or 0.0 for other in plan.alternatives if other.feasible}
-    expected = {name: priced.e2e_s for name, priced in brute.fitting.items()}
-    assert found == pytest.approx(expected, rel=1e-12)
-    assert set(brute.lacking) == {
-        name
-        for name, feasible in [
-            (plan.placement.name, plan.feasible),
-            *((other.name, other.feasible) for other in plan.alternatives),
-        ]
-        if not feasible
-    }
+    if brute.best is None:
+        return  # what is no named placement may fit
+    assert plan.feasible
+    assert plan.estimate.e2e_s <= 1.01 * brute.best.e2e_s
+    assert plan.estimate.e2e_s * (1 - plan.optimality_gap) <= brute.best.e2e_s * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(("spec", "machine", "workload"), sorted(set(CASES)))
+def test_named_alternatives_are_priced_at_the_cut_that_they_say(
+    spec: str, machine: str, workload: str
+) -> None:
+    """And fit with it where they say so; no smaller cut would fit on the GPU."""
+    plan, _ = answers(spec, machine, workload)
+    hardware, (what, _) = MACHINES[machine], WORKLOADS[workload]
+    for other in plan.alternatives:
+        if other.name not in STRATEGIES or (what.num_seqs > 1 and plan.objective == "throughput"):
+            continue
+        cut = other.cut_by_phase["prefill"]
+        placement = strategies.placement(SPECS[spec], other.name, cut, chunk_tokens=CHUNK)
+        priced = estimate(SPECS[spec], placement, CostModel(hardware), what)
+        fits = all(need.fits for need in needs(SPECS[spec], placement, what, hardware).values())
+        assert other.e2e_s == pytest.approx(priced.e2e_s, rel=1e-12)
+        assert other.feasible == fits
+        if other.feasible and cut - 1 in cuts(other.name, SPECS[spec], has_gpu=True):
+            smaller = strategies.placement(SPECS[spec], other.name, cut - 1, chunk_tokens=CHUNK)
+            assert not needs(SPECS[spec], smaller, what, hardware)["gpu"].fits
 
 
 @pytest.mark.parametrize(("spec", "machine", "workload"), sorted(set(CASES)))
@@ -129,7 +142,7 @@ def test_every_reason_is_true(spec: str, machine: str, workload: str) -> None:
                 r"needs ([\d.]+) GB on the [cg]pu, ([\d.]+) GB available", other.reason
             )
             assert sizes
-            assert brute.lacking[other.name] > 0
+            assert brute.lacking.get(other.name, 1) > 0
 
 
 def test_the_reason_names_the_phase_that_lost_more_seconds() -> None:
@@ -146,13 +159,20 @@ def test_the_reason_names_the_phase_that_lost_more_seconds() -> None:
 
 
 def test_an_infeasible_plan_is_the_nearest_miss() -> None:
-    """Nothing fits: the placement lacks the fewest bytes, and no alternative fits."""
-    plan, brute = answers("mixed", "nothing-fits", "one")
-    memory = needs(SPECS["mixed"], plan.placement, plan.workload, MACHINES["nothing-fits"])
-    lacking = sum(max(0, need.needed_bytes - need.available_bytes) for need in memory.values())
+    """Nothing fits: no alternative lacks fewer bytes, and none fits."""
+    plan, _ = answers("mixed", "nothing-fits", "one")
+
+    def lacking_bytes(placement: Placement) -> int:
+        memory = needs(SPECS["mixed"], placement, plan.workload, MACHINES["nothing-fits"])
+        return sum(max(0, need.needed_bytes - need.available_bytes) for need in memory.values())
 
     assert not plan.feasible
-    assert lacking == min(brute.lacking.values())
+    others = [
+        strategies.placement(SPECS["mixed"], name, cut, chunk_tokens=CHUNK)
+        for other in plan.alternatives
+        for name, cut in [(other.name, other.cut_by_phase["decode"])]
+    ]
+    assert lacking_bytes(plan.placement) <= min(map(lacking_bytes, others))
     assert not any(other.feasible for other in plan.alternatives)
 
 
@@ -246,7 +266,7 @@ def test_a_gain_beyond_the_error_of_the_prediction_is_taken() -> None:
 
     assert plan.placement.name == "split"
     assert plan.estimate.e2e_s == pytest.approx(77.0, rel=1e-12)
-    assert plan.optimality_gap == 0.0
+    assert 0.0 <= plan.optimality_gap < 1.0
 
 
 def test_a_simpler_plan_within_the_error_of_the_prediction_is_taken() -> None:
@@ -255,7 +275,7 @@ def test_a_simpler_plan_within_the_error_of_the_prediction_is_taken() -> None:
 
     assert plan.placement.name == "cpu"
     assert plan.estimate.e2e_s == pytest.approx(82.0, rel=1e-12)
-    assert plan.optimality_gap == pytest.approx(1 - 77 / 82, rel=1e-9)
+    assert plan.optimality_gap >= 1 - 77 / 82 - 1e-9
     (split,) = (other for other in plan.alternatives if other.name == "split")
     assert split.reason == "0.94x the time, a gain within the error of the prediction"
 
@@ -367,14 +387,16 @@ def solve_knapsack(gains: list[float], sizes: list[int], budget: int) -> int:
 
 
 def test_a_gpu_that_lacks_only_the_embedding_keeps_all_layers() -> None:
-    """The embedding goes to the CPU (split at 0) before any layer does."""
+    """The embedding (split at 0) or the head goes to the CPU before any layer does."""
     spec = tiny_spec("dd")
     workload = Workload(prompt_len=4, output_len=4)
     need = needs(spec, strategies.placement(spec, "gpu", 0), workload, real_machine())["gpu"]
     machine = real_machine(gpu_bytes=(need.needed_bytes - 1) * 100 // 96)
     plan = search(spec, machine, workload, prefers_simple=False)
 
-    assert (plan.placement.name, plan.placement.decode.cut) == ("split", 0)
+    assert all(layer.attention == layer.ffn == ON_GPU for layer in plan.placement.decode.layers)
+    split = next(other for other in plan.alternatives if other.name == "split")
+    assert split.cut_by_phase == {"prefill": 0, "decode": 0}
 
 
 def test_a_machine_without_an_accelerator_is_planned_for_the_cpu() -> None:

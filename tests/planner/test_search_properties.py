@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
@@ -13,14 +12,23 @@ from planner.hardware import HardwareProfile
 from planner.memory import needs
 from planner.model_spec import ModelSpec
 from planner.plan import Plan
+from planner.strategies import STRATEGIES
 from planner.workload import Objective, Workload
 from tests.planner.brute_force import all_candidates
 from tests.planner.tiny import real_machine, tiny_spec
 
 CHUNK = 8
-PROPERTY = settings(deadline=None, derandomize=True, max_examples=40)
+# Shrinking an example of a search takes minutes.
+PROPERTY = settings(
+    deadline=None,
+    derandomize=True,
+    max_examples=20,
+    phases=(Phase.explicit, Phase.reuse, Phase.generate),
+)
 # Equal prices that were added up in another order.
 ROUNDING = 1 + 1e-12
+# What the search may miss of the fastest placement of a small model.
+MISSED = 1.01
 
 specs = st.builds(tiny_spec, st.text("dm", min_size=1, max_size=3), is_tied=st.booleans())
 workloads = st.builds(
@@ -54,10 +62,10 @@ def plan_of(
 
 
 def is_no_worse(better: Plan, worse: Plan) -> bool:
-    """Whether one plan fits if the other does, and is then not slower."""
+    """Whether one plan fits if the other does, and is then not slower than the search may miss."""
     if not worse.feasible:
         return True
-    return better.feasible and better.estimate.e2e_s <= worse.estimate.e2e_s * ROUNDING
+    return better.feasible and better.estimate.e2e_s <= worse.estimate.e2e_s * MISSED
 
 
 @PROPERTY
@@ -185,7 +193,7 @@ def test_no_alternative_that_fits_is_faster_than_the_choice(
 
 @PROPERTY
 @given(specs, machines(), workloads, objectives)
-def test_a_simpler_plan_costs_what_the_optimality_gap_says(
+def test_a_simpler_plan_costs_no_more_than_the_optimality_gap_says(
     spec: ModelSpec, machine: HardwareProfile, workload: Workload, objective: Objective
 ) -> None:
     """It fits where anything does, and is only taken where it is simpler."""
@@ -195,12 +203,13 @@ def test_a_simpler_plan_costs_what_the_optimality_gap_says(
     assert plan.feasible == fastest.feasible
     assert 0.0 <= plan.optimality_gap < 1.0
     if plan.feasible:
-        fastest_s = plan.estimate.e2e_s * (1 - plan.optimality_gap)
-        assert fastest_s == pytest.approx(fastest.estimate.e2e_s, rel=1e-12)
+        bound_s = plan.estimate.e2e_s * (1 - plan.optimality_gap)
+        assert bound_s <= fastest.estimate.e2e_s * ROUNDING
     if plan.placement != fastest.placement:
         assert complexity(plan) < complexity(fastest)
 
 
 def complexity(plan: Plan) -> int:
-    """One device, one strategy for both phases, two."""
-    return 2 if "+" in plan.placement.name else int(plan.placement.name not in ("gpu", "cpu"))
+    """One device, a named strategy, any other placement."""
+    name = plan.placement.name
+    return 0 if name in ("gpu", "cpu") else 1 if name in STRATEGIES else 2

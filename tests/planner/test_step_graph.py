@@ -7,20 +7,23 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
+from msgspec.structs import replace as msgspec_replace
 
 from planner import strategies
 from planner.model_spec import ModelSpec
 from planner.placement import (
+    NUM_STREAM_BUFFERS,
     ON_CPU,
     ON_GPU,
     STREAMED,
     LayerPlacement,
+    ModulePlacement,
     Placement,
+    Runs,
     TierPlacement,
 )
 from planner.step_graph import (
     LANES,
-    NUM_STREAM_BUFFERS,
     Op,
     StepGraph,
     build,
@@ -308,3 +311,72 @@ def test_kv_stays_where_both_phases_keep_it() -> None:
     pair = strategies.offload(spec, "prefill", 2), strategies.experts_on_cpu(spec, "decode", 2)
 
     assert build_kv_move(*pair).ops == ()
+
+
+def mixed(runs: Runs, num_resident: int, num_slots: int = 0) -> StepGraph:
+    """Two expert layers with everything else on the GPU."""
+    spec = tiny_spec("mm")
+    gpu = strategies.gpu(spec, "decode")
+    where = ModulePlacement(lives="cpu", runs=runs, num_resident=num_resident)
+    layers = tuple(msgspec_replace(layer, ffn=where) for layer in gpu.layers)
+    return build(spec, msgspec_replace(gpu, layers=layers, num_expert_slots=num_slots))
+
+
+def ops_of(graph: StepGraph, layer: int) -> list[tuple[str, str, str]]:
+    """Kind (or payload), lane and part of a layer's ops from its router on."""
+    return [
+        (op.payload or op.kind, op.lane, op.part)
+        for op in graph.ops
+        if op.layer == layer and op.kind != "attention"
+    ]
+
+
+def test_missed_experts_on_the_cpu_run_beside_the_residents() -> None:
+    """One path each from the router to the sum; without residents there is one."""
+    graph = mixed("cpu", 1)
+    assert ops_of(graph, 1) == [
+        ("router", "gpu", "all"),
+        ("dispatch", "gpu", "resident"),
+        ("experts", "gpu", "resident"),
+        ("routing", "d2h", "all"),
+        ("dispatch", "cpu", "missed"),
+        ("experts", "cpu", "missed"),
+        ("expert_output", "h2d", "all"),
+        ("combine", "gpu", "all"),
+    ]
+    resident, missed = (op for op in graph.ops if op.kind == "experts" and op.layer == 1)
+    (combine,) = (op for op in graph.ops if op.kind == "combine" and op.layer == 1)
+    assert resident.index in combine.deps and missed.index not in resident.deps
+    assert {op.num_resident for op in (resident, missed)} == {1}
+
+
+def test_a_split_layer_fetches_what_the_cpu_decides() -> None:
+    """The copy waits for the decision, the rest of the experts does not wait for the copy."""
+    graph = mixed("split", 0, num_slots=4)
+    assert ops_of(graph, 0) == [
+        ("router", "gpu", "all"),
+        ("routing", "d2h", "all"),
+        ("dispatch", "cpu", "rest"),
+        ("weights", "h2d", "fetched"),
+        ("dispatch", "gpu", "fetched"),
+        ("experts", "gpu", "fetched"),
+        ("experts", "cpu", "rest"),
+        ("expert_output", "h2d", "all"),
+        ("combine", "gpu", "all"),
+    ]
+    by_name = {op.name: op for op in graph.ops}
+    decide, fetch = by_name["dispatch rest[0]"], by_name["copy weights fetched experts[0] h2d"]
+    assert fetch.deps == (decide.index,)
+    assert by_name["experts rest[0]"].deps == (decide.index,)
+    assert {op.max_fetched for op in graph.ops if op.part in ("fetched", "rest")} == {2}
+    assert len(by_name) == len(graph.ops)
+
+
+def test_experts_beside_residents_are_streamed_ahead() -> None:
+    """Both parts on the GPU: the residents need not wait for the copy of the others."""
+    graph = mixed("stream", 3)
+    by_name = {op.name: op for op in graph.ops}
+    copy = by_name["copy weights missed experts[0] h2d"]
+    assert copy.deps == ()
+    assert copy.index in by_name["experts missed[0]"].deps
+    assert copy.index not in by_name["experts resident[0]"].deps

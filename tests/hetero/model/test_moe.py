@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hetero.model import moe
 from hetero.model.moe import (
     Dispatch,
     ExpertMethod,
@@ -128,6 +130,64 @@ def test_experts_are_the_definition(
     actual = experts(dispatch(routing, 7), weights, method=method)
     assert actual.dtype == dtype
     torch.testing.assert_close(actual.double(), exact(routing, weights), rtol=tol, atol=tol)
+
+
+def restricted(
+    routing: Routing, weights: dict[str, Tensor], here: list[int]
+) -> tuple[Tensor, dict[str, Tensor], Routing]:
+    """Local numbers and weights of some experts, and the routing with no weight for the others."""
+    local_E = torch.full((7,), len(here))
+    local_E[here] = torch.arange(len(here))
+    is_here_Tk = local_E[routing.expert_ids_Tk] < len(here)
+    only = replace(routing, expert_weights_Tk=routing.expert_weights_Tk * is_here_Tk)
+    return local_E, {role: matrices[here] for role, matrices in weights.items()}, only
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("num_tokens", [1, 40])
+@pytest.mark.parametrize("here", [[4], [6, 0, 3], [5, 2, 1, 0, 4, 3, 6]])
+@pytest.mark.parametrize(("dtype", "tol"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_choices_of_experts_that_are_elsewhere_add_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+    method: ExpertMethod,
+    num_tokens: int,
+    here: list[int],
+    dtype: torch.dtype,
+    tol: float,
+) -> None:
+    """Some experts in any order; rows that no expert writes hold NaN."""
+
+    def spoil(products: Any) -> Any:
+        def spoiled(x_NI: Tensor, matrices_EOI: Tensor, ends_E: Tensor) -> Tensor:
+            out_NO: Tensor = products(x_NI, matrices_EOI, ends_E)
+            out_NO[int(ends_E[-1]) :] = torch.nan
+            return out_NO
+
+        return spoiled
+
+    monkeypatch.setattr(moe, "_loop", spoil(moe._loop))
+    monkeypatch.setattr(moe, "_grouped", spoil(moe._grouped))
+    routing, weights = random_case(num_tokens, dtype)
+    local_E, local_weights, only = restricted(routing, weights, here)
+
+    sent = dispatch(routing, len(here), local_E)
+    actual = experts(sent, local_weights, method=method)
+
+    torch.testing.assert_close(actual.double(), exact(only, weights), rtol=tol, atol=tol)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_parts_of_the_experts_add_up_to_all(method: ExpertMethod) -> None:
+    """Three parts, in any order."""
+    routing, weights = random_case(12, torch.float32)
+    whole = experts(dispatch(routing, 7), weights, method=method)
+    parts = []
+    for here in ([6, 3, 1, 0], [5], [2, 4]):
+        local_E, local_weights, _ = restricted(routing, weights, here)
+        sent = dispatch(routing, len(here), local_E)
+        parts.append(experts(sent, local_weights, method=method))
+
+    torch.testing.assert_close(sum(parts), whole, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 6, 50])

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from cpu_kernels.formats import unpack
 from hetero import LLM, SamplingParams
 from hetero.checkpoint import Checkpoint
 from hetero.errors import MemoryBudgetError
 from hetero.model.families import module_layout
+from hetero.model.packed import rows_of_experts
 from hetero.runtime.devices import EmulatedAccelerator
 from hetero.runtime.weights import Weights, load_weights
 from planner import strategies
 from planner.kernels import Backend
+from planner.memory import staging_bytes, weight_bytes
 from planner.model_spec import Dtype, ModelSpec, Module
-from planner.placement import Placement
+from planner.placement import ModulePlacement, Placement, Runs, TierPlacement
+from planner.workload import Phase
 from tests.machines import toy_machine
 from tests.tiny_models import TINY_MODELS, save_tiny_model, tiny_spec
 
@@ -167,9 +173,131 @@ def test_the_accelerator_counts_its_weights_and_buffers(tmp_path: Path) -> None:
 
     expected = module_layout(spec, "head").num_elements + layer_elements(0) + 2 * layer_elements(1)
     assert accelerator.used_bytes == 4 * expected
-    staged, views = weights.staged("dense", 1, 0, ("attention", "dense"))
-    assert staged.numel() == module_layout(spec, "dense", 1).num_elements
-    assert views["down"].shape == (60, 44)
+    staging = weights.staging("decode")
+    target = staging.target("dense", 0, 1)
+    assert target.nbytes == 4 * module_layout(spec, "dense", 0).num_elements
+    assert staging.weights("dense", 0, 1)["down"].shape == (60, 44)
+
+
+def mix(
+    spec: ModelSpec, phase: Phase, runs: Runs, num_resident: int, num_slots: int = 0
+) -> TierPlacement:
+    """All on the GPU but for the experts, of which some are."""
+    where = ModulePlacement(lives="cpu", runs=runs, num_resident=num_resident)
+    gpu = strategies.gpu(spec, phase)
+    layers = tuple(msgspec.structs.replace(layer, ffn=where) for layer in gpu.layers)
+    return msgspec.structs.replace(gpu, layers=layers, num_expert_slots=num_slots)
+
+
+def test_experts_lie_in_the_order_of_the_placement_on_both_devices(tmp_path: Path) -> None:
+    """Two residents in one phase, one in the other: on the GPU the first two, packed the others."""
+    order = ((3, 0, 4, 1, 2), (2, 4, 1, 0, 3))
+    _, weights, _ = load(
+        tmp_path,
+        "olmoe",
+        lambda spec: Placement(
+            prefill=mix(spec, "prefill", "stream", 1),
+            decode=mix(spec, "decode", "split", 2, num_slots=2),
+            expert_order=order,
+        ),
+    )
+    stored = load_file(tmp_path / "model.safetensors")
+    for layer, experts in enumerate(order):
+        resident = weights.resident("gpu", "experts", layer)
+        packed = weights.packed("experts", layer)
+        assert packed is not None and packed.experts is not None
+        assert len(resident["down"]) == 2
+        assert packed.experts.num_experts == 4  # all but the one that both phases have resident
+        copies = torch.from_numpy(packed.experts.blob.copy()).view(4, -1)
+        on_cpu = rows_of_experts(copies, packed.layout.weight_format, 44, 60)
+        for found, numbers in ((resident, experts[:2]), (on_cpu, experts[1:])):
+            for place, number in enumerate(numbers):
+                prefix = f"model.layers.{layer}.mlp.experts.{number}"
+                gate_up = [stored[f"{prefix}.{name}_proj.weight"] for name in ("gate", "up")]
+                down = stored[f"{prefix}.down_proj.weight"]
+                torch.testing.assert_close(found["gate_up"][place], torch.cat(gate_up))
+                torch.testing.assert_close(found["down"][place], down)
+
+
+def test_a_module_that_one_phase_computes_and_one_streams_is_held_once(tmp_path: Path) -> None:
+    """Packed, in memory that copies run from; what is only streamed is in rows there."""
+    pinned: list[int] = []
+
+    class Pinning(EmulatedAccelerator):
+        def host_buffer(self, num_bytes: int) -> Tensor:
+            found = super().host_buffer(num_bytes)
+            pinned.append(found.data_ptr())
+            return found
+
+    spec = tiny_spec(save_tiny_model("qwen3-moe", tmp_path))
+    both = Placement(
+        prefill=strategies.offload(spec, "prefill", 2), decode=strategies.split(spec, "decode", 1)
+    )
+    accelerator = Pinning(budget_bytes=100_000_000, link_bytes_per_s=50e9, latency_s=0.0)
+    with Checkpoint.open(tmp_path) as checkpoint:
+        weights = load_weights(spec, checkpoint, both, accelerator)
+    accelerator.close()
+
+    for module in spec.layers[0].modules:
+        packed = weights.packed(module, 0)
+        assert packed is not None
+        assert packed.flat.ctypes.data in pinned
+    for module in spec.layers[1].modules:
+        assert weights.packed(module, 1) is None
+        assert weights.host_flat(module, 1).data_ptr() in pinned
+
+
+def test_nothing_is_staged_over_anything_else(tmp_path: Path) -> None:
+    """Two layers that stream, in a buffer each, and two that split, in a half of the slots each."""
+
+    def place(spec: ModelSpec) -> Placement:
+        split = mix(spec, "decode", "split", 1, num_slots=6)
+        stream = strategies.offload(spec, "decode", 2)
+        decode = msgspec.structs.replace(split, layers=(*stream.layers[:2], *split.layers[2:]))
+        return Placement(prefill=strategies.gpu(spec, "prefill"), decode=decode)
+
+    spec = tiny_spec(save_tiny_model("olmoe", tmp_path, num_hidden_layers=4))
+    accelerator = emulated()
+    with Checkpoint.open(tmp_path) as checkpoint:
+        staging = load_weights(spec, checkpoint, place(spec), accelerator).staging("decode")
+    accelerator.close()
+    targets = [
+        staging.target(module, layer, layer)
+        for layer in (0, 1)
+        for module in spec.layers[0].modules
+    ]
+    targets += [staging.slot(layer, layer - 2, slot) for layer in (2, 3) for slot in range(3)]
+
+    ranges = sorted((target.data_ptr(), target.data_ptr() + target.nbytes) for target in targets)
+    assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(ranges))
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode"),
+    [
+        (("stream", 3, 0), ("split", 3, 6)),
+        (("split", 0, 2), ("stream", 5, 0)),
+        (("cpu", 7, 0), ("split", 1, 4)),
+    ],
+)
+def test_the_accelerator_holds_what_the_planner_counts(
+    prefill: tuple[Runs, int, int], decode: tuple[Runs, int, int], tmp_path: Path
+) -> None:
+    """Residents, and the larger staging memory of both phases; shapes that need no padding."""
+    shapes: Any = {"hidden_size": 64, "intermediate_size": 32, "num_attention_heads": 4}
+    spec = tiny_spec(
+        save_tiny_model("olmoe", tmp_path, num_experts=16, num_key_value_heads=4, **shapes)
+    )
+    placement = Placement(
+        prefill=mix(spec, "prefill", *prefill), decode=mix(spec, "decode", *decode)
+    )
+    accelerator = emulated()
+    with Checkpoint.open(tmp_path) as checkpoint:
+        load_weights(spec, checkpoint, placement, accelerator)
+    accelerator.close()
+
+    staged = max(staging_bytes(spec, placement.prefill), staging_bytes(spec, placement.decode))
+    assert accelerator.used_bytes == weight_bytes(spec, placement, "gpu") + staged
 
 
 def test_weights_beyond_the_budget_are_refused_while_loading(tmp_path: Path) -> None:

@@ -1,0 +1,139 @@
+"""Host copies: what the host has of the modules that are copied to the accelerator."""
+
+# B bytes, E experts
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from cpu_kernels.formats import WeightFormat
+from hetero.model.families import (
+    TORCH_DTYPES,
+    ModuleLayout,
+    expert_views,
+    module_layout,
+    views,
+)
+from hetero.model.packed import PackedLayout, PackedModule, rows_of_experts, rows_of_module
+from hetero.runtime.expert_homes import ExpertHomes
+from planner.model_spec import ModelSpec, Module
+
+ModuleKey = tuple[Module, int | None]
+ModuleWeights = Mapping[str, Tensor]
+# Of each layer that has experts.
+Homes = Mapping[int, ExpertHomes]
+
+
+class HostCopy(Protocol):
+    """What the host has of a module that is copied to the accelerator."""
+
+    @property
+    def flat_B(self) -> Tensor:
+        """All of it; copies run from it at the link's full rate."""
+
+    @property
+    def is_packed(self) -> bool:
+        """Does it lie as the CPU's kernels read it?"""
+
+    def weights(self, copy_B: Tensor) -> ModuleWeights:
+        """The tensors in a copy, to be asked for once: what is packed is turned into rows there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class HostModule:
+    """A whole module, in rows or packed."""
+
+    flat_B: Tensor
+    dtype: torch.dtype
+    layout: ModuleLayout | PackedLayout
+
+    @property
+    def is_packed(self) -> bool:
+        return isinstance(self.layout, PackedLayout)
+
+    def weights(self, copy_B: Tensor) -> ModuleWeights:
+        if isinstance(self.layout, PackedLayout):
+            return rows_of_module(self.layout, copy_B, self.dtype)
+        return views(self.layout, copy_B.view(self.dtype))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class HostExperts:
+    """Experts of a layer, each a row of bytes; `packed_format` is None where they lie in rows."""
+
+    spec: ModelSpec
+    layer: int
+    dtype: torch.dtype
+    experts_EB: Tensor
+    packed_format: WeightFormat | None
+
+    @property
+    def flat_B(self) -> Tensor:
+        return self.experts_EB.view(-1)
+
+    @property
+    def is_packed(self) -> bool:
+        return self.packed_format is not None
+
+    @property
+    def expert_bytes(self) -> int:
+        return self.experts_EB.shape[1]
+
+    def without_first(self, count: int) -> HostExperts:
+        """All but the first `count`."""
+        return replace(self, experts_EB=self.experts_EB[count:])
+
+    def weights(self, copy_B: Tensor) -> ModuleWeights:
+        return self.weights_of(copy_B.view(-1, self.expert_bytes))
+
+    def weights_of(self, copies_EB: Tensor) -> ModuleWeights:
+        """The tensors in copies of some experts, to be asked for once."""
+        if self.packed_format is None:
+            return expert_views(self.spec, self.layer, copies_EB.view(self.dtype))
+        width, hidden = self.spec.layers[self.layer].intermediate_size, self.spec.hidden_size
+        return rows_of_experts(copies_EB, self.packed_format, width, hidden)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HostCopies:
+    """What the host has of all modules, in rows or packed, as staging copies from it."""
+
+    spec: ModelSpec
+    homes: Homes
+    rows: Mapping[ModuleKey, Tensor]
+    packed: Mapping[ModuleKey, PackedModule]
+
+    def copy(self, module: Module, layer: int, num_resident: int) -> HostCopy:
+        """What a tier with so many residents streams of a layer's module."""
+        if module == "experts":
+            first_on_cpu = self.homes[layer].first("cpu", num_resident)
+            return self.experts(layer).without_first(num_resident - first_on_cpu)
+        dtype, packed = TORCH_DTYPES[self.spec.dtype], self.packed.get((module, layer))
+        if packed is not None:
+            flat = torch.from_numpy(packed.flat)
+            return HostModule(flat_B=flat, dtype=dtype, layout=packed.layout)
+        layout = module_layout(self.spec, module, layer)
+        flat = self.rows[module, layer].view(torch.uint8)
+        return HostModule(flat_B=flat, dtype=dtype, layout=layout)
+
+    def experts(self, layer: int) -> HostExperts:
+        """Those of a layer that are on the CPU."""
+        packed, count = self.packed.get(("experts", layer)), self.homes[layer].num_on_cpu
+        if packed is not None:
+            assert packed.experts is not None
+            flat = torch.from_numpy(packed.experts.blob)
+        else:
+            num_bytes = count * self.spec.expert_bytes(layer)
+            flat = self.rows["experts", layer].view(torch.uint8)[:num_bytes]
+        return HostExperts(
+            spec=self.spec,
+            layer=layer,
+            dtype=TORCH_DTYPES[self.spec.dtype],
+            experts_EB=flat.view(count, -1),
+            packed_format=None if packed is None else packed.layout.weight_format,
+        )

@@ -1,0 +1,547 @@
+"""Menu: every way in which a layer can be placed, with its seconds and bytes, as arrays."""
+
+# A choices for attention, R for the router (or the dense feed-forward), X for the experts; two
+# phases p. A state is a triple of choices, S = A * R * X of them in that order.
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from planner.cost_model import Pricer
+from planner.memory import layer_kv_bytes
+from planner.model_spec import ModelSpec, Module
+from planner.placement import (
+    ON_CPU,
+    ON_GPU,
+    STREAMED,
+    Device,
+    LayerPlacement,
+    ModulePlacement,
+    Runs,
+)
+from planner.step_graph import Lane, Op, OpKind, Part, Payload
+from planner.workload import PHASES, Phase, Workload
+
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+
+DEVICES: tuple[Device, ...] = ("gpu", "cpu")
+# Numbers of resident experts that a menu has, of many: more lie between them.
+_MAX_COUNTS = 17
+
+
+class Choice(NamedTuple):
+    """A module in both phases; its weights live where both need them."""
+
+    prefill: ModulePlacement
+    decode: ModulePlacement
+
+
+_HOST = (ON_CPU, STREAMED)
+_WHOLE = (
+    Choice(ON_GPU, ON_GPU),
+    *(Choice(prefill, decode) for prefill in _HOST for decode in _HOST),
+)
+_NO_GPU = (Choice(ON_CPU, ON_CPU),)
+# Seconds that are added up over modules: the longest path of ops, the same as if lanes did not slow
+# each other down, copies to the GPU, and the CPU's work.
+_IMPOSSIBLE_S = 1e30
+_SUMS = ("chain", "undisturbed", "h2d", "cpu")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PricedSteps:
+    """The steps of a phase: how often each runs in a workload, and what its ops cost."""
+
+    steps: tuple[tuple[float, Pricer], ...]
+    max_fetched: int
+
+    def seconds(self, op: Op) -> Floats:
+        """Seconds of an op in each kind of step, once."""
+        return np.array([price(op) for _, price in self.steps])
+
+    @property
+    def counts(self) -> Floats:
+        return np.array([count for count, _ in self.steps])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Menu:
+    """States of a layer, or of the model's ends: columns of one length.
+
+    Attributes
+    ----------
+    choices : tuple
+        Of each module, in the order of `states`.
+    states : array (S,)
+        The triple of choices that each column is of, as one number.
+    loads_s : array (3, 2, S)
+        Seconds of a workload in each phase: of the longest path of ops through the layer, of its
+        copies to the GPU, and of what both cost the memory that they share with the CPU
+        (`_shared_s`). A step takes no less than any, added up over layers.
+    move_s : array (S,)
+        Of moving its KV cache between the phases.
+    bytes : array (2, S)
+        Weights and KV on the GPU, and on the CPU.
+    streamed_bytes : array (2, S)
+        Weights that are copied whole in each step of a phase.
+    is_split, uses_gpu : array (2, S)
+        In each phase: are there experts that a step divides; does the GPU compute?
+    """
+
+    choices: tuple[tuple[Choice, ...], ...]
+    states: NDArray[np.int64]
+    loads_s: Floats
+    move_s: Floats
+    bytes: Floats
+    streamed_bytes: Floats
+    is_split: Bools
+    uses_gpu: Bools
+
+    def only(self, wanted: Bools) -> Menu:
+        """The menu of some of its columns."""
+        return Menu(
+            choices=self.choices,
+            states=self.states[wanted],
+            loads_s=self.loads_s[:, :, wanted],
+            move_s=self.move_s[wanted],
+            bytes=self.bytes[:, wanted],
+            streamed_bytes=self.streamed_bytes[:, wanted],
+            is_split=self.is_split[:, wanted],
+            uses_gpu=self.uses_gpu[:, wanted],
+        )
+
+    def column_of(self, other: Menu, column: int) -> int:
+        """Where a column of a part of this menu (`only`) is in the whole."""
+        return int(np.searchsorted(self.states, other.states[column]))
+
+    def picked(self, column: int) -> list[Choice]:
+        """The choice of each module."""
+        state, found = int(self.states[column]), list[Choice]()
+        for options in reversed(self.choices):
+            state, at = divmod(state, len(options))
+            found.append(options[at])
+        return found[::-1]
+
+
+def layer_placements(menu: Menu, column: int) -> tuple[LayerPlacement, LayerPlacement]:
+    """A layer in both phases."""
+    picked = menu.picked(column)
+    return _layer(picked, 0), _layer(picked, 1)
+
+
+def _layer(picked: Sequence[Choice], phase: int) -> LayerPlacement:
+    attention, second, *others = (choice[phase] for choice in picked)
+    if not others:
+        return LayerPlacement(attention=attention, ffn=second)
+    return LayerPlacement(attention=attention, router=second, ffn=others[0])
+
+
+class _Prices:
+    """Seconds of the ops of one layer, or outside of layers, in each kind of step of a phase."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        layer: int | None,
+        steps: dict[Phase, PricedSteps],
+        has_gpu: bool,
+    ) -> None:
+        self.spec = spec
+        self.layer = layer
+        self.has_gpu = has_gpu
+        _, price = steps["decode"].steps[0]
+        found = price.costs.slowdowns
+        self.slowdowns = (found.get(("h2d", "cpu"), 1.0), found.get(("cpu", "h2d"), 1.0))
+        self._steps = steps
+        self._known: dict[tuple[object, ...], Floats] = {}
+
+    def op(
+        self,
+        phase: Phase,
+        kind: OpKind,
+        lane: Lane,
+        *,
+        module: Module | None = None,
+        payload: Payload | None = None,
+        part: Part = "all",
+        num_resident: int = 0,
+    ) -> Floats:
+        key = (phase, kind, lane, module, payload, part, num_resident)
+        if key not in self._known:
+            is_decided = part in ("fetched", "rest")
+            op = Op(
+                index=0,
+                kind=kind,
+                lane=lane,
+                layer=self.layer,
+                module=module,
+                payload=payload,
+                part=part,
+                num_resident=num_resident,
+                max_fetched=self._steps[phase].max_fetched if is_decided else 0,
+            )
+            self._known[key] = self._steps[phase].seconds(op)
+        return self._known[key]
+
+    def move(self, phase: Phase, payload: Payload, target: Device) -> Floats:
+        return self.op(phase, "copy", "h2d" if target == "gpu" else "d2h", payload=payload)
+
+    def stream(
+        self, phase: Phase, module: Module, num_resident: int = 0, *, part: Part | None = None
+    ) -> Floats:
+        part = part or ("missed" if num_resident else "all")
+        return self.op(
+            phase,
+            "copy",
+            "h2d",
+            module=module,
+            payload="weights",
+            part=part,
+            num_resident=num_resident,
+        )
+
+    def total(self, phase: Phase, seconds: Floats) -> float:
+        """Over all steps of the workload."""
+        return float(seconds @ self._steps[phase].counts)
+
+
+def layer_menu(
+    spec: ModelSpec,
+    layer: int,
+    wave: Workload,
+    steps: dict[Phase, PricedSteps],
+    *,
+    has_gpu: bool,
+    kv_move_s: Callable[[Lane], float],
+    num_waves: int,
+) -> Menu:
+    """Price every state of a layer.
+
+    Parameters
+    ----------
+    layer : int
+        A layer of the kind; all of one shape have one menu.
+    wave : Workload
+        Sequences that run together.
+    steps : dict
+        Steps of each phase, and how often each runs in the whole workload.
+    kv_move_s : callable
+        Seconds of moving the layer's cache of a wave in a direction.
+    """
+    prices = _Prices(spec, layer, steps, has_gpu)
+    this = spec.layers[layer]
+    whole = _WHOLE if has_gpu else _NO_GPU
+    second: Module = "router" if this.is_moe else "dense"
+    modules: list[tuple[Module, tuple[Choice, ...]]] = [("attention", whole), (second, whole)]
+    if this.is_moe:
+        modules.append(("experts", _expert_choices(this.num_experts, steps, has_gpu=has_gpu)))
+    columns = [_columns(prices, module, options, wave) for module, options in modules]
+    shape = tuple(len(options) for _, options in modules)
+    sums = np.zeros((len(_SUMS), 2, *shape))
+    uses_gpu, is_split = np.zeros((2, *shape), bool), np.zeros((2, *shape), bool)
+    streamed, held = np.zeros((2, *shape)), np.zeros((2, *shape))
+    for at, phase in enumerate(PHASES):
+        for axis, column in enumerate(columns):
+            for row in range(len(_SUMS)):
+                sums[row, at] += _along(column.sums_s[row, at], axis, shape)
+            streamed[at] += _along(column.streamed_bytes[at], axis, shape)
+            uses_gpu[at] |= _along(column.uses_gpu[at], axis, shape)
+            is_split[at] |= _along(column.is_split[at], axis, shape)
+        crossing = _crossings(prices, phase, columns[0], columns[1])
+        sums[:, at] += crossing.reshape(*crossing.shape, *(1,) * (len(shape) - 2))
+        if this.is_moe:
+            sums[:, at] += _experts(prices, phase, columns[1], modules[2][1])
+    for device in range(2):
+        for axis, column in enumerate(columns):
+            held[device] += _along(column.bytes[device], axis, shape)
+    move_s = np.zeros(shape) + _along(
+        np.array([_kv_move_s(choice, kv_move_s) for choice in whole]) * num_waves, 0, shape
+    )
+    menu = Menu(
+        choices=tuple(options for _, options in modules),
+        states=np.arange(move_s.size),
+        loads_s=_loads_s(sums.reshape(len(_SUMS), 2, -1), prices.slowdowns),
+        move_s=move_s.ravel(),
+        bytes=held.reshape(2, -1),
+        streamed_bytes=streamed.reshape(2, -1),
+        is_split=is_split.reshape(2, -1),
+        uses_gpu=uses_gpu.reshape(2, -1),
+    )
+    # but for contradictions: experts on both devices whose router is on the CPU
+    return menu.only(np.asarray((menu.loads_s[0] < _IMPOSSIBLE_S).all(axis=0)))
+
+
+def _loads_s(sums: Floats, slowdowns: tuple[float, float]) -> Floats:
+    """The three loads of `Menu` from sums of seconds (chain, chain undisturbed, copies, CPU).
+
+    Let copies to the GPU take h seconds and the CPU's work c of a step's chain g + c, and let them
+    work at the same time for o seconds, in which each gets 1 / slowdown as much done. Then the step
+    takes at least g + c + o (1 - 1 / slow_cpu), and at least h + c - o (1 / slow_copy + 1 /
+    slow_cpu - 1). The mix of both in which o cancels is the third load.
+    """
+    chain_s, undisturbed_s, h2d_s, cpu_s = sums
+    slow_copy, slow_cpu = slowdowns
+    share = slow_copy * (1.0 - 1.0 / slow_cpu)
+    if not 0.0 < share < 1.0:
+        share = 0.0
+    shared_s = (1.0 - share) * undisturbed_s + share * (h2d_s + cpu_s)
+    return np.stack([chain_s, h2d_s, shared_s])
+
+
+def ends_menu(spec: ModelSpec, steps: dict[Phase, PricedSteps], *, has_gpu: bool) -> Menu:
+    """The embedding, and the head with what follows it, on either device."""
+    prices = _Prices(spec, None, steps, has_gpu)
+    options = (Choice(ON_GPU, ON_GPU), Choice(ON_CPU, ON_CPU)) if has_gpu else _NO_GPU
+    count = len(options)
+    sums = np.zeros((len(_SUMS), 2, count, count))
+    held = np.zeros((2, count, count))
+    on_gpu = np.zeros((2, count, count), bool)
+    for first, embedding in enumerate(options):
+        for second, head in enumerate(options):
+            at = (first, second)
+            for row, phase in enumerate(PHASES):
+                embeds, heads = embedding[row].device, head[row].device
+                parts: list[tuple[Lane, Floats]] = [
+                    (embeds, prices.op(phase, "embed", embeds)),
+                    (heads, prices.op(phase, "head", heads, module="head")),
+                    ("cpu", prices.op(phase, "sample", "cpu")),
+                ]
+                if heads == "gpu":
+                    parts.append(("d2h", prices.move(phase, "logits", "cpu")))
+                sums[:, row][:, first, second] = _in_turn(prices, phase, parts)
+                on_gpu[row][at] = "gpu" in (embeds, heads)
+            for row, device in enumerate(DEVICES):
+                lives = [choice.decode.lives == device for choice in (embedding, head)]
+                held[row][at] = lives[0] * spec.weight_bytes("embedding")
+                held[row][at] += lives[1] * spec.weight_bytes("head")
+                held[row][at] -= all(lives) * spec.tied_bytes
+    num_states = count * count
+    return Menu(
+        choices=(options, options),
+        states=np.arange(num_states),
+        loads_s=_loads_s(sums.reshape(len(_SUMS), 2, -1), prices.slowdowns),
+        move_s=np.zeros(num_states),
+        bytes=held.reshape(2, -1),
+        streamed_bytes=np.zeros((2, num_states)),
+        is_split=np.zeros((2, num_states), bool),
+        uses_gpu=on_gpu.reshape(2, -1),
+    )
+
+
+def _in_turn(prices: _Prices, phase: Phase, parts: Sequence[tuple[Lane, Floats]]) -> Floats:
+    """Sums of ops that run one after the other: chain, chain undisturbed, copies, CPU."""
+    chain_s = h2d_s = cpu_s = 0.0
+    for lane, seconds in parts:
+        total_s = prices.total(phase, seconds)
+        chain_s += total_s
+        h2d_s += total_s if lane == "h2d" else 0.0
+        cpu_s += total_s if lane == "cpu" else 0.0
+    return np.array([chain_s, chain_s, h2d_s, cpu_s])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Columns:
+    """One module's choices: what does not depend on the other modules'."""
+
+    sums_s: Floats
+    bytes: Floats
+    streamed_bytes: Floats
+    uses_gpu: Bools
+    is_split: Bools
+    on_gpu: Bools
+
+
+def _columns(
+    prices: _Prices, module: Module, options: tuple[Choice, ...], wave: Workload
+) -> _Columns:
+    count, spec, layer = len(options), prices.spec, prices.layer
+    assert layer is not None
+    sums = np.zeros((len(_SUMS), 2, count))
+    held, streamed = np.zeros((2, count)), np.zeros((2, count))
+    on_gpu, uses_gpu = np.zeros((2, count), bool), np.zeros((2, count), bool)
+    is_split = np.zeros((2, count), bool)
+    num_bytes = spec.weight_bytes(module, layer)
+    each_bytes = spec.expert_bytes(layer) if module == "experts" else 0
+    kv_bytes = layer_kv_bytes(spec, wave, layer) if module == "attention" else 0
+    for at, choice in enumerate(options):
+        resident = choice.prefill.num_resident * each_bytes
+        is_on_gpu = choice.prefill.lives == "gpu"
+        held[0, at] = num_bytes if is_on_gpu else resident
+        held[1, at] = 0 if is_on_gpu else num_bytes - resident
+        for index, device in enumerate(DEVICES):
+            held[index, at] += kv_bytes * any(where.device == device for where in choice)
+        for row, phase in enumerate(PHASES):
+            where = choice[row]
+            on_gpu[row, at] = where.device == "gpu"
+            uses_gpu[row, at] = "gpu" in where.devices
+            is_split[row, at] = where.runs == "split"
+            if module != "experts":
+                kind: OpKind = module if module in ("attention", "router", "dense") else "dense"
+                seconds = prices.op(phase, kind, where.device, module=module)
+                sums[:, row, at] += _in_turn(prices, phase, [(where.device, seconds)])
+            if where.runs == "stream":
+                copy_s = prices.stream(phase, module, where.num_resident)
+                sums[_SUMS.index("h2d"), row, at] += prices.total(phase, copy_s)
+                streamed[row, at] = num_bytes - where.num_resident * each_bytes
+    return _Columns(
+        sums_s=sums,
+        bytes=held,
+        streamed_bytes=streamed,
+        uses_gpu=uses_gpu,
+        is_split=is_split,
+        on_gpu=on_gpu,
+    )
+
+
+def _crossings(prices: _Prices, phase: Phase, attention: _Columns, second: _Columns) -> Floats:
+    """Sums of taking the hidden states from one to the other, (4, A, R)."""
+    at = PHASES.index(phase)
+    before, after = attention.on_gpu[at], second.on_gpu[at]
+    found = np.zeros((len(_SUMS), len(before), len(after)))
+    if not prices.has_gpu:
+        return found
+    up = _in_turn(prices, phase, [("h2d", prices.move(phase, "hidden", "gpu"))])
+    down = _in_turn(prices, phase, [("d2h", prices.move(phase, "hidden", "cpu"))])
+    found += up[:, None, None] * (~before[:, None] & after)
+    found += down[:, None, None] * (before[:, None] & ~after)
+    return found
+
+
+def _experts(
+    prices: _Prices, phase: Phase, router: _Columns, options: tuple[Choice, ...]
+) -> Floats:
+    """Sums from the router's end to the combined output, (4, 1, R, X)."""
+    at = PHASES.index(phase)
+    by_device = {
+        is_gpu: np.array(
+            [
+                _expert_block(prices, phase, "gpu" if is_gpu else "cpu", choice[at])
+                for choice in options
+            ]
+        )
+        for is_gpu in ((True, False) if prices.has_gpu else (False,))
+    }
+    rows = np.array([by_device[bool(is_gpu)] for is_gpu in router.on_gpu[at]])
+    found: Floats = np.moveaxis(rows, -1, 0)[:, None]
+    return found
+
+
+def _expert_block(prices: _Prices, phase: Phase, router: Device, where: ModulePlacement) -> Floats:
+    """Sums of a layer's experts; more than any step takes where they cannot be so."""
+    if where.is_mixed:
+        if router == "cpu":
+            return np.full(len(_SUMS), _IMPOSSIBLE_S)
+        return _mixed_block(prices, phase, where)
+    device = where.device
+    parts: list[tuple[Lane, Floats]] = [
+        (device, prices.op(phase, "dispatch", device)),
+        (device, prices.op(phase, "experts", device, module="experts")),
+        (router, prices.op(phase, "combine", router)),
+    ]
+    if device != router:
+        down: Payload = "routing" if router == "gpu" else "expert_output"
+        up: Payload = "expert_output" if router == "gpu" else "routing"
+        parts.append(("d2h", prices.move(phase, down, "cpu")))
+        parts.append(("h2d", prices.move(phase, up, "gpu")))
+    return _in_turn(prices, phase, parts)
+
+
+def _mixed_block(prices: _Prices, phase: Phase, where: ModulePlacement) -> Floats:
+    """The same of experts on both devices: the longest path to their sum."""
+    part: Part = "rest" if where.runs == "split" else "missed"
+
+    def experts(lane: Lane, part: Part) -> Floats:
+        num = where.num_resident
+        return prices.op(phase, "experts", lane, module="experts", part=part, num_resident=num)
+
+    def dispatch(lane: Lane, part: Part) -> Floats:
+        return prices.op(phase, "dispatch", lane, part=part, num_resident=where.num_resident)
+
+    combine = prices.op(phase, "combine", "gpu")
+    on_gpu = np.zeros_like(combine)
+    if where.num_resident:
+        on_gpu = dispatch("gpu", "resident") + experts("gpu", "resident")
+    if where.runs == "stream":
+        on_gpu = on_gpu + dispatch("gpu", "missed") + experts("gpu", "missed")
+        return _in_turn(prices, phase, [("gpu", on_gpu + combine)])
+    sort, work = dispatch("cpu", part), experts("cpu", part)
+    routed = prices.move(phase, "routing", "cpu") + sort
+    back = prices.move(phase, "expert_output", "gpu")
+    fetch, fetched = np.zeros_like(combine), np.zeros_like(combine)
+    if where.runs == "split":
+        fetch = prices.stream(phase, "experts", where.num_resident, part="fetched")
+        fetched = dispatch("gpu", "fetched") + experts("gpu", "fetched")
+    chains = []
+    for slowdowns in (prices.slowdowns, (1.0, 1.0)):
+        fetch_end, work_end = _side_by_side(fetch, work, slowdowns)
+        gpu_end = on_gpu
+        if where.runs == "split":
+            gpu_end = np.maximum(on_gpu, routed + fetch_end) + fetched
+        cpu_end = routed + np.maximum(fetch_end, work_end) + back
+        chains.append(prices.total(phase, np.maximum(gpu_end, cpu_end) + combine))
+    cpu_s = prices.total(phase, sort + work)
+    return np.array([*chains, prices.total(phase, fetch + back), cpu_s])
+
+
+def _side_by_side(
+    copy_s: Floats, cpu_s: Floats, slowdowns: tuple[float, float]
+) -> tuple[Floats, Floats]:
+    """When a copy and work of the CPU end that begin together and slow each other down.
+
+    Where both together get less done than one after the other, a step might find an order in which
+    they do not meet: then nothing is said of what they cost each other.
+    """
+    slow_copy, slow_cpu = slowdowns
+    if 1.0 / slow_copy + 1.0 / slow_cpu < 1.0:
+        return copy_s, cpu_s
+    both_s = np.minimum(copy_s * slow_copy, cpu_s * slow_cpu)
+    return (
+        both_s + (copy_s - both_s / slow_copy),
+        both_s + (cpu_s - both_s / slow_cpu),
+    )
+
+
+def _expert_choices(
+    num_experts: int, steps: dict[Phase, PricedSteps], *, has_gpu: bool
+) -> tuple[Choice, ...]:
+    """How many experts are resident, and how the others run in each phase."""
+    if not has_gpu:
+        return _NO_GPU
+    runs: dict[Phase, tuple[Runs, ...]] = {
+        phase: ("cpu", "stream", "split") if steps[phase].max_fetched else ("cpu", "stream")
+        for phase in PHASES
+    }
+    counts = list(range(num_experts))
+    if num_experts > _MAX_COUNTS:
+        counts = sorted({round(at * num_experts / (_MAX_COUNTS - 1)) for at in range(_MAX_COUNTS)})
+        counts = [count for count in counts if count < num_experts]
+    return (
+        Choice(ON_GPU, ON_GPU),
+        *(
+            Choice(
+                ModulePlacement(lives="cpu", runs=prefill, num_resident=count),
+                ModulePlacement(lives="cpu", runs=decode, num_resident=count),
+            )
+            for count in counts
+            for prefill in runs["prefill"]
+            for decode in runs["decode"]
+        ),
+    )
+
+
+def _kv_move_s(choice: Choice, kv_move_s: Callable[[Lane], float]) -> float:
+    """Seconds of taking the cache to where decode wants it."""
+    if choice.prefill.device == choice.decode.device:
+        return 0.0
+    return kv_move_s("h2d" if choice.decode.device == "gpu" else "d2h")
+
+
+def _along(column: NDArray[Any], axis: int, shape: tuple[int, ...]) -> NDArray[Any]:
+    """A column of one module, to be added along its axis."""
+    return column.reshape([-1 if at == axis else 1 for at in range(len(shape))])
