@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import msgspec
@@ -96,7 +97,8 @@ class LayerSpec:
         return ("attention", "router", "experts") if self.is_moe else ("attention", "dense")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+# No slots: what is worked out once stays with the spec.
+@dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """Shapes and formats of a causal decoder; everything the planner knows of a model.
 
@@ -199,9 +201,7 @@ class ModelSpec:
 
     def expert_bytes(self, layer: int) -> int:
         """Bytes of one expert (gate, up, down) of a layer."""
-        this, kind = self.layers[layer], self.weight_kind("experts")
-        matrices = _ffn_matrices(1, this.intermediate_size, self.hidden_size, this.num_ffn_matrices)
-        return sum(count * matrix_bytes(kind, *shape) for count, *shape in matrices)
+        return self.weight_bytes("experts", layer) // self.layers[layer].num_experts
 
     def gated_size(self, layer: int) -> float:
         """Width of the gate, up and down that have as many weights as a layer's feed-forward."""
@@ -221,6 +221,16 @@ class ModelSpec:
 
     def weight_bytes(self, module: Module, layer: int | None = None) -> int:
         """Bytes of one module's weights in the model's format, scales included."""
+        key = (module, layer)
+        if key not in self._known_bytes:
+            self._known_bytes[key] = self._weight_bytes(module, layer)
+        return self._known_bytes[key]
+
+    @cached_property
+    def _known_bytes(self) -> dict[tuple[Module, int | None], int]:
+        return {}
+
+    def _weight_bytes(self, module: Module, layer: int | None) -> int:
         kind = self.weight_kind(module)
         matrices = self.matrices(module, layer)
         others = self.num_params(module, layer)
