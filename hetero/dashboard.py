@@ -19,13 +19,11 @@ from rich.text import Text
 
 from hetero.report import bytes_text, rate_text, seconds_text, terms_table
 from hetero.run_monitor import DeviceUse, LastStep, PhaseSpeed, Snapshot
-from hetero.terminal_text import one_line, visible
+from hetero.terminal_text import ASCII_BLOCKS, BLOCKS, one_line, visible
 
 FULL_SIZE = (120, 36)
 COMPACT_SIZE = (80, 24)
 
-_BLOCKS = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
-_ASCII_BLOCKS = "_.-=+*%#"
 # Of a bar; a sparkline has twice as many.
 _FULL_CELLS = 20
 _COMPACT_CELLS = 10
@@ -241,7 +239,7 @@ def sparkline(values: Sequence[float], is_ascii: bool = False) -> str:
     >>> sparkline([1, 2, 4], is_ascii=True)
     '.=#'
     """
-    blocks = _ASCII_BLOCKS if is_ascii else _BLOCKS
+    blocks = ASCII_BLOCKS if is_ascii else BLOCKS
     top = max(values, default=0.0)
     if top <= 0:
         return ""

@@ -22,7 +22,9 @@ from planner.memory import needs
 from planner.model_spec import Dtype, ModelSpec, Quantization
 from planner.placement import check_matches
 from planner.plan import Plan
+from planner.rivals import RivalName, rival_names
 from planner.search import profile_fingerprint, search
+from planner.what_if import what_if, what_if_keys
 from planner.workload import Objective, Workload
 
 # A quarter of the host's memory is enough to rehearse a plan.
@@ -267,6 +269,48 @@ def usable_hardware(profile: HardwareProfile, resources: Resources) -> HardwareP
     return hardware.with_memory(cpu_bytes=resources.cpu_bytes, gpu_bytes=resources.gpu_bytes)
 
 
+def changed_hardware(
+    hardware: HardwareProfile,
+    text: str | None,
+    gpu_mem_gb: float | None = None,
+    cpu_mem_gb: float | None = None,
+) -> HardwareProfile:
+    """The machine as a what-if text would have it (`planner.what_if`); as it is without one.
+
+    Raises
+    ------
+    UsageError
+        The text does not apply, or changes a memory for which a budget was given.
+    """
+    if text is None:
+        return hardware
+    try:
+        changed = what_if(hardware, text)
+    except PlannerError as error:
+        raise UsageError(f"--what-if: {error}") from None
+    for device, budget in (("gpu", gpu_mem_gb), ("cpu", cpu_mem_gb)):
+        if budget is not None and f"{device}-mem-gb" in what_if_keys(text):
+            raise UsageError(
+                f"--{device}-mem-gb is {budget} and --what-if changes {device}-mem-gb too: {text}; "
+                "give one of them"
+            )
+    return changed
+
+
+def rivals_asked(text: str | None) -> tuple[RivalName, ...]:
+    """Whom to compare a plan with.
+
+    Raises
+    ------
+    UsageError
+        A name is unknown.
+    """
+    try:
+        return () if text is None else rival_names(text)
+    except PlannerError as error:
+        raise UsageError(f"--compare: {error}") from None
+
+
 def default_workload(
     max_model_len: int,
     *,
@@ -403,8 +447,13 @@ def check_plan(plan: Plan, spec: ModelSpec, hardware: HardwareProfile) -> None:
         raise MemoryBudgetError(lacking)
 
 
-def lacking_memory(plan: Plan, spec: ModelSpec, hardware: HardwareProfile) -> str | None:
-    """Why a plan does not fit, in one sentence with the nearest that would; None where it fits."""
+def lacking_memory(
+    plan: Plan, spec: ModelSpec, hardware: HardwareProfile, nearest: str | None = None
+) -> str | None:
+    """Why a plan does not fit, in one sentence with the nearest that would; None where it fits.
+
+    `nearest` says what would fit, where that was looked for.
+    """
     short = {
         device: need
         for device, need in needs(spec, plan.placement, plan.wave, hardware).items()
@@ -420,6 +469,8 @@ def lacking_memory(plan: Plan, spec: ModelSpec, hardware: HardwareProfile) -> st
     fitting = next((other for other in plan.alternatives if other.feasible), None)
     if fitting is not None:
         fix = f"the nearest that fits is {fitting.name}"
+    elif nearest is not None:
+        fix = nearest
     else:
         flags = " and ".join(f"--{device}-mem-gb" for device in short)
         fix = f"raise {flags}, or ask for fewer or shorter sequences"

@@ -14,6 +14,7 @@ from planner.calibration import MAX_FACTOR, MIN_FACTOR
 from planner.hardware import HardwareProfile
 from planner.kernel_table import Source
 from planner.memory import available_bytes
+from planner.model_spec import ModelSpec
 from planner.placement import Device, ModulePlacement, Runs, TierPlacement
 from planner.plan import Alternative, Estimate, Plan, TimeMetric, Trial
 from planner.timeline import TERMS, TermComparison
@@ -26,6 +27,8 @@ RED_RATIO = 1.5
 Side = Literal["left", "right"]
 
 _MAX_ALTERNATIVES = 8
+# Numbers of resident experts that are told one by one; of more the least and the most.
+_MAX_RESIDENT_GROUPS = 2
 # A correction is worth a word where it moves a term of this share of its phase by this much.
 _MIN_CORRECTED_SHARE = 0.05
 _MIN_CORRECTION = 0.03
@@ -111,8 +114,12 @@ def workload_text(workload: Workload) -> str:
     )
 
 
-def where_text(tier: TierPlacement) -> str:
-    """Where the modules of a tier run, as `attention gpu 32; experts gpu 20, cpu 12; head gpu`."""
+def where_text(tier: TierPlacement, spec: ModelSpec | None = None) -> str:
+    """Where the modules of a tier run, as `attention gpu 32; experts gpu 20, cpu 12; head gpu`.
+
+    Experts that lie in both memories: `experts: 27 layers on the cpu, 16 layers with 112 of 128 on
+    the gpu`; without `spec` it is not known of how many.
+    """
     experts = [layer.ffn for layer in tier.layers if layer.router is not None]
     dense = [layer.ffn for layer in tier.layers if layer.router is None]
     groups: list[tuple[str, Sequence[ModulePlacement]]] = [
@@ -120,7 +127,13 @@ def where_text(tier: TierPlacement) -> str:
         ("experts", experts),
         ("feed-forward", dense),
     ]
-    parts = [f"{name} {_counts(places)}" for name, places in groups if places]
+    parts = [
+        f"{name}: {_mixed_counts(places, _num_experts(spec))}"
+        if any(place.is_mixed for place in places)
+        else f"{name} {_counts(places)}"
+        for name, places in groups
+        if places
+    ]
     return "; ".join([*parts, f"head {_run_name(tier.head.runs)}"])
 
 
@@ -128,6 +141,51 @@ def _counts(places: Sequence[ModulePlacement]) -> str:
     order: tuple[Runs, ...] = ("gpu", "stream", "cpu")
     counts = {runs: sum(place.runs == runs for place in places) for runs in order}
     return ", ".join(f"{_run_name(runs)} {count}" for runs, count in counts.items() if count)
+
+
+def _num_experts(spec: ModelSpec | None) -> int | None:
+    """Experts of each layer that has any; None where that is not known, or not one number."""
+    counts = {layer.num_experts for layer in spec.layers if layer.is_moe} if spec else set[int]()
+    return counts.pop() if len(counts) == 1 else None
+
+
+def _mixed_counts(places: Sequence[ModulePlacement], num_experts: int | None) -> str:
+    """Experts of layers of which some lie in both memories, by how they run."""
+    whole = {"gpu": "on the gpu", "stream": "streamed to the gpu", "cpu": "on the cpu"}
+    parts = []
+    for runs, name in whole.items():
+        count = sum(place.runs == runs and not place.is_mixed for place in places)
+        if count:
+            parts.append(f"{_layers(count)} {name}")
+    others: dict[Runs, str] = {
+        "stream": "the rest streamed",
+        "cpu": "",
+        "split": "the rest split",
+    }
+    for way, rest in others.items():
+        residents = [each.num_resident for each in places if each.is_mixed and each.runs == way]
+        groups = [[count] * residents.count(count) for count in sorted(set(residents))]
+        if len(groups) > _MAX_RESIDENT_GROUPS:
+            groups = [sorted(residents)]
+        for group in groups:
+            parts.append(_resident_text(group, num_experts, rest))
+    return ", ".join(parts)
+
+
+def _resident_text(residents: list[int], num_experts: int | None, rest: str) -> str:
+    """`16 layers with 112 of 128 on the gpu`, of some layers with ascending residents."""
+    if not any(residents):
+        return f"{_layers(len(residents))} split"
+    counts = (
+        f"{residents[0]}" if residents[0] == residents[-1] else f"{residents[0]} to {residents[-1]}"
+    )
+    of = "experts" if num_experts is None else f"of {num_experts}"
+    text = f"{_layers(len(residents))} with {counts} {of} on the gpu"
+    return f"{text} ({rest})" if rest else text
+
+
+def _layers(count: int) -> str:
+    return f"{count} layer{'s' if count > 1 else ''}"
 
 
 def _run_name(runs: Runs) -> str:
@@ -157,7 +215,7 @@ def _has_slower_gpu_plan(plan: Plan) -> bool:
     return any(other.feasible and other.name != "cpu" for other in plan.alternatives)
 
 
-def plan_lines(plan: Plan, hardware: HardwareProfile) -> list[str]:
+def plan_lines(plan: Plan, hardware: HardwareProfile, spec: ModelSpec | None = None) -> list[str]:
     """The plan in a few lines: where, how much memory, how fast, what binds."""
     est = plan.estimate
     lines = [
@@ -167,7 +225,7 @@ def plan_lines(plan: Plan, hardware: HardwareProfile) -> list[str]:
     for phase in PHASES:
         tier = plan.placement.tier(phase)
         bound = est.bottleneck_by_phase.get(phase, "none")
-        lines.append(f"{phase}: {_tier_name(tier)} ({where_text(tier)}), bound by {bound}")
+        lines.append(f"{phase}: {_tier_name(tier)} ({where_text(tier, spec)}), bound by {bound}")
     lines.append(f"memory: {_memory_text(plan, hardware)}")
     lines.append(
         f"predicted: first token after {seconds_text(est.ttft_s)}, then "
@@ -266,7 +324,15 @@ def _device_name(device: Device, hardware: HardwareProfile) -> str:
     return "gpu (emulated)" if device == "gpu" and is_emulated else device
 
 
-def print_plan(console: Console, plan: Plan, hardware: HardwareProfile) -> None:
+def gap_text(plan: Plan) -> str:
+    """What any other placement could gain, by the bound of the search."""
+    at_most = f"{plan.optimality_gap:.1%}"
+    return f"proven: by the same prices no placement takes more than {at_most} less time in all"
+
+
+def print_plan(
+    console: Console, plan: Plan, hardware: HardwareProfile, spec: ModelSpec | None = None
+) -> None:
     """Print a plan: whether it fits, where everything goes, how fast, and what else there was."""
     console.print(Text(one_line(f"{plan.model} on {machine_line(plan, hardware)}"), style="bold"))
     console.print(Text(f"{workload_text(plan.workload)}, for {plan.objective}"))
@@ -274,7 +340,7 @@ def print_plan(console: Console, plan: Plan, hardware: HardwareProfile) -> None:
     style = "green" if plan.feasible else "red"
     console.print(Text(fits, style=style).append(f": {plan.placement.name}", style="none"))
     for table in (
-        _where_table(plan),
+        _where_table(plan, spec),
         _memory_table(plan, hardware),
         _speed_table(plan),
         _terms_table(plan),
@@ -283,6 +349,9 @@ def print_plan(console: Console, plan: Plan, hardware: HardwareProfile) -> None:
         if table.row_count:
             console.print()
             console.print(table)
+    if plan.feasible and hardware.gpu is not None:
+        console.print()
+        console.print(Text(gap_text(plan)))
     trust = trust_text(plan, hardware)
     if trust is not None:
         console.print()
@@ -296,7 +365,7 @@ def print_plan(console: Console, plan: Plan, hardware: HardwareProfile) -> None:
         console.print(Text(one_line(f"note: {note}")))
 
 
-def _table(*columns: tuple[str, Side], gap: int = 2) -> Table:
+def table_of(*columns: tuple[str, Side], gap: int = 2) -> Table:
     """A table without lines; a column is its heading and the side that its cells keep to."""
     table = Table(box=None, padding=(0, gap, 0, 0), header_style="bold", pad_edge=False)
     for heading, side in columns:
@@ -304,28 +373,28 @@ def _table(*columns: tuple[str, Side], gap: int = 2) -> Table:
     return table
 
 
-def _add_row(table: Table, cells: Iterable[str | Text]) -> None:
+def add_row(table: Table, cells: Iterable[str | Text]) -> None:
     # Text, so that a bracket in a name is not taken for markup.
     table.add_row(*(cell if isinstance(cell, Text) else Text(one_line(cell)) for cell in cells))
 
 
-def _where_table(plan: Plan) -> Table:
-    table = _table(
+def _where_table(plan: Plan, spec: ModelSpec | None) -> Table:
+    table = table_of(
         ("phase", "left"), ("strategy", "left"), ("layers", "left"), ("bound by", "left")
     )
     for phase in PHASES:
         tier = plan.placement.tier(phase)
         bound = plan.estimate.bottleneck_by_phase.get(phase, "")
-        _add_row(table, (phase, _tier_name(tier), where_text(tier), bound))
+        add_row(table, (phase, _tier_name(tier), where_text(tier, spec), bound))
     return table
 
 
 def _memory_table(plan: Plan, hardware: HardwareProfile) -> Table:
-    table = _table(("memory", "left"), ("planned", "right"), ("may be used", "right"))
+    table = table_of(("memory", "left"), ("planned", "right"), ("may be used", "right"))
     for device, size in _bytes_by_device(plan).items():
         limit = available_bytes(hardware, device)
         planned = Text(bytes_text(size), style="red" if size > limit else "")
-        _add_row(table, (_device_name(device, hardware), planned, bytes_text(limit)))
+        add_row(table, (_device_name(device, hardware), planned, bytes_text(limit)))
     return table
 
 
@@ -336,21 +405,21 @@ def _speed_table(plan: Plan) -> Table:
         ("each token", "tpot_s", est.tpot_s, f"decode {rate_text(est.decode_tokens_per_s)}"),
         ("all", "e2e_s", est.e2e_s, ""),
     )
-    table = _table(
+    table = table_of(
         ("predicted", "left"), ("time", "right"), ("4 of 5 end in", "right"), ("rate", "right")
     )
     for name, metric, seconds, rate in rows:
         low_s, high_s = est.band_by_metric.get(metric, (seconds, seconds))
         band = f"{seconds_text(low_s)} to {seconds_text(high_s)}"
-        _add_row(table, (name, seconds_text(seconds), band, rate))
+        add_row(table, (name, seconds_text(seconds), band, rate))
     if est.num_concurrent_seqs < plan.workload.num_seqs:
         waves = f"in waves of {est.num_concurrent_seqs} of {plan.workload.num_seqs} sequences"
-        _add_row(table, (waves, "", "", ""))
+        add_row(table, (waves, "", "", ""))
     return table
 
 
 def _terms_table(plan: Plan) -> Table:
-    table = _table(("time goes to", "left"), ("prefill", "right"), ("decode step", "right"))
+    table = table_of(("time goes to", "left"), ("prefill", "right"), ("decode step", "right"))
     terms_by_phase = plan.estimate.terms_by_phase
     totals = {phase: sum(terms.values()) for phase, terms in terms_by_phase.items()}
 
@@ -361,12 +430,12 @@ def _terms_table(plan: Plan) -> Table:
     for term in TERMS:
         seconds = {phase: terms_by_phase.get(phase, {}).get(term, 0.0) for phase in PHASES}
         if any(seconds.values()):
-            _add_row(table, (term, *(cell(phase, seconds[phase]) for phase in PHASES)))
+            add_row(table, (term, *(cell(phase, seconds[phase]) for phase in PHASES)))
     return table
 
 
 def _alternatives_table(plan: Plan) -> Table:
-    table = _table(
+    table = table_of(
         ("not chosen", "left"),
         ("first", "right"),
         ("each", "right"),
@@ -374,10 +443,10 @@ def _alternatives_table(plan: Plan) -> Table:
         ("", "left"),
     )
     for other in plan.alternatives[:_MAX_ALTERNATIVES]:
-        _add_row(table, (other.name, *_times(other), other.reason))
+        add_row(table, (other.name, *_times(other), other.reason))
     left = len(plan.alternatives) - _MAX_ALTERNATIVES
     if left > 0:
-        _add_row(table, (f"{left} more", "", "", "", "in --json"))
+        add_row(table, (f"{left} more", "", "", "", "in --json"))
     return table
 
 
@@ -393,7 +462,7 @@ def _times(other: Alternative) -> tuple[str, str, str]:
 
 def print_trial(console: Console, trial: Trial) -> None:
     """Print what was tried, predicted beside measured, and whether the plan changed."""
-    table = _table(
+    table = table_of(
         ("tried", "left"),
         ("first", "right"),
         ("measured", "right"),
@@ -406,9 +475,9 @@ def print_trial(console: Console, trial: Trial) -> None:
         ours, theirs = row.predicted, row.measured
         if theirs is None:
             cells = (seconds_text(ours.ttft_s), "-", seconds_text(ours.tpot_s), "-", Text("-"))
-            _add_row(table, (row.name, *cells, row.failure or ""))
+            add_row(table, (row.name, *cells, row.failure or ""))
             continue
-        _add_row(
+        add_row(
             table,
             (
                 row.name,
@@ -436,7 +505,7 @@ def print_comparison(
 ) -> None:
     """Print what was predicted beside what was measured; the ratio is measured over predicted."""
     emulated = " (emulated)" if is_emulated else ""
-    table = _table(
+    table = table_of(
         (f"this run{emulated}", "left"),
         ("predicted", "right"),
         ("measured", "right"),
@@ -449,7 +518,7 @@ def print_comparison(
     )
     for name, ours, theirs, text in rows:
         ratio = theirs / ours if ours > 0 and theirs > 0 else None
-        _add_row(table, (name, text(ours), text(theirs), ratio_text(ratio)))
+        add_row(table, (name, text(ours), text(theirs), ratio_text(ratio)))
     rates = (
         ("prefill", predicted.prefill_tokens_per_s, measured.prefill_tokens_per_s),
         ("decode", predicted.decode_tokens_per_s, measured.decode_tokens_per_s),
@@ -459,7 +528,7 @@ def print_comparison(
             # A rate is better when higher: the colours are those of the time per token.
             cell = ratio_text(ours / theirs)
             cell.plain = f"{theirs / ours:.2f}x" if ours > 0 else "-"
-            _add_row(table, (name, rate_text(ours), rate_text(theirs), cell))
+            add_row(table, (name, rate_text(ours), rate_text(theirs), cell))
     console.print(table)
 
 
@@ -474,12 +543,12 @@ def terms_table(title: str, terms: Sequence[TermComparison], *, gap: int = 2) ->
     """A row a term and their sum, each with its ratio; `gap` blanks between the columns."""
     columns: tuple[tuple[str, Side], ...]
     columns = ((title, "left"), ("predicted", "right"), ("measured", "right"), ("ratio", "right"))
-    table = _table(*columns, gap=gap)
+    table = table_of(*columns, gap=gap)
     for row in terms:
         cells = (row.term, seconds_text(row.predicted_s), seconds_text(row.measured_s))
-        _add_row(table, (*cells, ratio_text(row.ratio)))
+        add_row(table, (*cells, ratio_text(row.ratio)))
     ours = sum(row.predicted_s for row in terms)
     theirs = sum(row.measured_s for row in terms)
     ratio = theirs / ours if ours > 0 else None
-    _add_row(table, ("step", seconds_text(ours), seconds_text(theirs), ratio_text(ratio)))
+    add_row(table, ("step", seconds_text(ours), seconds_text(theirs), ratio_text(ratio)))
     return table

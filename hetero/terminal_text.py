@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import unicodedata
 
+# Characters of rising height, for terminals that have them and for those that have ASCII only.
+BLOCKS = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
+ASCII_BLOCKS = "_.-=+*%#"
+
 _KEPT = "\n\t"
 _SHOWN = "?"
 

@@ -44,6 +44,12 @@ class Problem:
     menus: tuple[Menu, ...]
     base_s: float
 
+    @property
+    def least_bytes(self) -> float:
+        """Bytes that all layers take at least, on both devices together."""
+        pairs = zip(self.counts, self.menus, strict=True)
+        return sum(count * float(menu.bytes.sum(axis=0).min()) for count, menu in pairs)
+
 
 # Of each kind, how many layers are in each column of its menu.
 Counts = tuple[dict[int, int], ...]

@@ -147,7 +147,8 @@ class _Space:
         """Every placement keeps to the least of these that it keeps to."""
         either = (False, True)
         pairs = list(product(either, either))
-        for uses_gpu, streams, is_split in product(pairs, pairs, pairs):
+        # those first in which most placements worth having are
+        for uses_gpu, streams, is_split in product(reversed(pairs), pairs, pairs):
             is_possible = all(
                 (
                     (uses_gpu[at] and self.has_gpu)
@@ -252,7 +253,10 @@ def mixed_search(wave: Wave, chunks: Sequence[int], known_s: float) -> Found:
                 menus=tuple(menus),
                 base_s=space.base_s,
             )
-            relaxation = Relaxation(problem, space.budgets(limits), hint)
+            budgets = space.budgets(limits)
+            if problem.least_bytes > sum(budgets):
+                continue
+            relaxation = Relaxation(problem, budgets, hint)
             answer = relaxation.solve(_ENOUGH * best_s)
             if answer is None:
                 continue

@@ -20,6 +20,10 @@ QUANTIZATIONS = ("int8", "int4")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ACCELERATORS = ("auto", "none", "cuda", "emulated")
 STRATEGIES = ("gpu", "cpu", "offload", "split", "experts-on-cpu")
+RIVALS = (
+    *("llama-fit", "flexgen", "accelerate"),
+    *("experts-on-cpu", "split", "offload", "cpu", "gpu"),
+)
 
 # of cpu_kernels.compiling, which takes 0.1 s to import
 _KERNEL_CACHE = "HETERO_KERNEL_CACHE"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from hetero.cli.machine import (
+    RIVALS,
     MachineOptions,
     lookup_model,
     machine_options,
@@ -19,13 +21,15 @@ from hetero.cli.machine import (
     usable_part,
 )
 from hetero.cli.run_plan import check_has_weights, try_plan
-from hetero.errors import ExitCode
+from hetero.errors import ExitCode, UsageError
 
 if TYPE_CHECKING:
     from hetero.planning import DtypeName
-    from planner.hardware import HardwareProfile
+    from planner.explain import Explanation
     from planner.model_spec import Quantization
     from planner.plan import Plan
+    from planner.question import Question
+    from planner.rivals import RivalName, RivalTimes
     from planner.workload import Objective
 
 
@@ -54,7 +58,31 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Really run the best placements for a few steps and keep the fastest; needs weights.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the plan as one JSON document.")
+@click.option(
+    "--what-if",
+    metavar="TEXT",
+    help="Another machine than this, as gpu-mem-gb=24,link=4.0x8,cpu-gbps=90; also cpu-mem-gb and "
+    "gpu-gbps.",
+)
+@click.option(
+    "--explain",
+    "is_explained",
+    is_flag=True,
+    help="Add what binds, where GPU memory goes, what more of each part of the machine would gain.",
+)
+@click.option(
+    "--compare",
+    metavar="NAMES",
+    help="Add where other programs would put the model, and how fast that would be: all, or some "
+    f"of {', '.join(RIVALS)}.",
+)
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print the plan as one JSON document; --explain and --compare add the keys explanation "
+    "and comparison.",
+)
 @click.option(
     "-o",
     "--output",
@@ -72,6 +100,9 @@ def plan(
     num_seqs: int,
     objective: Objective,
     is_tried: bool,
+    what_if: str | None,
+    is_explained: bool,
+    compare: str | None,
     as_json: bool,
     output: Path | None,
     strategy: str | None,
@@ -89,19 +120,26 @@ def plan(
     from hetero.measure.store import write_atomically
     from hetero.planning import (
         assumed_note,
+        changed_hardware,
         default_workload,
         lacking_memory,
         low_confidence_note,
         make_plan,
+        rivals_asked,
         spec_as_run,
     )
+    from planner.question import Question
 
     options = MachineOptions(**machine)
+    rivals = rivals_asked(compare)
+    if is_tried and what_if is not None:
+        raise UsageError("--trial runs on the machine as it is; leave it or --what-if out")
     source = lookup_model(model)
     if is_tried:
         check_has_weights(source, "to try it")
     profile = read_profile(options)
-    hardware = usable_part(profile, options)
+    usable = usable_part(profile, options)
+    hardware = changed_hardware(usable, what_if, options.gpu_mem_gb, options.cpu_mem_gb)
     spec = spec_as_run(source, dtype, hardware, say, quantization)
     workload = default_workload(
         spec.max_position_embeddings,
@@ -109,37 +147,104 @@ def plan(
         output_len=output_len,
         num_seqs=num_seqs,
     )
-    known = own_corrections(spec, profile, hardware, os.environ, say)
+    known = own_corrections(spec, profile, usable, os.environ, say)
     made = make_plan(spec, hardware, workload, objective, strategy=strategy, corrections=known)
     if is_tried and made.feasible:
         made = try_plan(made, spec, hardware, known, model, say, profile=profile)
     if output is not None:
         write_atomically(output, made.to_json(), is_private=False)
         say(f"wrote {output}")
+    question = Question(
+        spec=spec,
+        hardware=hardware,
+        workload=workload,
+        objective=objective,
+        strategy=strategy,
+        corrections=known,
+    )
+    answer = _answer(made, question, is_explained, rivals)
     found = (low_confidence_note(hardware), assumed_note(spec, hardware))
     notes = tuple(note for note in found if note is not None)
     if as_json:
-        from hetero.report import trust_text
-
-        click.echo(made.to_json(), nl=False)
-        if hardware.provenance == "datasheet":
-            notes = (*notes, trust_text(made, hardware) or "")
-        for note in notes:
-            say(f"note: {note}")
+        _print_json(answer, notes)
     else:
-        _print(made, hardware, notes)
+        _print(answer, notes)
     if not made.feasible:
-        say(f"error: {lacking_memory(made, spec, hardware)}")
+        say(f"error: {lacking_memory(made, spec, hardware, _nearest(answer))}")
         context.exit(ExitCode.DOES_NOT_FIT)
 
 
-def _print(made: Plan, hardware: HardwareProfile, notes: tuple[str, ...]) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Answer:
+    """A plan, what it was asked with, and what else was asked about it."""
+
+    plan: Plan
+    question: Question
+    explanation: Explanation | None
+    comparison: tuple[RivalTimes, ...]
+
+
+def _answer(
+    made: Plan, question: Question, is_explained: bool, rivals: tuple[RivalName, ...]
+) -> _Answer:
+    from planner.explain import explain
+    from planner.rivals import compare_rivals
+
+    return _Answer(
+        plan=made,
+        question=question,
+        explanation=explain(made, question) if is_explained else None,
+        comparison=compare_rivals(made, question, rivals),
+    )
+
+
+def _nearest(answer: _Answer) -> str | None:
+    """What would fit, in words; looked for now where no explanation did."""
+    from hetero.explain_view import nearest_text
+    from planner.nearest_fit import nearest_fits
+
+    if answer.explanation is None:
+        return nearest_text(nearest_fits(answer.question))
+    return nearest_text(answer.explanation.nearest_fits)
+
+
+def _print_json(answer: _Answer, notes: tuple[str, ...]) -> None:
+    """The plan, with a key for each thing that was asked beside it."""
+    import msgspec
+
+    from hetero.report import trust_text
+
+    made, hardware = answer.plan, answer.question.hardware
+    document = made.to_json()
+    added = {
+        **({"explanation": answer.explanation} if answer.explanation is not None else {}),
+        **({"comparison": answer.comparison} if answer.comparison else {}),
+    }
+    if added:
+        merged = {**msgspec.json.decode(document), **msgspec.to_builtins(added)}
+        document = msgspec.json.format(msgspec.json.encode(merged), indent=2) + b"\n"
+    click.echo(document, nl=False)
+    if hardware.provenance == "datasheet":
+        notes = (*notes, trust_text(made, hardware) or "")
+    for note in notes:
+        say(f"note: {note}")
+
+
+def _print(answer: _Answer, notes: tuple[str, ...]) -> None:
     from msgspec.structs import replace
     from rich.console import Console
 
+    from hetero.explain_view import print_explanation, print_rivals
     from hetero.report import print_plan
+    from planner.explain import step_timelines
 
-    hardware = replace(hardware, notes=(*hardware.notes, *notes))
+    made, question = answer.plan, answer.question
+    hardware = replace(question.hardware, notes=(*question.hardware.notes, *notes))
     # A pipe has no width: a table of 100 columns is what grep and a mail can take.
     width = None if sys.stdout.isatty() else 100
-    print_plan(Console(width=width, highlight=False), made, hardware)
+    console = Console(width=width, highlight=False)
+    print_plan(console, made, hardware, question.spec)
+    if answer.explanation is not None:
+        print_explanation(console, made, answer.explanation, step_timelines(made, question))
+    if answer.comparison:
+        print_rivals(console, made, answer.comparison)

@@ -17,14 +17,21 @@ import pytest
 import hetero
 from cpu_kernels.compiling import FOLDER_VARIABLE
 from hetero.cli import main
-from hetero.cli.machine import ACCELERATORS, DTYPES, QUANTIZATIONS, STRATEGIES, use_kernel_cache
+from hetero.cli.machine import (
+    ACCELERATORS,
+    DTYPES,
+    QUANTIZATIONS,
+    RIVALS,
+    STRATEGIES,
+    use_kernel_cache,
+)
 from hetero.cli.main import SHORT_HELP, cli, run_command
 from hetero.cli.run import PROGRESS_CHOICES
 from hetero.errors import ExitCode, HeteroError, ModelFolderError
 from hetero.planning import DtypeName
 from hetero.run_view import Progress
 from hetero.terminal_text import one_line, visible
-from planner import strategies
+from planner import rivals, strategies
 from planner.errors import ModelSpecError, PlanError, PlannerError, ProfileError
 from planner.hardware import AcceleratorName, HardwareProfile
 from planner.model_spec import Dtype, Quantization
@@ -37,7 +44,7 @@ SHARED = {
 OPTIONS = {
     "plan": SHARED
     | {"model", "prompt_len", "output_len", "num_seqs", "objective", "as_json", "output"}
-    | {"is_tried"},
+    | {"is_tried", "is_explained", "compare", "what_if"},
     "run": SHARED
     | {
         *("model", "prompt", "input_path", "output", "chat", "max_tokens", "temperature", "top_p"),
@@ -79,6 +86,7 @@ def test_options_are_those_of_the_contract(name: str) -> None:
 def test_choices_are_those_of_the_planner() -> None:
     """The command line keeps copies, so that help need not load the planner."""
     assert tuple(strategies.STRATEGIES) == STRATEGIES
+    assert rivals.RIVALS == RIVALS
     assert get_args(AcceleratorName) == ACCELERATORS
     assert get_args(Quantization) == QUANTIZATIONS
     assert get_args(Progress) == PROGRESS_CHOICES

@@ -202,3 +202,97 @@ def test_without_a_stored_profile_the_machine_is_measured(
     assert "measuring this machine quickly (about 10 s): it has no stored profile" in outcome.stderr
     assert read_stored_profile(cache_home / "hetero") == toy_machine()
     json.loads(outcome.stdout)
+
+
+QUESTIONS = ("llama-3.1-8b", *DESKTOP, "--strategy", "split")
+
+
+def test_explain_and_compare_add_keys_to_the_plan(hetero: Hetero) -> None:
+    """The plan itself is what it is without them."""
+    plain = json.loads(hetero("plan", *QUESTIONS, "--json").stdout)
+    arguments = (*QUESTIONS, "--json", "--explain", "--compare", "llama-fit,cpu")
+    document = json.loads(hetero("plan", *arguments).stdout)
+
+    assert set(document) == PLAN_KEYS | {"explanation", "comparison"}
+    assert {key: document[key] for key in PLAN_KEYS} == plain
+    assert set(document["explanation"]) == {
+        *("bindings_by_phase", "gpu_memory", "gains", "nearest_fits"),
+    }
+    assert set(document["explanation"]["gains"][0]) == {
+        *("of", "e2e_s", "decode_tokens_per_s", "saved_s", "gained_tokens_per_s", "placement"),
+    }
+    assert [row["name"] for row in document["comparison"]] == ["llama-fit", "cpu"]
+    assert set(document["comparison"][0]) == {
+        *("name", "fits", "ttft_s", "tpot_s", "e2e_s", "ratio", "num_concurrent_seqs", "reason"),
+    }
+
+
+def test_the_report_explains_and_compares(hetero: Hetero) -> None:
+    printed = hetero("plan", *QUESTIONS, "--explain", "--compare", "all").stdout
+    for heading in (
+        *("what binds", "one prefill step", "one decode step", "GPU memory"),
+        *("what more would gain", "placed as by"),
+    ):
+        assert f"\n{heading}" in printed
+    assert "accelerate" in printed and "does not apply" in printed
+
+
+def test_a_what_if_plan_is_of_another_machine(hetero: Hetero, tmp_path: Path) -> None:
+    """Half of the memory's rate: decode of a model on the CPU takes nearly twice as long."""
+    alone = ("llama-3.1-8b", *DESKTOP, "--accelerator", "none", "--json")
+    plain = Plan.from_json(hetero("plan", *alone).stdout.encode(), source="stdout")
+    what_if = ("--what-if", "cpu-gbps=41.6")
+    changed = Plan.from_json(hetero("plan", *alone, *what_if).stdout.encode(), source="stdout")
+
+    assert changed.estimate.tpot_s / plain.estimate.tpot_s == pytest.approx(2.0, rel=0.02)
+    assert changed.profile == "desktop-rtx4090, what if cpu-gbps=41.6"
+    assert changed.profile_fingerprint != plain.profile_fingerprint
+
+
+def test_a_what_if_plan_is_not_run_on_the_machine_as_it_is(hetero: Hetero, tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    assert hetero("plan", "demo", "--what-if", "cpu-gbps=90", "-o", file).code == 0
+    outcome = hetero("run", "demo", "--plan", file, "-p", "x", "--max-tokens", "1")
+    assert outcome.code == ExitCode.USAGE
+    assert "the plan was made for the machine toy machine, what if cpu-gbps=90" in outcome.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--what-if", "gpu=3"), "--what-if: 'gpu' is not one of gpu-mem-gb, cpu-mem-gb, link"),
+        (("--compare", "vllm"), "--compare: 'vllm' is not one of llama-fit, flexgen"),
+        (
+            ("--what-if", "gpu-mem-gb=8", "--gpu-mem-gb", "9"),
+            "--gpu-mem-gb is 9.0 and --what-if changes gpu-mem-gb too: gpu-mem-gb=8",
+        ),
+    ],
+)
+def test_questions_that_cannot_be_answered_are_usage_errors(
+    hetero: Hetero, arguments: tuple[str, ...], message: str
+) -> None:
+    outcome = hetero("plan", *QUESTIONS, *arguments)
+    assert outcome.code == ExitCode.USAGE
+    assert message in outcome.stderr
+    assert outcome.stdout == ""
+
+
+def test_a_trial_is_of_the_machine_as_it_is(hetero: Hetero) -> None:
+    outcome = hetero("plan", "demo", "--trial", "--what-if", "cpu-gbps=90")
+    assert outcome.code == ExitCode.USAGE
+    assert "--trial runs on the machine as it is" in outcome.stderr
+
+
+def test_what_does_not_fit_names_the_nearest_that_does(hetero: Hetero) -> None:
+    """8 billion weights in 4.125 bits are 4.6 GB of the 7.2 that may be used, in 8.125 8.6 GB."""
+    arguments = ("llama-3.1-8b", *DESKTOP, "--gpu-mem-gb", "2", "--cpu-mem-gb", "8")
+    outcome = hetero("plan", *arguments)
+    explained = hetero("plan", *arguments, "--explain")
+
+    assert outcome.code == explained.code == ExitCode.DOES_NOT_FIT
+    fix = "the nearest that fits: --quantization int4 --accelerator none ("
+    assert fix in outcome.stderr
+    assert outcome.stderr == explained.stderr
+    assert "what would fit" in explained.stdout
+    again = (*arguments[:3], "--cpu-mem-gb", "8", "--quantization", "int4", "--accelerator", "none")
+    assert hetero("plan", *again).code == 0

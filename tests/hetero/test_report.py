@@ -27,6 +27,7 @@ from hetero.report import (
 )
 from planner.hardware import HardwareProfile
 from planner.model_spec import ModelSpec
+from planner.placement import ON_GPU, ModulePlacement, TierPlacement
 from planner.plan import Alternative, Plan, Trial, TrialRow, TrialTimes
 from planner.strategies import STRATEGIES
 from planner.timeline import TermComparison
@@ -149,6 +150,48 @@ def test_plan_at_80_columns_has_aligned_numbers(plan: Plan, hardware: HardwarePr
 def test_where_counts_layers(spec: ModelSpec, strategy: str, text: str) -> None:
     """The demo has 6 layers; a cut of 2."""
     assert where_text(STRATEGIES[strategy](spec, "decode", 2)) == text
+
+
+def _with_experts(spec: ModelSpec, places: list[ModulePlacement]) -> TierPlacement:
+    """The demo's tier on the GPU, with the experts of each layer where they are said to be."""
+    tier = STRATEGIES["gpu"](spec, "decode", 0)
+    layers = tuple(
+        replace(layer, ffn=place) for layer, place in zip(tier.layers, places, strict=True)
+    )
+    return replace(tier, layers=layers, num_expert_slots=2)
+
+
+CPU = ModulePlacement(lives="cpu", runs="cpu")
+STREAM = ModulePlacement(lives="cpu", runs="stream")
+SPLIT = ModulePlacement(lives="cpu", runs="split")
+
+
+@pytest.mark.parametrize(
+    ("places", "text"),
+    [
+        (
+            [CPU, CPU, CPU, *[replace(CPU, num_resident=3)] * 2, replace(CPU, num_resident=4)],
+            "3 layers on the cpu, 2 layers with 3 of 16 on the gpu, "
+            "1 layer with 4 of 16 on the gpu",
+        ),
+        (
+            [ON_GPU, CPU, *(replace(CPU, num_resident=count) for count in (5, 2, 3, 2))],
+            "1 layer on the gpu, 1 layer on the cpu, 4 layers with 2 to 5 of 16 on the gpu",
+        ),
+        (
+            [STREAM, replace(STREAM, num_resident=1), SPLIT, *[replace(SPLIT, num_resident=2)] * 3],
+            "1 layer streamed to the gpu, 1 layer with 1 of 16 on the gpu (the rest streamed), "
+            "1 layer split, 3 layers with 2 of 16 on the gpu (the rest split)",
+        ),
+    ],
+)
+def test_experts_in_both_memories_are_counted_by_layers(
+    spec: ModelSpec, places: list[ModulePlacement], text: str
+) -> None:
+    """The demo has 16 experts in each layer; a plan alone does not say of how many."""
+    tier = _with_experts(spec, places)
+    assert where_text(tier, spec) == f"attention gpu 6; experts: {text}; head gpu"
+    assert where_text(tier) == where_text(tier, spec).replace("of 16", "experts")
 
 
 def test_summary_has_a_line_for_each_question(plan: Plan, hardware: HardwareProfile) -> None:
@@ -325,3 +368,16 @@ def test_a_trial_that_changes_nothing_says_so(
     found = Trial(workload=WORKLOAD, rows=rows, kept="split")
     print_plan(to, replace(plan, trial=found), hardware)
     assert any(words in line for line in printed(to))
+
+
+def test_a_plan_says_how_much_faster_any_other_could_be(
+    plan: Plan, hardware: HardwareProfile
+) -> None:
+    """Where there is a choice: on the CPU alone there is none."""
+    both, alone = console(120), console(120)
+    print_plan(both, replace(plan, optimality_gap=0.0123), hardware)
+    print_plan(alone, plan, toy_machine())
+    assert any(
+        "no placement takes more than 1.2% less time in all" in line for line in printed(both)
+    )
+    assert not any("proven" in line for line in printed(alone))
