@@ -16,7 +16,7 @@ from planner.cost_model import CostModel
 from planner.device import DeviceProfile
 from planner.errors import PlannerError
 from planner.hardware import HardwareProfile
-from planner.memory import needs
+from planner.memory import available_bytes, needs
 from planner.model_spec import ModelSpec
 from planner.placement import (
     ON_CPU,
@@ -236,7 +236,8 @@ def llama_fit(asked: _Asked) -> Rival:
 
     Everything on the GPU where that fits. Otherwise all tensors but the experts are there, and the
     experts of as many layers as fit, the first ones; the others are on the CPU. Where not even that
-    fits, layers without their experts go to the GPU back to front. 1 GiB of the card stays free.
+    fits, layers without their experts go to the GPU back to front. 1 GiB of the card stays free, or
+    as much as a plan leaves free where that is more.
     The head goes with the last layer, token embeddings stay on the CPU. Weights on the CPU are
     copied to the GPU for the products of steps of 32 tokens or more (GGML_OP_OFFLOAD_MIN_BATCH).
 
@@ -250,6 +251,8 @@ def llama_fit(asked: _Asked) -> Rival:
     moe = [index for index, layer in enumerate(spec.layers) if layer.is_moe]
     all_layers = frozenset(range(spec.num_layers))
     budget = max(0, asked.gpu.memory_bytes - asked.gpu.reserved_bytes - _LLAMA_MARGIN_BYTES)
+    # never more than a plan may use: both place the model in the same memory
+    budget = min(budget, available_bytes(asked.hardware, "gpu"))
 
     def with_experts(count: int) -> Placement:
         return _llama_placement(asked, all_layers, frozenset(moe[:count]))

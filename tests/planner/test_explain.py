@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from planner import strategies
+from planner.estimate import estimate
 from planner.explain import bindings, explain, gains, gpu_memory, nearest_fits, step_timelines
 from planner.hardware import HardwareProfile
 from planner.model_spec import ModelSpec, Module
@@ -89,6 +91,20 @@ def test_bindings_add_up_to_the_phase(question: Question) -> None:
         for term, seconds in terms.items():
             found = sum(part.seconds for part in parts if part.term == term)
             assert found == pytest.approx(seconds, rel=1e-9, abs=1e-15)
+
+
+def test_caches_that_move_between_the_phases_count_once_for_prefill() -> None:
+    """Three layers prefill on the GPU and decode on the CPU."""
+    spec, workload = tiny_spec("ddd"), Workload(prompt_len=6, output_len=4)
+    question = Question(spec=spec, hardware=real_machine(), workload=workload)
+    placement = Placement(
+        prefill=strategies.gpu(spec, "prefill"), decode=strategies.cpu(spec, "decode")
+    )
+    priced = estimate(spec, placement, question.costs(), workload)
+    parts = bindings(replace(question.plan(), placement=placement), question, "prefill", 99)
+
+    moved = sum(part.seconds for part in parts if part.term == "transfer")
+    assert moved == pytest.approx(priced.terms_by_phase["prefill"]["transfer"], rel=1e-9)
 
 
 @PROPERTY

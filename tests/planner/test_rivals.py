@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from planner import rivals
 from planner.errors import PlannerError
@@ -191,7 +192,7 @@ def test_a_rival_may_run_in_waves_for_throughput() -> None:
     """All sequences at once are too many for the GPU."""
     spec = tiny_spec("dd")
     workload = Workload(prompt_len=30, output_len=30, num_seqs=8)
-    machine = real_machine(gpu_bytes=30_000, cpu_bytes=1_000_000)
+    machine = real_machine(gpu_bytes=45_000, cpu_bytes=1_000_000)
     question = Question(spec=spec, hardware=machine, workload=workload)
     plan = question.plan()
     (at_once,) = compare_rivals(plan, question, ("gpu",))
@@ -202,6 +203,14 @@ def test_a_rival_may_run_in_waves_for_throughput() -> None:
     assert not at_once.fits and "on the gpu" in at_once.reason
     assert in_waves.fits
     assert in_waves.num_concurrent_seqs is not None and in_waves.num_concurrent_seqs < 8
+    times = []
+    for size in (4, 2, 1):
+        placement = rival("gpu", spec, machine, replace(workload, num_seqs=size))
+        if placement is not None:
+            priced = estimate(spec, placement, question.costs(), workload, num_concurrent=size)
+            times.append(priced.e2e_s)
+    assert len(set(times)) > 1
+    assert in_waves.e2e_s == min(times)
 
 
 def test_names_are_checked() -> None:
