@@ -48,9 +48,10 @@ _WHOLE = (
     *(Choice(prefill, decode) for prefill in _HOST for decode in _HOST),
 )
 _NO_GPU = (Choice(ON_CPU, ON_CPU),)
+# More than any step takes: of states that contradict themselves.
+_IMPOSSIBLE_S = 1e30
 # Seconds that are added up over modules: the longest path of ops, the same as if lanes did not slow
 # each other down, copies to the GPU, and the CPU's work.
-_IMPOSSIBLE_S = 1e30
 _SUMS = ("chain", "undisturbed", "h2d", "cpu")
 
 
@@ -83,7 +84,7 @@ class Menu:
     loads_s : array (3, 2, S)
         Seconds of a workload in each phase: of the longest path of ops through the layer, of its
         copies to the GPU, and of what both cost the memory that they share with the CPU
-        (`_shared_s`). A step takes no less than any, added up over layers.
+        (`_loads_s`). A step takes no less than any, added up over layers.
     move_s : array (S,)
         Of moving its KV cache between the phases.
     bytes : array (2, S)

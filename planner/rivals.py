@@ -30,7 +30,7 @@ from planner.placement import (
 )
 from planner.plan import Plan
 from planner.question import Question
-from planner.search import search
+from planner.search import search, wave_sizes
 from planner.workload import DEFAULT_CHUNK_TOKENS, PHASES, Phase, Workload
 
 RivalName = Literal[
@@ -152,7 +152,7 @@ def compare_rivals(
 
 def _times(name: RivalName, plan: Plan, question: Question, costs: CostModel) -> RivalTimes:
     reason, fitting = "", list[Candidate]()
-    for size in _wave_sizes(question):
+    for size in wave_sizes(question.workload, question.objective):
         wave = Wave(question.spec, costs, question.workload, size)
         found = find_rival(name, question.spec, question.hardware, wave.sequences)
         reason = reason or found.reason
@@ -170,13 +170,6 @@ def _times(name: RivalName, plan: Plan, question: Question, costs: CostModel) ->
         ratio=best.times.e2e_s / plan.estimate.e2e_s if plan.feasible else None,
         num_concurrent_seqs=best.wave.num_concurrent,
     )
-
-
-def _wave_sizes(question: Question) -> list[int]:
-    sizes = [question.workload.num_seqs]
-    while question.objective == "throughput" and sizes[-1] > 1:
-        sizes.append(-(-sizes[-1] // 2))
-    return sizes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

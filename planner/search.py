@@ -83,7 +83,7 @@ def search(
         known = ", ".join(STRATEGIES)
         raise PlannerError(f"strategy {strategy!r} is not one of {known}")
     costs = CostModel(hardware, corrections=corrections, popularity=popularity)
-    waves = [Wave(spec, costs, workload, each) for each in _wave_sizes(workload, objective)]
+    waves = [Wave(spec, costs, workload, each) for each in wave_sizes(workload, objective)]
     chunks = _chunks(workload, hardware) if chunk_tokens is None else (chunk_tokens,)
     named = _named(waves, chunks[-1], strategy)
     if not named:
@@ -240,7 +240,7 @@ def profile_fingerprint(hardware: HardwareProfile) -> str:
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
-def _wave_sizes(workload: Workload, objective: Objective) -> list[int]:
+def wave_sizes(workload: Workload, objective: Objective) -> list[int]:
     """Numbers of sequences that may run at once: all, or halves of them for throughput."""
     sizes = [workload.num_seqs]
     while objective == "throughput" and sizes[-1] > 1:
