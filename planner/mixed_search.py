@@ -208,17 +208,26 @@ class _Space:
 
         gpu = float(available_bytes(hardware, "gpu"))
         if self.has_gpu:
-            gpu -= NUM_STREAM_BUFFERS * limits.streamed_bytes[0] + activations("gpu")
-            slots = max(
-                self.steps[phase].max_fetched * limits.is_split[at]
-                for at, phase in enumerate(PHASES)
-            )
-            each = max(
-                (spec.expert_bytes(at) for at, layer in enumerate(spec.layers) if layer.is_moe),
-                default=0,
-            )
-            gpu -= NUM_STREAM_BUFFERS * slots * each
+            gpu -= self._least_staging_bytes(limits) + activations("gpu")
         return gpu, float(available_bytes(hardware, "cpu")) - activations("cpu")
+
+    def _least_staging_bytes(self, limits: _Limits) -> float:
+        """What buffers and slots of any placement within limits take at least.
+
+        The phases share the memory, so that the larger need counts: of one that splits its slots,
+        of one that streams its buffers beside its slots.
+        """
+        spec = self.wave.spec
+        sizes = [spec.expert_bytes(at) for at, layer in enumerate(spec.layers) if layer.is_moe]
+        slots = [
+            limits.is_split[at] * NUM_STREAM_BUFFERS * self.steps[phase].max_fetched * min(sizes)
+            if sizes
+            else 0
+            for at, phase in enumerate(PHASES)
+        ]
+        buffers = NUM_STREAM_BUFFERS * limits.streamed_bytes[0]
+        beside = min((slots[at] for at in (0, 1) if limits.streams[at]), default=0)
+        return max(*slots, buffers + beside)
 
 
 def mixed_search(wave: Wave, chunks: Sequence[int], known_s: float) -> Found:
@@ -264,7 +273,7 @@ def mixed_search(wave: Wave, chunks: Sequence[int], known_s: float) -> Found:
             bound_s = min(bound_s, answer.bound_s)
             if answer.bound_s >= _ENOUGH * best_s:
                 continue
-            for draft, candidate in _candidates(space, problem, relaxation, limits, best_s):
+            for draft, candidate in _candidates(space, problem, relaxation, budgets, best_s):
                 candidates.append(candidate)
                 if candidate.times.e2e_s < best_s:
                     best_s, best = candidate.times.e2e_s, (space, draft, candidate)
@@ -286,14 +295,18 @@ class _Draft:
 
 
 def _candidates(
-    space: _Space, problem: Problem, relaxation: Relaxation, limits: _Limits, known_s: float
+    space: _Space,
+    problem: Problem,
+    relaxation: Relaxation,
+    most: tuple[float, float],
+    known_s: float,
 ) -> Iterator[tuple[_Draft, Candidate]]:
     """Placements that fit and may be faster than `known_s`.
 
-    What competes for memory by its maximum is known once there is a placement: budgets begin as if
-    it needed little, and shrink by what then lacks.
+    What competes for memory by its maximum is known once there is a placement: budgets begin with
+    the most that any leaves, and shrink by what then lacks.
     """
-    budgets = np.array(space.budgets(limits))
+    budgets = np.array(most)
     for _ in range(_MAX_TRIES):
         found = allocate(problem, relaxation, (float(budgets[0]), float(budgets[1])))
         if found is None or found.seconds >= known_s:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from random import Random
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from planner import search
 from planner.candidate import Candidate, Wave
 from planner.cost_model import CostModel
+from planner.layer_menu import DEVICES
 from planner.mixed_search import _Draft, _placement, _Space
 from planner.placement import check_matches
 from tests.planner.exact_search import CHUNK_TOKENS, fastest, random_case
@@ -44,6 +47,41 @@ def test_no_placement_is_faster_than_its_sums_or_holds_fewer_bytes(seed: int) ->
         for row, device in enumerate(("gpu", "cpu")):
             memory = candidate.memory[device]  # type: ignore[index]
             assert memory.weights_bytes + memory.kv_bytes == held[row]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_no_placement_leaves_more_memory_than_the_bound_of_its_limits_assumes(seed: int) -> None:
+    """Where one phase streams and the other splits, buffers and slots are the same memory."""
+    draw = Random(seed)
+    case = random_case(draw)
+    wave = Wave(case.spec, CostModel(case.machine), case.workload, case.workload.num_seqs)
+    space = _Space(wave, CHUNK_TOKENS)
+    all_limits = list(space.limits())
+    for _ in range(40):
+        menus = [space.menu_of[index] for index in range(case.spec.num_layers)]
+        columns = [draw.randrange(len(menu.states)) for menu in menus]
+        ends = draw.randrange(len(space.menus[-1].states))
+        draft = _Draft(layers=tuple(columns), ends=ends)
+        candidate = Candidate(_placement(space, draft), wave)
+        pairs = [*zip(menus, columns, strict=True), (space.menus[-1], ends)]
+        streamed = max(float(menu.streamed_bytes[:, at].max()) for menu, at in pairs)
+        (limits,) = (
+            each
+            for each in all_limits
+            if each.streams == in_phases((m.streamed_bytes[:, at] > 0) for m, at in pairs)
+            and each.is_split == in_phases(m.is_split[:, at] for m, at in pairs)
+            and each.uses_gpu == in_phases(m.uses_gpu[:, at] for m, at in pairs)
+            and (each.streamed_bytes[0] < streamed <= each.streamed_bytes[1] or not streamed)
+        )
+        for left, device in zip(space.budgets(limits), DEVICES, strict=True):
+            memory = candidate.memory[device]
+            others = memory.activation_bytes + memory.staging_bytes
+            assert memory.available_bytes - others <= left
+
+
+def in_phases(flags: Iterable[NDArray[np.bool_]]) -> tuple[bool, ...]:
+    """Of each phase, whether any layer's flag is set."""
+    return tuple(np.any(list(flags), axis=0).tolist())
 
 
 @pytest.mark.parametrize("seed", range(24))
