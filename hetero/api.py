@@ -44,7 +44,7 @@ from planner.calibration import NO_CORRECTIONS
 from planner.cost_model import CostModel, predict
 from planner.estimate import estimate
 from planner.hardware import AcceleratorName, HardwareProfile
-from planner.memory import KV_BLOCK_TOKENS
+from planner.kv_blocks import KV_BLOCK_TOKENS
 from planner.model_spec import ModelSpec, Quantization
 from planner.placement import Device
 from planner.plan import Estimate, Plan

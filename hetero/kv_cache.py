@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hetero.model.families import TORCH_DTYPES
-from planner.memory import KV_BLOCK_TOKENS
+from planner.kv_blocks import KV_BLOCK_TOKENS
 from planner.model_spec import ModelSpec
 from planner.placement import Device
 

@@ -23,7 +23,8 @@ from hetero.runtime.weights import load_weights
 from hetero.tokenizer import Tokenizer, read_eos_token_ids
 from planner.cost_model import Backends, CostModel
 from planner.hardware import HardwareProfile
-from planner.memory import KV_BLOCK_TOKENS, kv_block_capacity, needs, num_kv_blocks
+from planner.kv_blocks import KV_BLOCK_TOKENS, kv_blocks
+from planner.memory import kv_block_capacity, needs
 from planner.model_spec import ModelSpec
 from planner.plan import Plan
 
@@ -145,9 +146,9 @@ def _num_kv_blocks(
     the whole memory of any machine for a context of 131072.
     """
     usual = replace(plan.wave, num_seqs=num_seqs)
-    capacity = kv_block_capacity(spec, plan.placement, usual, hardware)
+    capacity = kv_block_capacity(spec, plan.placement, usual, hardware).first
     longest = -(-max_model_len // KV_BLOCK_TOKENS)
-    return min(max(longest, num_kv_blocks(usual)), capacity)
+    return min(max(longest, kv_blocks(plan.placement, usual).first), capacity)
 
 
 def _check_host_memory(plan: Plan, spec: ModelSpec, hardware: HardwareProfile) -> None:

@@ -11,7 +11,7 @@ from planner.estimate import Latency, PhaseTerms, PrefillCost, WavePricer, laten
 from planner.memory import DeviceMemory, needs
 from planner.model_spec import ModelSpec
 from planner.placement import Device, Placement
-from planner.step_graph import StepGraph, build, build_kv_move
+from planner.step_graph import StepGraph, build
 from planner.strategies import STRATEGIES
 from planner.workload import PHASES, Phase, Workload
 
@@ -90,7 +90,7 @@ class Candidate:
     @cached_property
     def move_s(self) -> float:
         """Seconds of moving the KV of a wave between the phases."""
-        return self.pricer.kv_move_s(build_kv_move(self.placement.prefill, self.placement.decode))
+        return self.pricer.placement_move_s(self.placement)
 
     @cached_property
     def times(self) -> Latency:

@@ -14,7 +14,7 @@ from planner.device import DeviceKind, DeviceProfile, Sample
 from planner.hardware import HardwareProfile
 from planner.kernel_table import SOURCES, KernelEstimate, KernelTable, Source
 from planner.kernels import Backend, Kernel, KernelCall, Resource
-from planner.memory import KV_BLOCK_TOKENS
+from planner.kv_blocks import KV_BLOCK_TOKENS
 from planner.model_spec import LayerSpec, ModelSpec, Module
 from planner.popularity import Popularity, independent_tokens
 from planner.priors import prior
@@ -22,7 +22,7 @@ from planner.simulate import Slowdowns, simulate
 from planner.split_rules import expected_fetched
 from planner.step_graph import Lane, Op, OpKind, Payload, StepGraph
 from planner.timeline import Timeline
-from planner.workload import BatchShape
+from planner.workload import BatchShape, decode_shape
 
 # Who computes the products of each module on the CPU, for a whole run: a matrix lies in memory as
 # one backend reads it. One that is not named is by the first that has samples of its format.
@@ -35,6 +35,9 @@ OWN_BACKENDS: Backends = MappingProxyType({})
 NUM_TORCH_PASSES: dict[OpKind, int] = {
     "embed": 1,
     "attention": 14,
+    "qkv": 11,
+    "attend": 2,
+    "attention_output": 1,
     "router": 7,
     "dispatch": 7,
     "experts": 5,
@@ -45,6 +48,8 @@ NUM_TORCH_PASSES: dict[OpKind, int] = {
 # The module whose backend an op goes by, where it is not the op's own.
 _MODULE_OF_KIND: dict[str, Module] = {
     "attention": "attention",
+    "qkv": "attention",
+    "attention_output": "attention",
     "router": "router",
     "dispatch": "experts",
     "experts": "experts",
@@ -59,6 +64,8 @@ NUM_COPIES: dict[Payload, int] = {
     "batch": 6,
     "weights": 1,
     "hidden": 1,
+    "qkv": 1,
+    "attended": 1,
     "routing": 3,
     "expert_output": 1,
     "logits": 1,
@@ -136,6 +143,9 @@ def copy_bytes(op: Op, spec: ModelSpec, shape: BatchShape) -> float:
         assert op.layer is not None
         kept = spec.state_bytes(op.layer)  # of the one sequence that a move is of
         return float(shape.num_tokens * spec.kv_bytes_per_token(op.layer) + kept)
+    if op.payload in ("qkv", "attended"):
+        width = spec.q_size + (2 * spec.kv_size if op.payload == "qkv" else 0)
+        return float(rows * width * spec.dtype_bytes)
     if op.payload == "hidden" and op.layer is None:
         rows = shape.num_logits
     num_bytes = float(rows * spec.hidden_size * spec.dtype_bytes)
@@ -455,9 +465,9 @@ def _op_calls(
         if not load.distinct:
             return []
         calls.append((_experts_call(op, spec, backend, load), 1.0))
-    elif op.kind in ("attention", "router", "dense", "head"):
+    elif op.kind in ("attention", "qkv", "attention_output", "router", "dense", "head"):
         calls += _product_calls(op, spec, rows, backend)
-    if op.kind == "attention":
+    if op.kind in ("attention", "attend"):
         calls += _attention_calls(op, spec, shape, backend, kind)
     return calls
 
@@ -467,6 +477,8 @@ def _passes(op: Op, spec: ModelSpec, rows: int) -> _Calls:
     count, width = float(NUM_TORCH_PASSES[op.kind]), spec.hidden_size
     if op.kind == "experts":
         return []  # which were measured with what is around their products
+    if op.kind == "attend":
+        return [(_rowwise("elementwise", spec.kv_size, rows, "torch"), count)]
     if op.kind != "dispatch":
         return [(_rowwise("elementwise", width, rows, "torch"), count)]
     assert op.layer is not None
@@ -520,6 +532,9 @@ def _product_calls(op: Op, spec: ModelSpec, rows: int, backend: Backend) -> _Cal
             return []
         shape = (1.0, spec.hidden_size, spec.gated_size(op.layer))
         return [(KernelCall(kernel="experts", shape=shape, format=weights, num_tokens=rows), 1.0)]
+    matrices = spec.matrices(module, op.layer)
+    if op.kind in ("qkv", "attention_output"):
+        matrices = matrices[:-1] if op.kind == "qkv" else matrices[-1:]
     return [
         (
             KernelCall(
@@ -531,7 +546,7 @@ def _product_calls(op: Op, spec: ModelSpec, rows: int, backend: Backend) -> _Cal
             ),
             float(count),
         )
-        for count, num_rows, num_columns in spec.matrices(module, op.layer)
+        for count, num_rows, num_columns in matrices
     ]
 
 
@@ -588,6 +603,13 @@ def _experts_call(op: Op, spec: ModelSpec, backend: Backend, load: ExpertLoad) -
     )
 
 
+def sub_batch_shape(op: Op, shape: BatchShape) -> BatchShape:
+    """The part of a decode step that an op of a sub-batch is for."""
+    second = min(op.num_second_seqs, shape.num_seqs - 1)
+    num_seqs = second if op.sub_batch else shape.num_seqs - second
+    return decode_shape(num_seqs, shape.num_past_tokens)
+
+
 class Pricer:
     """Op seconds for one (model, machine, batch shape), each distinct price worked out once.
 
@@ -626,7 +648,7 @@ class Pricer:
     def _key(self, op: Op) -> tuple[object, ...]:
         """What ops of one price share."""
         kind = None if op.layer is None else self._kind_of_layer[op.layer]
-        part = (op.part, op.num_resident, op.max_fetched)
+        part = (op.part, op.num_resident, op.max_fetched, op.sub_batch, op.num_second_seqs)
         return (op.kind, op.lane, op.payload, op.module, kind, part)
 
     def cost(self, op: Op) -> OpCost:
@@ -634,7 +656,8 @@ class Pricer:
         key = self._key(op)
         found = self._costs.get(key)
         if found is None:
-            found = self.costs.op_cost(op, self.spec, self.shape, self.backends)
+            shape = self.shape if op.sub_batch is None else sub_batch_shape(op, self.shape)
+            found = self.costs.op_cost(op, self.spec, shape, self.backends)
             self._costs[key] = found
         return found
 

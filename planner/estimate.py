@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from planner.backends import cpu_backends
 from planner.cost_model import Backends, CostModel, Pricer
 from planner.kernel_table import SOURCES, Source
+from planner.kv_blocks import num_second_seqs
 from planner.memory import DeviceMemory
 from planner.model_spec import ModelSpec
 from planner.placement import Device, Placement
@@ -180,6 +181,16 @@ class WavePricer:
         """Price one decode step at mean context."""
         return makespan_s(graph, self._decode, self._slowdowns) + self._decode.host_s
 
+    def placement_move_s(self, placement: Placement) -> float:
+        """Seconds of moving the caches of all sequences from prefill's devices to decode's."""
+        second = num_second_seqs(placement, self._wave)
+        found = 0.0
+        for sub_batch, count in enumerate((self._wave.num_seqs - second, second)):
+            if count:
+                graph = build_kv_move(placement.prefill, placement.decode, sub_batch=sub_batch)
+                found += count / self._wave.num_seqs * self.kv_move_s(graph)
+        return found
+
     def kv_move_s(self, graph: StepGraph) -> float:
         """Seconds to run a KV move graph (`step_graph.build_kv_move`) once for every sequence."""
         shape = BatchShape(
@@ -284,7 +295,7 @@ def estimate(
     pricer = WavePricer(spec, costs, wave, placement.prefill.max_num_tokens, backends)
     prefill = pricer.prefill(prefill_graph)
     decode_step_s = pricer.decode_step_s(decode_graph)
-    move_s = pricer.kv_move_s(build_kv_move(placement.prefill, placement.decode))
+    move_s = pricer.placement_move_s(placement)
     times = latency(prefill, decode_step_s, move_s, workload, num_waves(workload, concurrent))
     prefill_terms, decode_terms = (
         pricer.prefill_terms(prefill_graph),

@@ -6,14 +6,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from planner.cost_model import Pricer
-from planner.memory import layer_kv_bytes
+from planner.kv_blocks import layer_kv_bytes
 from planner.model_spec import ModelSpec, Module
 from planner.placement import (
     ON_CPU,
@@ -24,7 +24,7 @@ from planner.placement import (
     ModulePlacement,
     Runs,
 )
-from planner.step_graph import Lane, Op, OpKind, Part, Payload
+from planner.step_graph import LANES, Lane, Op, OpKind, Part, Payload
 from planner.workload import PHASES, Phase, Workload
 
 Floats = NDArray[np.float64]
@@ -35,11 +35,25 @@ DEVICES: tuple[Device, ...] = ("gpu", "cpu")
 _MAX_COUNTS = 17
 
 
-class Choice(NamedTuple):
-    """A module in both phases; its weights live where both need them."""
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A module in both phases; its weights live where both need them.
+
+    `kv_on_cpu` is of attention, in decode steps (`LayerPlacement`).
+    """
 
     prefill: ModulePlacement
     decode: ModulePlacement
+    kv_on_cpu: bool = False
+
+    def __getitem__(self, phase: int) -> ModulePlacement:
+        return self.decode if phase else self.prefill
+
+    def kv(self, phase: Phase) -> Device:
+        """Where a phase keeps the cache."""
+        if phase == "prefill":
+            return self.prefill.device
+        return "cpu" if self.kv_on_cpu else self.decode.device
 
 
 _HOST = (ON_CPU, STREAMED)
@@ -48,19 +62,29 @@ _WHOLE = (
     *(Choice(prefill, decode) for prefill in _HOST for decode in _HOST),
 )
 _NO_GPU = (Choice(ON_CPU, ON_CPU),)
+# Attention whose projections run on the GPU, by where its weights are.
+_ON_BOTH = (
+    Choice(ON_GPU, ON_GPU, True),
+    Choice(ON_CPU, STREAMED, True),
+    Choice(STREAMED, STREAMED, True),
+)
 # More than any step takes: of states that contradict themselves.
 _IMPOSSIBLE_S = 1e30
 # Seconds that are added up over modules: the longest path of ops, the same as if lanes did not slow
-# each other down, copies to the GPU, and the CPU's work.
-_SUMS = ("chain", "undisturbed", "h2d", "cpu")
+# each other down, copies to the GPU, the CPU's work, and the GPU's.
+_SUMS = ("chain", "undisturbed", "h2d", "cpu", "gpu")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PricedSteps:
-    """The steps of a phase: how often each runs in a workload, and what its ops cost."""
+    """The steps of a phase: how often each runs in a workload, and what its ops cost.
+
+    `num_second` is how many of a step's sequences are a second sub-batch.
+    """
 
     steps: tuple[tuple[float, Pricer], ...]
     max_fetched: int
+    num_second: int = 0
 
     def seconds(self, op: Op) -> Floats:
         """Seconds of an op in each kind of step, once."""
@@ -84,7 +108,8 @@ class Menu:
     loads_s : array (3, 2, S)
         Seconds of a workload in each phase: of the longest path of ops through the layer, of its
         copies to the GPU, and of what both cost the memory that they share with the CPU
-        (`_loads_s`). A step takes no less than any, added up over layers.
+        (`_loads_s`). In a phase of two sub-batches: of the GPU's work, of copies to it, and of the
+        CPU's work. A step takes no less than any, added up over layers.
     move_s : array (S,)
         Of moving its KV cache between the phases.
     bytes : array (2, S)
@@ -138,9 +163,12 @@ def layer_placements(menu: Menu, column: int) -> tuple[LayerPlacement, LayerPlac
 
 def _layer(picked: Sequence[Choice], phase: int) -> LayerPlacement:
     attention, second, *others = (choice[phase] for choice in picked)
-    if not others:
-        return LayerPlacement(attention=attention, ffn=second)
-    return LayerPlacement(attention=attention, router=second, ffn=others[0])
+    return LayerPlacement(
+        attention=attention,
+        router=second if others else None,
+        ffn=others[0] if others else second,
+        kv_on_cpu=picked[0].kv_on_cpu and PHASES[phase] == "decode",
+    )
 
 
 class _Prices:
@@ -162,6 +190,15 @@ class _Prices:
         self._steps = steps
         self._known: dict[tuple[object, ...], Floats] = {}
 
+    @property
+    def num_second(self) -> int:
+        """Sequences of a second sub-batch of decode steps."""
+        return self._steps["decode"].num_second
+
+    def is_in_two(self, phase: Phase) -> bool:
+        """Do the steps of a phase run as two sub-batches?"""
+        return self._steps[phase].num_second > 0
+
     def op(
         self,
         phase: Phase,
@@ -172,10 +209,14 @@ class _Prices:
         payload: Payload | None = None,
         part: Part = "all",
         num_resident: int = 0,
+        sub_batches: tuple[int, ...] = (0, 1),
     ) -> Floats:
-        key = (phase, kind, lane, module, payload, part, num_resident)
+        """Of the whole step; where it runs in two, of these sub-batches together."""
+        steps = self._steps[phase]
+        key = (phase, kind, lane, module, payload, part, num_resident, sub_batches)
         if key not in self._known:
-            is_decided = part in ("fetched", "rest")
+            is_shared = not steps.num_second or (payload == "weights" and part != "fetched")
+            numbers: tuple[int | None, ...] = (None,) if is_shared else sub_batches
             op = Op(
                 index=0,
                 kind=kind,
@@ -185,9 +226,12 @@ class _Prices:
                 payload=payload,
                 part=part,
                 num_resident=num_resident,
-                max_fetched=self._steps[phase].max_fetched if is_decided else 0,
+                max_fetched=steps.max_fetched if part in ("fetched", "rest") else 0,
+                num_second_seqs=0 if is_shared else steps.num_second,
             )
-            self._known[key] = self._steps[phase].seconds(op)
+            self._known[key] = np.sum(
+                [steps.seconds(replace(op, sub_batch=number)) for number in numbers], axis=0
+            )
         return self._known[key]
 
     def move(self, phase: Phase, payload: Payload, target: Device) -> Floats:
@@ -221,6 +265,8 @@ def layer_menu(
     has_gpu: bool,
     kv_move_s: Callable[[Lane], float],
     num_waves: int,
+    chunk_tokens: int,
+    first_on_cpu: bool = False,
 ) -> Menu:
     """Price every state of a layer.
 
@@ -234,15 +280,24 @@ def layer_menu(
         Steps of each phase, and how often each runs in the whole workload.
     kv_move_s : callable
         Seconds of moving the layer's cache of a wave in a direction.
+    chunk_tokens : int
+        New tokens of a prefill step.
+    first_on_cpu : bool
+        Where decode runs in two sub-batches: is the first one's cache on the CPU too?
     """
     prices = _Prices(spec, layer, steps, has_gpu)
     this = spec.layers[layer]
     whole = _WHOLE if has_gpu else _NO_GPU
+    attention = whole
+    if steps["decode"].num_second:
+        attention = tuple(Choice(where, where, first_on_cpu) for where in (ON_GPU, STREAMED))
+    elif has_gpu and this.attention is None:
+        attention = (*whole, *_ON_BOTH)
     second: Module = "router" if this.is_moe else "dense"
-    modules: list[tuple[Module, tuple[Choice, ...]]] = [("attention", whole), (second, whole)]
+    modules: list[tuple[Module, tuple[Choice, ...]]] = [("attention", attention), (second, whole)]
     if this.is_moe:
         modules.append(("experts", _expert_choices(this.num_experts, steps, has_gpu=has_gpu)))
-    columns = [_columns(prices, module, options, wave) for module, options in modules]
+    columns = [_columns(prices, module, options, wave, chunk_tokens) for module, options in modules]
     shape = tuple(len(options) for _, options in modules)
     sums = np.zeros((len(_SUMS), 2, *shape))
     uses_gpu, is_split = np.zeros((2, *shape), bool), np.zeros((2, *shape), bool)
@@ -261,13 +316,13 @@ def layer_menu(
     for device in range(2):
         for axis, column in enumerate(columns):
             held[device] += _along(column.bytes[device], axis, shape)
-    move_s = np.zeros(shape) + _along(
-        np.array([_kv_move_s(choice, kv_move_s) for choice in whole]) * num_waves, 0, shape
-    )
+    share = steps["decode"].num_second / wave.num_seqs
+    moves = np.array([_kv_move_s(choice, kv_move_s, share) for choice in attention])
+    move_s = np.zeros(shape) + _along(moves * num_waves, 0, shape)
     menu = Menu(
         choices=tuple(options for _, options in modules),
         states=np.arange(move_s.size),
-        loads_s=_loads_s(sums.reshape(len(_SUMS), 2, -1), prices.slowdowns),
+        loads_s=_loads_s(sums.reshape(len(_SUMS), 2, -1), prices),
         move_s=move_s.ravel(),
         bytes=held.reshape(2, -1),
         streamed_bytes=streamed.reshape(2, -1),
@@ -278,21 +333,25 @@ def layer_menu(
     return menu.only(np.asarray((menu.loads_s[0] < _IMPOSSIBLE_S).all(axis=0)))
 
 
-def _loads_s(sums: Floats, slowdowns: tuple[float, float]) -> Floats:
-    """The three loads of `Menu` from sums of seconds (chain, chain undisturbed, copies, CPU).
+def _loads_s(sums: Floats, prices: _Prices) -> Floats:
+    """The three loads of `Menu` from sums of seconds.
 
     Let copies to the GPU take h seconds and the CPU's work c of a step's chain g + c, and let them
     work at the same time for o seconds, in which each gets 1 / slowdown as much done. Then the step
     takes at least g + c + o (1 - 1 / slow_cpu), and at least h + c - o (1 / slow_copy + 1 /
     slow_cpu - 1). The mix of both in which o cancels is the third load.
     """
-    chain_s, undisturbed_s, h2d_s, cpu_s = sums
-    slow_copy, slow_cpu = slowdowns
+    chain_s, undisturbed_s, h2d_s, cpu_s, gpu_s = sums
+    slow_copy, slow_cpu = prices.slowdowns
     share = slow_copy * (1.0 - 1.0 / slow_cpu)
     if not 0.0 < share < 1.0:
         share = 0.0
     shared_s = (1.0 - share) * undisturbed_s + share * (h2d_s + cpu_s)
-    return np.stack([chain_s, h2d_s, shared_s])
+    found = np.stack([chain_s, h2d_s, shared_s])
+    for at, phase in enumerate(PHASES):
+        if prices.is_in_two(phase):
+            found[:, at] = gpu_s[at], h2d_s[at], cpu_s[at]
+    return found
 
 
 def ends_menu(spec: ModelSpec, steps: dict[Phase, PricedSteps], *, has_gpu: bool) -> Menu:
@@ -326,7 +385,7 @@ def ends_menu(spec: ModelSpec, steps: dict[Phase, PricedSteps], *, has_gpu: bool
     return Menu(
         choices=(options, options),
         states=np.arange(num_states),
-        loads_s=_loads_s(sums.reshape(len(_SUMS), 2, -1), prices.slowdowns),
+        loads_s=_loads_s(sums.reshape(len(_SUMS), 2, -1), prices),
         move_s=np.zeros(num_states),
         bytes=held.reshape(2, -1),
         streamed_bytes=np.zeros((2, num_states)),
@@ -336,14 +395,12 @@ def ends_menu(spec: ModelSpec, steps: dict[Phase, PricedSteps], *, has_gpu: bool
 
 
 def _in_turn(prices: _Prices, phase: Phase, parts: Sequence[tuple[Lane, Floats]]) -> Floats:
-    """Sums of ops that run one after the other: chain, chain undisturbed, copies, CPU."""
-    chain_s = h2d_s = cpu_s = 0.0
+    """Sums (`_SUMS`) of ops that run one after the other."""
+    by_lane: dict[Lane, float] = dict.fromkeys(LANES, 0.0)
     for lane, seconds in parts:
-        total_s = prices.total(phase, seconds)
-        chain_s += total_s
-        h2d_s += total_s if lane == "h2d" else 0.0
-        cpu_s += total_s if lane == "cpu" else 0.0
-    return np.array([chain_s, chain_s, h2d_s, cpu_s])
+        by_lane[lane] += prices.total(phase, seconds)
+    chain_s = sum(by_lane.values())
+    return np.array([chain_s, chain_s, by_lane["h2d"], by_lane["cpu"], by_lane["gpu"]])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -359,7 +416,11 @@ class _Columns:
 
 
 def _columns(
-    prices: _Prices, module: Module, options: tuple[Choice, ...], wave: Workload
+    prices: _Prices,
+    module: Module,
+    options: tuple[Choice, ...],
+    wave: Workload,
+    chunk_tokens: int,
 ) -> _Columns:
     count, spec, layer = len(options), prices.spec, prices.layer
     assert layer is not None
@@ -369,21 +430,32 @@ def _columns(
     is_split = np.zeros((2, count), bool)
     num_bytes = spec.weight_bytes(module, layer)
     each_bytes = spec.expert_bytes(layer) if module == "experts" else 0
-    kv_bytes = layer_kv_bytes(spec, wave, layer) if module == "attention" else 0
     for at, choice in enumerate(options):
         resident = choice.prefill.num_resident * each_bytes
         is_on_gpu = choice.prefill.lives == "gpu"
         held[0, at] = num_bytes if is_on_gpu else resident
         held[1, at] = 0 if is_on_gpu else num_bytes - resident
         for index, device in enumerate(DEVICES):
-            held[index, at] += kv_bytes * any(where.device == device for where in choice)
+            if module == "attention":
+                held[index, at] += layer_kv_bytes(
+                    spec,
+                    wave,
+                    layer,
+                    device,
+                    prefill=choice.kv("prefill"),
+                    decode=choice.kv("decode"),
+                    chunk_tokens=chunk_tokens,
+                    num_second=prices.num_second,
+                )
         for row, phase in enumerate(PHASES):
             where = choice[row]
             on_gpu[row, at] = where.device == "gpu"
             uses_gpu[row, at] = "gpu" in where.devices
             is_split[row, at] = where.runs == "split"
-            if module != "experts":
-                kind: OpKind = module if module in ("attention", "router", "dense") else "dense"
+            if module == "attention":
+                sums[:, row, at] += _attention(prices, phase, choice)
+            elif module != "experts":
+                kind: OpKind = "router" if module == "router" else "dense"
                 seconds = prices.op(phase, kind, where.device, module=module)
                 sums[:, row, at] += _in_turn(prices, phase, [(where.device, seconds)])
             if where.runs == "stream":
@@ -398,6 +470,36 @@ def _columns(
         is_split=is_split,
         on_gpu=on_gpu,
     )
+
+
+def _attention(prices: _Prices, phase: Phase, choice: Choice) -> Floats:
+    """Sums of attention: of each sub-batch as its cache has it."""
+    device, parts = choice[PHASES.index(phase)].device, list[tuple[Lane, Floats]]()
+    is_in_two = prices.is_in_two(phase)
+    for number in (0, 1) if is_in_two else (0,):
+        only = (number,) if is_in_two else (0, 1)
+        if number == 0 and choice.kv(phase) == device:
+            op = prices.op(phase, "attention", device, module="attention", sub_batches=only)
+            parts.append((device, op))
+            continue
+        kinds: tuple[tuple[OpKind, Lane, Payload | None], ...] = (
+            ("qkv", "gpu", None),
+            ("copy", "d2h", "qkv"),
+            ("attend", "cpu", None),
+            ("copy", "h2d", "attended"),
+            ("attention_output", "gpu", None),
+        )
+        for kind, lane, payload in kinds:
+            op = prices.op(
+                phase,
+                kind,
+                lane,
+                module="attention" if lane == "gpu" else None,
+                payload=payload,
+                sub_batches=only,
+            )
+            parts.append((lane, op))
+    return _in_turn(prices, phase, parts)
 
 
 def _crossings(prices: _Prices, phase: Phase, attention: _Columns, second: _Columns) -> Floats:
@@ -487,7 +589,8 @@ def _mixed_block(prices: _Prices, phase: Phase, where: ModulePlacement) -> Float
         cpu_end = routed + np.maximum(fetch_end, work_end) + back
         chains.append(prices.total(phase, np.maximum(gpu_end, cpu_end) + combine))
     cpu_s = prices.total(phase, sort + work)
-    return np.array([*chains, prices.total(phase, fetch + back), cpu_s])
+    gpu_s = prices.total(phase, on_gpu + fetched + combine)
+    return np.array([*chains, prices.total(phase, fetch + back), cpu_s, gpu_s])
 
 
 def _side_by_side(
@@ -536,11 +639,13 @@ def _expert_choices(
     )
 
 
-def _kv_move_s(choice: Choice, kv_move_s: Callable[[Lane], float]) -> float:
-    """Seconds of taking the cache to where decode wants it."""
-    if choice.prefill.device == choice.decode.device:
-        return 0.0
-    return kv_move_s("h2d" if choice.decode.device == "gpu" else "d2h")
+def _kv_move_s(choice: Choice, kv_move_s: Callable[[Lane], float], share: float) -> float:
+    """Seconds of taking the caches to where decode wants them, a share of them to the CPU."""
+    before, after = choice.kv("prefill"), choice.kv("decode")
+    found = share * kv_move_s("d2h") if share and before == "gpu" else 0.0
+    if before != after:
+        found += (1.0 - share) * kv_move_s("h2d" if after == "gpu" else "d2h")
+    return found
 
 
 def _along(column: NDArray[Any], axis: int, shape: tuple[int, ...]) -> NDArray[Any]:

@@ -6,11 +6,11 @@ import math
 from dataclasses import dataclass
 
 from planner.hardware import HardwareProfile
+from planner.kv_blocks import KV_BLOCK_TOKENS, KVBlocks, bytes_per_block, kv_blocks, kv_bytes
 from planner.model_spec import LayerSpec, ModelSpec
 from planner.placement import NUM_STREAM_BUFFERS, Device, Placement, TierPlacement
-from planner.workload import PHASES, Phase, Workload
+from planner.workload import Phase, Workload
 
-KV_BLOCK_TOKENS = 16
 _LOGIT_BYTES = 4
 
 # Share of a device's memory that no plan touches: allocator fragmentation, 3-5% of a caching
@@ -44,30 +44,6 @@ def available_bytes(hardware: HardwareProfile, device: Device) -> int:
         return 0
     free = max(0, profile.memory_bytes - profile.reserved_bytes)
     return int(free * (1.0 - MARGIN_SHARE[device]))
-
-
-def kv_bytes_per_block(spec: ModelSpec, placement: Placement, device: Device) -> int:
-    """Bytes that one KV block of all layers takes on a device; states of a sequence not included.
-
-    A layer whose KV moves between the phases holds blocks on both devices.
-    """
-    total = 0
-    for index in range(spec.num_layers):
-        places = {placement.tier(phase).layers[index].kv for phase in PHASES}
-        if device in places:
-            total += KV_BLOCK_TOKENS * spec.kv_bytes_per_token(index)
-    return total
-
-
-def num_kv_blocks(workload: Workload) -> int:
-    """Blocks that hold every sequence of a workload at its full length.
-
-    Examples
-    --------
-    >>> num_kv_blocks(Workload(prompt_len=20, output_len=13, num_seqs=2))  # 2 * ceil(33 / 16)
-    6
-    """
-    return workload.num_seqs * math.ceil(workload.context_len / KV_BLOCK_TOKENS)
 
 
 def staging_bytes(spec: ModelSpec, tier: TierPlacement) -> int:
@@ -147,7 +123,7 @@ def needs(
 ) -> dict[Device, DeviceMemory]:
     """Memory that a placement needs on each device for all sequences of a workload at once."""
     devices: tuple[Device, ...] = ("cpu",) if hardware.gpu is None else ("gpu", "cpu")
-    tiers = (placement.prefill, placement.decode)
+    tiers = placement.tiers
     return {
         device: DeviceMemory(
             weights_bytes=weight_bytes(spec, placement, device),
@@ -158,21 +134,6 @@ def needs(
         )
         for device in devices
     }
-
-
-def kv_bytes(spec: ModelSpec, placement: Placement, wave: Workload, device: Device) -> int:
-    """Bytes of the caches on a device; a layer whose cache moves has one on both."""
-    return sum(
-        layer_kv_bytes(spec, wave, index)
-        for index in range(spec.num_layers)
-        if device in {placement.tier(phase).layers[index].kv for phase in PHASES}
-    )
-
-
-def layer_kv_bytes(spec: ModelSpec, wave: Workload, layer: int) -> int:
-    """Bytes of a layer's cache for all sequences that run together."""
-    num_tokens = num_kv_blocks(wave) * KV_BLOCK_TOKENS
-    return num_tokens * spec.kv_bytes_per_token(layer) + wave.num_seqs * spec.state_bytes(layer)
 
 
 def activation_bytes(spec: ModelSpec, tier: TierPlacement, wave: Workload, device: Device) -> int:
@@ -192,6 +153,7 @@ def activation_bytes(spec: ModelSpec, tier: TierPlacement, wave: Workload, devic
             ),
             default=0,
         ),
+        num_second_seqs=tier.num_second_seqs,
     )
 
 
@@ -204,6 +166,7 @@ def step_activation_bytes(
     *,
     computes: bool,
     widest_kv_bytes: int,
+    num_second_seqs: int = 0,
 ) -> int:
     """The same of what a tier is: whether the device computes, and its widest KV per token."""
     if phase == "prefill":
@@ -221,7 +184,8 @@ def step_activation_bytes(
         return total
     if phase == "decode":
         # The CPU's kernel reads the pages in place, the GPU's gathers them.
-        num_gathered = wave.num_seqs * _whole_blocks(wave.context_len)
+        num_seqs = max(1, wave.num_seqs - num_second_seqs)
+        num_gathered = num_seqs * _whole_blocks(wave.context_len)
         return total + (num_gathered * widest_kv_bytes * 3 // 2 if device == "gpu" else 0)
     if wave.num_seqs * wave.prompt_len > chunk_tokens:
         # Prompts in parts read the cache: one sequence gathered at a time (keys, then values before
@@ -238,18 +202,20 @@ def _whole_blocks(num_tokens: int) -> int:
 
 def kv_block_capacity(
     spec: ModelSpec, placement: Placement, workload: Workload, hardware: HardwareProfile
-) -> int:
+) -> KVBlocks:
     """KV blocks that fit beside everything else of a placement; at least the workload's own.
 
-    The workload sizes the activations; what is left on the tighter device goes to the cache.
+    The workload sizes the activations; what is left on the tighter device goes to the caches of
+    the first sub-batch.
     """
-    capacity: int | None = None
+    planned, more = kv_blocks(placement, workload), list[int]()
     for device, need in needs(spec, placement, workload, hardware).items():
-        block_bytes = kv_bytes_per_block(spec, placement, device)
+        block_bytes = bytes_per_block(spec, placement, device)
         if block_bytes:
-            # States of sequences stay; what is left is for blocks.
-            held = num_kv_blocks(workload) * block_bytes
-            free = need.available_bytes - (need.needed_bytes - held)
-            blocks = free // block_bytes
-            capacity = blocks if capacity is None else min(capacity, blocks)
-    return max(num_kv_blocks(workload), capacity or 0)
+            more.append((need.available_bytes - need.needed_bytes) // block_bytes)
+    extra = max(0, min(more, default=0))
+    return KVBlocks(
+        first=planned.first + extra,
+        second=planned.second,
+        prompts=planned.prompts + extra if planned.prompts else 0,
+    )

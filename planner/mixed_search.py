@@ -42,7 +42,7 @@ _MAX_TRIES = 12
 _MAX_SIMULATED_OPS = 12_000
 _MIN_SIMULATED, _MAX_SIMULATED = 8, 300
 # Placements of a chunk that are all looked at where there are no more.
-_MAX_COMBINATIONS = 4000
+_MAX_COMBINATIONS = 8000
 # Expert slots take no more of the GPU than this.
 _MAX_SLOT_SHARE = 0.25
 
@@ -110,6 +110,7 @@ class _Space:
                 has_gpu=self.has_gpu,
                 kv_move_s=partial(pricer.kv_layer_move_s, members[0]),
                 num_waves=wave.num_waves,
+                chunk_tokens=chunk_tokens,
             )
             for members in self.layers
         ]

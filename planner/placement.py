@@ -71,17 +71,31 @@ ON_CPU = ModulePlacement(lives="cpu", runs="cpu")
 STREAMED = ModulePlacement(lives="cpu", runs="stream")
 
 
-class LayerPlacement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One layer. The KV cache lies on the device that computes attention.
+class LayerPlacement(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+):
+    """One layer.
 
-    `ffn` is the dense feed-forward or the experts; `router` is None in dense layers.
+    Attributes
+    ----------
+    ffn : ModulePlacement
+        The dense feed-forward or the experts.
+    router : ModulePlacement or None
+        None in dense layers.
+    kv_on_cpu : bool
+        Of attention that runs on the GPU in decode steps: the KV cache is on the CPU all the same,
+        which computes scores and values over it; the GPU computes the projections. Otherwise the
+        cache is on the device that computes attention.
     """
 
     attention: ModulePlacement
     ffn: ModulePlacement
     router: ModulePlacement | None = None
+    kv_on_cpu: bool = False
 
     def __post_init__(self) -> None:
+        if self.kv_on_cpu and self.attention.device == "cpu":
+            raise ValueError("kv_on_cpu is of attention that runs on the gpu, this runs on the cpu")
         whole = [self.attention, self.router, None if self.router is not None else self.ffn]
         if any(where is not None and where.is_mixed for where in whole):
             raise ValueError("only experts can run split or have residents")
@@ -90,7 +104,8 @@ class LayerPlacement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     @property
     def kv(self) -> Device:
-        return self.attention.device
+        """The device that holds the KV cache, and computes scores and values over it."""
+        return "cpu" if self.kv_on_cpu else self.attention.device
 
     def modules(self) -> tuple[tuple[Module, ModulePlacement], ...]:
         """Every module of the layer with its placement, in order of use."""
@@ -105,6 +120,10 @@ class TierPlacement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     `strategy` and `cut` say which named placement this is: a strategy counts layers, experts or
     blocks up to its cut (`strategies.py`); `mixed` is none of them. `num_expert_slots` is how many
     experts the GPU has room for beside its residents, for those that split layers copy.
+
+    `num_second_seqs`, of decode: so many of the sequences are a second sub-batch, whose KV cache is
+    on the CPU in every layer. Their CPU attention runs beside the GPU's work for the first one
+    (NEO; MoE-Lightning where the first has its cache there too).
     """
 
     phase: Phase
@@ -115,8 +134,19 @@ class TierPlacement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     layers: tuple[LayerPlacement, ...]
     head: ModulePlacement
     num_expert_slots: Annotated[int, Meta(ge=0)] = 0
+    num_second_seqs: Annotated[int, Meta(ge=0)] = 0
 
     def __post_init__(self) -> None:
+        if self.phase == "prefill":
+            if self.num_second_seqs or any(layer.kv_on_cpu for layer in self.layers):
+                raise ValueError("num_second_seqs and kv_on_cpu are of decode tiers only")
+        elif self.num_second_seqs:
+            on_cpu = [at for at, each in enumerate(self.layers) if each.attention.device == "cpu"]
+            if on_cpu:
+                raise ValueError(
+                    f"num_second_seqs is {self.num_second_seqs}, but attention of layer "
+                    f"{on_cpu[0]} runs on the cpu: sub-batches need it on the gpu in every layer"
+                )
         if self.embedding.is_mixed or self.head.is_mixed:
             raise ValueError("only experts can run split or have residents")
         is_split = any(layer.ffn.runs == "split" for layer in self.layers)
@@ -147,8 +177,17 @@ class TierPlacement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         where = self.layers[layer].ffn
         return spec.layers[layer].num_experts if where.lives == "gpu" else where.num_resident
 
+    def kv_devices(self, layer: int) -> tuple[Device, ...]:
+        """Where a layer keeps the caches of the first sub-batch, and of the second if there is."""
+        where = self.layers[layer].kv
+        return (where, "cpu") if self.num_second_seqs else (where,)
+
     def uses(self, device: Device) -> bool:
-        """True where any module is computed on the device."""
+        """True where any module, or attention over a cache, is computed on the device."""
+        if device == "cpu" and self.num_second_seqs:
+            return True
+        if any(layer.kv == device for layer in self.layers):
+            return True
         places = [self.embedding, self.head]
         places += [where for layer in self.layers for _, where in layer.modules()]
         return any(device in where.devices for where in places)
@@ -170,12 +209,17 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     gigabytes between the phases of each request does not pay. KV moves where the tiers put it on
     different devices, and that copy is charged.
 
+    `smaller` are tiers for smaller steps, of either phase: decode steps of few sequences, prefill
+    steps of short prompts. Their weights and caches lie as in the phase's own tier, but modules may
+    run otherwise: what pays to be streamed for 64 tokens does not for one.
+
     `expert_order` has a row for each layer: its experts, those first that are to be resident
     first. Without it they are in the order of their numbers.
     """
 
     prefill: TierPlacement
     decode: TierPlacement
+    smaller: tuple[TierPlacement, ...] = ()
     expert_order: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
@@ -185,6 +229,22 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             raise ValueError(
                 f"the prefill tier has {len(self.prefill.layers)} layers, "
                 f"the decode tier {len(self.decode.layers)}"
+            )
+        if self.decode.num_second_seqs:
+            self._check_sub_batches()
+        for at, tier in enumerate(self.smaller):
+            reason = _why_not_beside(tier, self.tier(tier.phase))
+            if reason:
+                raise ValueError(f"tier {at} of smaller {reason}")
+
+    def _check_sub_batches(self) -> None:
+        if any(layer.kv == "cpu" for layer in self.prefill.layers):
+            raise ValueError(
+                "the decode tier has two sub-batches, which needs all prefill attention on the gpu"
+            )
+        if len({layer.kv for layer in self.decode.layers}) > 1:
+            raise ValueError(
+                "the decode tier has two sub-batches: the first one's cache must be on one device"
             )
 
     def num_resident(self, spec: ModelSpec, layer: int) -> int:
@@ -207,8 +267,19 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         """`offload` where both phases use one strategy, `offload+split` where they differ."""
         return pair_name(self.prefill.strategy, self.decode.strategy)
 
-    def tier(self, phase: Phase) -> TierPlacement:
-        return self.prefill if phase == "prefill" else self.decode
+    def tier(self, phase: Phase, num_tokens: int | None = None) -> TierPlacement:
+        """The tier of a phase; of steps of so many tokens the smallest that holds them."""
+        whole = self.prefill if phase == "prefill" else self.decode
+        if num_tokens is None:
+            return whole
+        found = [each for each in self.smaller if each.phase == phase]
+        found = [each for each in found if num_tokens <= each.max_num_tokens]
+        return min(found, key=lambda each: each.max_num_tokens, default=whole)
+
+    @property
+    def tiers(self) -> tuple[TierPlacement, ...]:
+        """All tiers."""
+        return (self.prefill, self.decode, *self.smaller)
 
     def lives_on(self, device: Device) -> frozenset[tuple[Module, int | None]]:
         """Modules whose weights are resident on a device: the union over the tiers."""
@@ -218,15 +289,42 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         return self.prefill.uses(device) or self.decode.uses(device)
 
 
+def _why_not_beside(tier: TierPlacement, whole: TierPlacement) -> str:
+    """What a tier for smaller steps does not share with the phase's own; empty where it does."""
+    if tier.num_second_seqs:
+        return "has two sub-batches, which only the largest decode tier can have"
+    if tier.max_num_tokens >= whole.max_num_tokens:
+        return (
+            f"is for steps of {tier.max_num_tokens} tokens, no fewer than the {tier.phase} tier's "
+            f"{whole.max_num_tokens}"
+        )
+    if len(tier.layers) != len(whole.layers):
+        return f"has {len(tier.layers)} layers, the {tier.phase} tier {len(whole.layers)}"
+    pairs = [(tier.embedding, whole.embedding), (tier.head, whole.head)]
+    for mine, its in zip(tier.layers, whole.layers, strict=True):
+        if mine.kv != its.kv or len(mine.modules()) != len(its.modules()):
+            return f"keeps other caches than the {tier.phase} tier"
+        pairs += zip(
+            (where for _, where in mine.modules()),
+            (where for _, where in its.modules()),
+            strict=True,
+        )
+    if any((a.lives, a.num_resident) != (b.lives, b.num_resident) for a, b in pairs):
+        return f"has weights elsewhere than the {tier.phase} tier"
+    return ""
+
+
 def check_matches(placement: Placement, spec: ModelSpec) -> str | None:
     """Why a placement cannot be used for a model, or None where it can."""
-    for tier in (placement.prefill, placement.decode):
+    for tier in placement.tiers:
         if len(tier.layers) != spec.num_layers:
             return f"the plan has {len(tier.layers)} layers, the model {spec.num_layers}"
         for index, (where, layer) in enumerate(zip(tier.layers, spec.layers, strict=True)):
             if (where.router is not None) != layer.is_moe:
                 kind = "experts" if layer.is_moe else "a dense feed-forward"
                 return f"layer {index} of the model has {kind}, the plan says otherwise"
+            if layer.attention is not None and (where.kv_on_cpu or tier.num_second_seqs):
+                return f"attention of layer {index} of the model cannot run on both devices"
             if layer.is_moe and where.ffn.num_resident >= layer.num_experts:
                 return (
                     f"layer {index} of the model has {layer.num_experts} experts, the plan has "

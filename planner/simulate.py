@@ -11,7 +11,7 @@ from planner.timeline import Span, Timeline
 # How many times as long an op of the first lane takes while the second works.
 Slowdowns = Mapping[tuple[Lane, Lane], float]
 
-_LONG_KINDS: frozenset[OpKind] = frozenset({"attention", "experts", "dense"})
+_LONG_KINDS: frozenset[OpKind] = frozenset({"attention", "attend", "experts", "dense"})
 
 
 def op_times(

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from planner.model_spec import ModelSpec, Module
-from planner.placement import NUM_STREAM_BUFFERS, Device, LayerPlacement, TierPlacement
+from planner.placement import (
+    NUM_STREAM_BUFFERS,
+    Device,
+    LayerPlacement,
+    ModulePlacement,
+    TierPlacement,
+)
 from planner.workload import Phase
 
 Lane = Literal["gpu", "cpu", "h2d", "d2h"]
@@ -14,6 +22,9 @@ Term = Literal["attention", "router", "dispatch", "experts", "dense", "head", "t
 OpKind = Literal[
     "embed",
     "attention",
+    "qkv",
+    "attend",
+    "attention_output",
     "router",
     "dispatch",
     "experts",
@@ -26,13 +37,26 @@ OpKind = Literal[
 # Which of a layer's experts: those resident on the GPU, the missed ones (all others), and of these,
 # where a step's tokens decide, those that are fetched to the GPU and the rest.
 Part = Literal["all", "resident", "missed", "fetched", "rest"]
-Payload = Literal["batch", "weights", "hidden", "routing", "expert_output", "logits", "kv"]
+Payload = Literal[
+    "batch",
+    "weights",
+    "hidden",
+    "qkv",
+    "attended",
+    "routing",
+    "expert_output",
+    "logits",
+    "kv",
+]
 
 LANES: tuple[Lane, ...] = ("gpu", "cpu", "h2d", "d2h")
 
 _TERM_OF_KIND: dict[OpKind, Term] = {
     "embed": "dense",
     "attention": "attention",
+    "qkv": "attention",
+    "attend": "attention",
+    "attention_output": "attention",
     "router": "router",
     "dispatch": "dispatch",
     "experts": "experts",
@@ -53,9 +77,11 @@ class Op:
     index : int
         Position in the graph; ops of a lane run in this order.
     kind : OpKind
-        `dispatch` sorts tokens by expert, and decides what a split layer fetches; `combine` adds
-        the outputs of experts, or of their parts, to the hidden states; `embed` looks up token
-        embeddings; `copy` moves a `payload` between the memories.
+        `attention` is a layer's whole attention; where the GPU computes its projections and the CPU
+        attends over the cache there are three: `qkv`, `attend` and `attention_output`. `dispatch`
+        sorts tokens by expert, and decides what a split layer fetches; `combine` adds the outputs
+        of experts, or of their parts, to the hidden states; `embed` looks up token embeddings;
+        `copy` moves a `payload` between the memories.
     layer : int or None
         Layer that the op belongs to.
     module : Module or None
@@ -68,6 +94,11 @@ class Op:
         For ops of a part, how many of the layer's experts are resident on the GPU.
     max_fetched : int
         For parts that a step decides on, experts that are fetched at most.
+    sub_batch : int or None
+        Which half of the step's sequences the op is of, where they run as two: 0 or 1; copies of
+        weights are of both.
+    num_second_seqs : int
+        For ops of a sub-batch, sequences of the second one in a step of the planned size.
     deps : tuple of int
         Ops (of any lane) that must have ended before this one begins.
     """
@@ -83,6 +114,8 @@ class Op:
     part: Part = "all"
     num_resident: int = 0
     max_fetched: int = 0
+    sub_batch: int | None = None
+    num_second_seqs: int = 0
 
     @property
     def term(self) -> Term:
@@ -102,6 +135,7 @@ class Op:
         if self.module is not None and self.kind == "copy":
             words.append(self.module)
         text = " ".join(words) + ("" if self.layer is None else f"[{self.layer}]")
+        text += "" if self.sub_batch is None else f"#{self.sub_batch}"
         return text if self.kind != "copy" else f"{text} {self.lane}"
 
 
@@ -124,12 +158,20 @@ class StepGraph:
 
 
 class _Builder:
-    """Appends ops and remembers which op last produced each thing."""
+    """Appends ops and remembers which op last produced each thing. Mutable."""
 
-    def __init__(self) -> None:
+    def __init__(self, spec: ModelSpec, tier: TierPlacement) -> None:
+        self.tier = tier
         self.ops: list[Op] = []
-        self.buffer_readers: dict[int, tuple[int, ...]] = {}
         self.slot_readers: list[int] = []
+        self.max_fetched = tier.num_expert_slots // NUM_STREAM_BUFFERS
+        self.num_sub_batches = 2 if tier.num_second_seqs else 1
+        streamed = [index for index in range(spec.num_layers) if tier.streamed(index)]
+        self._streamed_layers = streamed
+        self._buffers = {layer: at % NUM_STREAM_BUFFERS for at, layer in enumerate(streamed)}
+        self._copies: dict[tuple[int, Module], int] = {}
+        self._num_arrived: dict[int, int] = {}
+        self._readers: dict[int, tuple[int, ...]] = {}  # of each buffer, since it was last filled
 
     def add(
         self,
@@ -144,6 +186,7 @@ class _Builder:
         part: Part = "all",
         num_resident: int = 0,
         max_fetched: int = 0,
+        sub_batch: int | None = None,
     ) -> int:
         self.ops.append(
             Op(
@@ -158,21 +201,67 @@ class _Builder:
                 part=part,
                 num_resident=num_resident,
                 max_fetched=max_fetched,
+                sub_batch=sub_batch,
+                num_second_seqs=0 if sub_batch is None else self.tier.num_second_seqs,
             )
         )
         return len(self.ops) - 1
 
-    def move(self, payload: Payload, target: Device, after: int, layer: int | None = None) -> int:
-        return self.add(
-            "copy", "h2d" if target == "gpu" else "d2h", (after,), payload=payload, layer=layer
-        )
+    def buffer(self, layer: int) -> int | None:
+        """Staging buffer of a layer; None where nothing of it is streamed."""
+        return self._buffers.get(layer)
+
+    def weights(self, layer: int, module: Module) -> tuple[int, ...]:
+        """The copy that brings a module, if it is streamed."""
+        copy = self._copies.get((layer, module))
+        return () if copy is None else (copy,)
+
+    def start_streaming(self) -> None:
+        """Fill the buffers that the first layer does not have to wait for."""
+        for position in range(NUM_STREAM_BUFFERS - 1):
+            self._stream(position)
+
+    def arrive(self, layer: int) -> None:
+        """A sub-batch begins with a layer. When all have, the next streamed one is copied."""
+        self._num_arrived[layer] = self._num_arrived.get(layer, 0) + 1
+        if layer in self._buffers and self._num_arrived[layer] == self.num_sub_batches:
+            self._stream(self._streamed_layers.index(layer) + NUM_STREAM_BUFFERS - 1)
+
+    def leave(self, layer: int, readers: Sequence[int]) -> None:
+        """A sub-batch is done with a layer, whose weights these ops read."""
+        if layer in self._buffers:
+            buffer = self._buffers[layer]
+            self._readers[buffer] = (*self._readers.get(buffer, ()), *readers)
+
+    def _stream(self, position: int) -> None:
+        """Copy the `position`-th streamed layer into its buffer, once that is free."""
+        if position >= len(self._streamed_layers):
+            return
+        layer = self._streamed_layers[position]
+        buffer = self._buffers[layer]
+        free = self._readers.pop(buffer, ())
+        num_resident = self.tier.layers[layer].ffn.num_resident
+        for module in self.tier.streamed(layer):
+            is_part = module == "experts" and num_resident > 0
+            self._copies[layer, module] = self.add(
+                "copy",
+                "h2d",
+                free,
+                layer=layer,
+                payload="weights",
+                module=module,
+                buffer=buffer,
+                part="missed" if is_part else "all",
+                num_resident=num_resident if is_part else 0,
+            )
 
 
 def build(spec: ModelSpec, tier: TierPlacement) -> StepGraph:
     """Write down one step of a tier.
 
     The graph holds for every batch shape of the tier: shapes enter when it is priced
-    (`cost_model.op_cost`) or executed.
+    (`cost_model.op_cost`) or executed. Two sub-batches take turns layer by layer, the second one
+    first: while the CPU attends for one, the GPU does the other's layer.
 
     Parameters
     ----------
@@ -181,193 +270,257 @@ def build(spec: ModelSpec, tier: TierPlacement) -> StepGraph:
     tier : TierPlacement
         Where each module lives and runs.
     """
-    builder = _Builder()
-    copies: dict[tuple[int, Module], int] = {}
-    buffers = _stream_buffers(tier)
-    streamed_layers = list(buffers)
-    max_fetched = tier.num_expert_slots // NUM_STREAM_BUFFERS
-
-    def stream(position: int) -> None:
-        """Emit the copies of the `position`-th streamed layer into its buffer."""
-        if position >= len(streamed_layers):
-            return
-        layer = streamed_layers[position]
-        free = builder.buffer_readers.get(buffers[layer], ())
-        num_resident = tier.layers[layer].ffn.num_resident
-        for module in tier.streamed(layer):
-            is_part = module == "experts" and num_resident > 0
-            copies[layer, module] = builder.add(
-                "copy",
-                "h2d",
-                free,
-                layer=layer,
-                payload="weights",
-                module=module,
-                buffer=buffers[layer],
-                part="missed" if is_part else "all",
-                num_resident=num_resident if is_part else 0,
-            )
-
-    # Positions, slots and block tables: every GPU op of the step reads them.
-    batch = builder.add("copy", "h2d", (), payload="batch") if tier.uses("gpu") else None
-    for position in range(NUM_STREAM_BUFFERS - 1):
-        stream(position)
-    where: Device = tier.embedding.device
-    hidden = builder.add("embed", where, () if batch is None else (batch,))
-    for index, layer in enumerate(tier.layers):
-        if layer.attention.device != where:
-            where = layer.attention.device
-            hidden = builder.move("hidden", where, hidden, index)
-        buffer = buffers.get(index)
-        if buffer is not None:
-            # After the hidden states, which would else wait behind weights that are not due yet.
-            stream(streamed_layers.index(index) + NUM_STREAM_BUFFERS - 1)
-
-        def weights(module: Module, index: int = index) -> tuple[int, ...]:
-            copy = copies.get((index, module))
-            return () if copy is None else (copy,)
-
-        readers: list[int] = []
-        for module, placement in layer.modules():
-            if module == "experts":
-                assert layer.router is not None
-                if placement.is_mixed:
-                    ops = _mixed_experts(
-                        builder, index, layer, hidden, weights(module), buffer, max_fetched
-                    )
-                else:
-                    ops = _experts(builder, index, layer, hidden, weights(module), buffer)
-                reader, hidden = ops
-                readers.append(reader)
-                continue
-            if placement.device != where:
-                hidden = builder.move("hidden", placement.device, hidden, index)
-                where = placement.device
-            kind: OpKind = module if module in ("attention", "router", "dense") else "dense"
-            hidden = builder.add(
-                kind, where, (hidden, *weights(module)), layer=index, module=module, buffer=buffer
-            )
-            readers.append(hidden)
-        if buffer is not None:
-            builder.buffer_readers[buffer] = tuple(readers)
-    if tier.head.device != where:
-        hidden = builder.move("hidden", tier.head.device, hidden)
-        where = tier.head.device
-    logits = builder.add("head", where, (hidden,), module="head")
-    if where == "gpu":
-        logits = builder.move("logits", "cpu", logits)
-    builder.add("sample", "cpu", (logits,))
+    builder = _Builder(spec, tier)
+    numbers: tuple[int | None, ...] = (1, 0) if tier.num_second_seqs else (None,)
+    chains = [_Chain(builder, number) for number in numbers]
+    for chain in chains:
+        chain.begin()
+    builder.start_streaming()
+    turns = deque(chain.run() for chain in chains)
+    while turns:
+        turn = turns.popleft()
+        if next(turn, None) is not None:
+            turns.append(turn)
     return StepGraph(phase=tier.phase, ops=tuple(builder.ops))
 
 
-def _stream_buffers(tier: TierPlacement) -> dict[int, int]:
-    """Staging buffer of each layer that is streamed, in order."""
-    streamed = [index for index in range(len(tier.layers)) if tier.streamed(index)]
-    return {layer: position % NUM_STREAM_BUFFERS for position, layer in enumerate(streamed)}
+class _Chain:
+    """The ops of the step's sequences, or of one sub-batch of them, in order. Mutable."""
 
+    def __init__(self, builder: _Builder, sub_batch: int | None) -> None:
+        self._builder = builder
+        self._tier = builder.tier
+        self._sub_batch = sub_batch
+        self._where: Device = builder.tier.embedding.device
+        self._hidden = -1
+        self._batch: int | None = None
 
-def _experts(
-    builder: _Builder,
-    index: int,
-    layer: LayerPlacement,
-    routed: int,
-    weights: tuple[int, ...],
-    buffer: int | None,
-) -> tuple[int, int]:
-    """Dispatch, experts, and the way there and back; returns (op that reads weights, last op)."""
-    assert layer.router is not None
-    device, router_device = layer.ffn.device, layer.router.device
-    if device == router_device:
-        dispatch = builder.add("dispatch", device, (routed,), layer=index)
-        experts = builder.add(
-            "experts", device, (dispatch, *weights), layer=index, module="experts", buffer=buffer
+    def begin(self) -> None:
+        """Positions, slots and block tables: every GPU op of the step reads them."""
+        if self._tier.uses("gpu"):
+            self._batch = self._add("copy", "h2d", (), payload="batch")
+
+    def run(self) -> Iterator[int]:
+        """Add all ops; what it yields is where another sub-batch may have its turn."""
+        tier = self._tier
+        self._hidden = self._add(
+            "embed", self._where, () if self._batch is None else (self._batch,)
         )
-        combine = builder.add("combine", device, (experts,), layer=index)
-        return experts, combine
-    there = builder.move("routing", device, routed, index)
-    dispatch = builder.add("dispatch", device, (there,), layer=index)
-    experts = builder.add(
-        "experts", device, (dispatch, *weights), layer=index, module="experts", buffer=buffer
-    )
-    back = builder.move("expert_output", router_device, experts, index)
-    return experts, builder.add("combine", router_device, (back,), layer=index)
+        for index, layer in enumerate(tier.layers):
+            self._go_to(layer.attention.device, index)
+            readers: list[int] = []
+            if self._kv(layer) == layer.attention.device:
+                # After the hidden states, which would else wait behind weights not due yet.
+                self._builder.arrive(index)
+                if self._sub_batch is not None:
+                    yield index
+                readers.append(self._module("attention", self._where, index))
+            else:
+                yield from self._attention_on_both(index, readers)
+            for module, placement in layer.modules()[1:]:
+                if module == "experts":
+                    readers.append(self._experts(index, layer))
+                    continue
+                self._go_to(placement.device, index)
+                readers.append(self._module(module, self._where, index))
+            self._builder.leave(index, readers)
+        self._go_to(tier.head.device, None)
+        logits = self._add("head", self._where, (self._hidden,), module="head")
+        if self._where == "gpu":
+            logits = self._move("logits", "cpu", logits)
+        self._add("sample", "cpu", (logits,))
 
+    def _kv(self, layer: LayerPlacement) -> Device:
+        return "cpu" if self._sub_batch == 1 else layer.kv
 
-def _mixed_experts(
-    builder: _Builder,
-    index: int,
-    layer: LayerPlacement,
-    routed: int,
-    weights: tuple[int, ...],
-    buffer: int | None,
-    max_fetched: int,
-) -> tuple[int, int]:
-    """Experts on both devices, or from two memories: each part by itself, added at the end.
-
-    Returns (op that reads streamed weights, last op). The router is on the GPU.
-    """
-    num_resident, runs = layer.ffn.num_resident, layer.ffn.runs
-
-    def add(
+    def _add(
+        self,
         kind: OpKind,
         lane: Lane,
-        part: Part,
         deps: tuple[int, ...],
         *,
+        layer: int | None = None,
+        payload: Payload | None = None,
+        module: Module | None = None,
         buffer: int | None = None,
+        part: Part = "all",
+        num_resident: int = 0,
         max_fetched: int = 0,
     ) -> int:
-        return builder.add(
+        return self._builder.add(
             kind,
             lane,
             deps,
-            layer=index,
-            payload="weights" if kind == "copy" else None,
-            module=None if kind == "dispatch" else "experts",
+            layer=layer,
+            payload=payload,
+            module=module,
             buffer=buffer,
             part=part,
             num_resident=num_resident,
             max_fetched=max_fetched,
+            sub_batch=self._sub_batch,
         )
 
-    outputs: list[int] = []
-    if num_resident:
-        dispatch = add("dispatch", "gpu", "resident", (routed,))
-        outputs.append(add("experts", "gpu", "resident", (dispatch,)))
-    if runs == "stream":
-        dispatch = add("dispatch", "gpu", "missed", (routed,))
-        missed = add("experts", "gpu", "missed", (dispatch, *weights), buffer=buffer)
-        return missed, builder.add("combine", "gpu", (*outputs, missed), layer=index)
-    there = builder.move("routing", "cpu", routed, index)
-    part: Part = "rest" if runs == "split" else "missed"
-    on_cpu = add("dispatch", "cpu", part, (there,), max_fetched=max_fetched)
-    if runs == "split":
-        # The slots of the split layer before the last one, free once its fetched experts have run.
-        slots = len(builder.slot_readers) % NUM_STREAM_BUFFERS
-        free = builder.slot_readers[-NUM_STREAM_BUFFERS:-1]
-        fetch = add(
-            "copy", "h2d", "fetched", (on_cpu, *free), buffer=slots, max_fetched=max_fetched
+    def _move(self, payload: Payload, target: Device, after: int, layer: int | None = None) -> int:
+        lane: Lane = "h2d" if target == "gpu" else "d2h"
+        return self._add("copy", lane, (after,), payload=payload, layer=layer)
+
+    def _go_to(self, device: Device, layer: int | None) -> None:
+        """Take the hidden states to a device."""
+        if device != self._where:
+            self._hidden = self._move("hidden", device, self._hidden, layer)
+            self._where = device
+
+    def _module(self, module: Module, lane: Device, layer: int) -> int:
+        """One op that reads a module's weights and sets the hidden states."""
+        kind: OpKind = module if module in ("attention", "router", "dense") else "dense"
+        self._hidden = self._add(
+            kind,
+            lane,
+            (self._hidden, *self._builder.weights(layer, module)),
+            layer=layer,
+            module=module,
+            buffer=self._builder.buffer(layer),
         )
-        # What is fetched is known with the copy, which brings the slots' numbers too.
-        sort = add("dispatch", "gpu", "fetched", (routed, fetch), max_fetched=max_fetched)
-        fetched = add("experts", "gpu", "fetched", (sort,), buffer=slots, max_fetched=max_fetched)
-        builder.slot_readers.append(fetched)
-        outputs.append(fetched)
-    missed = add("experts", "cpu", part, (on_cpu,), max_fetched=max_fetched)
-    outputs.append(builder.move("expert_output", "gpu", missed, index))
-    return missed, builder.add("combine", "gpu", tuple(outputs), layer=index)
+        return self._hidden
+
+    def _attention_on_both(self, layer: int, readers: list[int]) -> Iterator[int]:
+        """Projections on the GPU, scores and values on the CPU."""
+        builder = self._builder
+        weights, buffer = builder.weights(layer, "attention"), builder.buffer(layer)
+        projected = self._add(
+            "qkv", "gpu", (self._hidden, *weights), layer=layer, module="attention", buffer=buffer
+        )
+        there = self._move("qkv", "cpu", projected, layer)
+        attended = self._add("attend", "cpu", (there,), layer=layer)
+        back = self._move("attended", "gpu", attended, layer)
+        # After what comes back, which would else wait behind weights not due yet.
+        builder.arrive(layer)
+        if self._sub_batch is not None:
+            yield layer
+        self._hidden = self._add(
+            "attention_output",
+            "gpu",
+            (back, projected),
+            layer=layer,
+            module="attention",
+            buffer=buffer,
+        )
+        readers.append(self._hidden)
+
+    def _experts(self, index: int, layer: LayerPlacement) -> int:
+        """Dispatch, experts, and the way there and back; returns the op that reads weights."""
+        if layer.ffn.is_mixed:
+            return self._mixed_experts(index, layer.ffn)
+        assert layer.router is not None
+        device, router_device = layer.ffn.device, layer.router.device
+        routed = self._hidden
+        if device != router_device:
+            routed = self._move("routing", device, routed, index)
+        dispatch = self._add("dispatch", device, (routed,), layer=index)
+        weights = self._builder.weights(index, "experts")
+        experts = output = self._add(
+            "experts",
+            device,
+            (dispatch, *weights),
+            layer=index,
+            module="experts",
+            buffer=self._builder.buffer(index),
+        )
+        if device != router_device:
+            output = self._move("expert_output", router_device, experts, index)
+        self._hidden = self._add("combine", router_device, (output,), layer=index)
+        return experts
+
+    def _mixed_experts(self, index: int, where: ModulePlacement) -> int:
+        """Experts on both devices, or from two memories: each part by itself, added at the end.
+
+        Returns the op that reads streamed weights. The router is on the GPU.
+        """
+        num_resident, max_fetched = where.num_resident, self._builder.max_fetched
+        routed = self._hidden
+
+        def add(
+            kind: OpKind,
+            lane: Lane,
+            part: Part,
+            deps: tuple[int, ...],
+            *,
+            buffer: int | None = None,
+            max_fetched: int = 0,
+        ) -> int:
+            return self._add(
+                kind,
+                lane,
+                deps,
+                layer=index,
+                payload="weights" if kind == "copy" else None,
+                module=None if kind == "dispatch" else "experts",
+                buffer=buffer,
+                part=part,
+                num_resident=num_resident,
+                max_fetched=max_fetched,
+            )
+
+        outputs: list[int] = []
+        if num_resident:
+            dispatch = add("dispatch", "gpu", "resident", (routed,))
+            outputs.append(add("experts", "gpu", "resident", (dispatch,)))
+        if where.runs == "stream":
+            dispatch = add("dispatch", "gpu", "missed", (routed,))
+            weights, buffer = self._builder.weights(index, "experts"), self._builder.buffer(index)
+            missed = add("experts", "gpu", "missed", (dispatch, *weights), buffer=buffer)
+            self._hidden = self._add("combine", "gpu", (*outputs, missed), layer=index)
+            return missed
+        there = self._move("routing", "cpu", routed, index)
+        part: Part = "rest" if where.runs == "split" else "missed"
+        on_cpu = add("dispatch", "cpu", part, (there,), max_fetched=max_fetched)
+        if where.runs == "split":
+            # The slots of the split layer before the last one, free once its experts have run.
+            readers = self._builder.slot_readers
+            slots = len(readers) % NUM_STREAM_BUFFERS
+            free = readers[-NUM_STREAM_BUFFERS:-1]
+            fetch = add(
+                "copy", "h2d", "fetched", (on_cpu, *free), buffer=slots, max_fetched=max_fetched
+            )
+            # What is fetched is known with the copy, which brings the slots' numbers too.
+            sort = add("dispatch", "gpu", "fetched", (routed, fetch), max_fetched=max_fetched)
+            fetched = add(
+                "experts", "gpu", "fetched", (sort,), buffer=slots, max_fetched=max_fetched
+            )
+            readers.append(fetched)
+            outputs.append(fetched)
+        missed = add("experts", "cpu", part, (on_cpu,), max_fetched=max_fetched)
+        outputs.append(self._move("expert_output", "gpu", missed, index))
+        self._hidden = self._add("combine", "gpu", tuple(outputs), layer=index)
+        return missed
 
 
-def moved_kv_layers(prefill: TierPlacement, decode: TierPlacement) -> tuple[int, ...]:
-    """Layers whose KV cache changes device when a sequence goes from prefill to decode."""
+def moved_kv_layers(
+    prefill: TierPlacement, decode: TierPlacement, *, sub_batch: int = 0
+) -> tuple[int, ...]:
+    """Layers whose KV cache changes device when a sequence goes from prefill to decode.
+
+    Of a sequence of the second sub-batch (1): all layers, from the GPU to the CPU.
+    """
     pairs = enumerate(zip(prefill.layers, decode.layers, strict=True))
+    if sub_batch:
+        return tuple(index for index, (before, _) in pairs if before.kv == "gpu")
     return tuple(index for index, (before, after) in pairs if before.kv != after.kv)
 
 
-def build_kv_move(prefill: TierPlacement, decode: TierPlacement) -> StepGraph:
+def build_kv_move(
+    prefill: TierPlacement, decode: TierPlacement, *, sub_batch: int = 0
+) -> StepGraph:
     """Copies of a sequence's KV cache where prefill and decode keep it on different devices."""
-    builder = _Builder()
-    for layer in moved_kv_layers(prefill, decode):
-        lane: Lane = "h2d" if decode.layers[layer].kv == "gpu" else "d2h"
-        builder.add("copy", lane, (), layer=layer, payload="kv")
-    return StepGraph(phase="prefill", ops=tuple(builder.ops))
+    ops = [
+        Op(
+            index=index,
+            kind="copy",
+            lane="d2h" if prefill.layers[layer].kv == "gpu" else "h2d",
+            layer=layer,
+            payload="kv",
+        )
+        for index, layer in enumerate(moved_kv_layers(prefill, decode, sub_batch=sub_batch))
+    ]
+    return StepGraph(phase="prefill", ops=tuple(ops))

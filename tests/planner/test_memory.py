@@ -10,14 +10,13 @@ from msgspec.structs import replace as msgspec_replace
 from planner import strategies
 from planner.attention_kinds import LatentAttention, RecurrentAttention
 from planner.hardware import HardwareProfile
+from planner.kv_blocks import KVBlocks, bytes_per_block, kv_blocks, num_prompts
 from planner.memory import (
     DeviceMemory,
     activation_width,
     available_bytes,
     kv_block_capacity,
-    kv_bytes_per_block,
     needs,
-    num_kv_blocks,
     staging_bytes,
     weight_bytes,
 )
@@ -151,8 +150,8 @@ def test_kv_that_moves_between_the_phases_is_held_on_both_devices() -> None:
 
     assert found["gpu"].kv_bytes == 2 * CACHED * KV_PER_TOKEN
     assert found["cpu"].kv_bytes == CACHED * KV_PER_TOKEN
-    assert kv_bytes_per_block(spec, both, "gpu") == 2 * 16 * KV_PER_TOKEN
-    assert kv_bytes_per_block(spec, both, "cpu") == 16 * KV_PER_TOKEN
+    assert bytes_per_block(spec, both, "gpu") == 2 * 16 * KV_PER_TOKEN
+    assert bytes_per_block(spec, both, "cpu") == 16 * KV_PER_TOKEN
 
 
 def test_layers_of_different_caches_are_counted_each_by_its_own() -> None:
@@ -176,8 +175,8 @@ def test_layers_of_different_caches_are_counted_each_by_its_own() -> None:
 
     assert found["cpu"].kv_bytes == CACHED * 10 + 2 * state_bytes  # 2 sequences
     assert found["gpu"].kv_bytes == CACHED * KV_PER_TOKEN
-    assert kv_bytes_per_block(spec, placement, "cpu") == 16 * 10
-    assert kv_bytes_per_block(spec, placement, "gpu") == 16 * KV_PER_TOKEN
+    assert bytes_per_block(spec, placement, "cpu") == 16 * 10
+    assert bytes_per_block(spec, placement, "gpu") == 16 * KV_PER_TOKEN
 
 
 def test_a_state_takes_no_blocks_from_the_cache() -> None:
@@ -191,7 +190,7 @@ def test_a_state_takes_no_blocks_from_the_cache() -> None:
     free = need.available_bytes - need.needed_bytes
 
     capacity = kv_block_capacity(spec, placement, WORKLOAD, machine())
-    assert capacity == 6 + free // (16 * KV_PER_TOKEN)
+    assert capacity.first == 6 + free // (16 * KV_PER_TOKEN)
 
 
 def test_shared_experts_and_wide_latents_are_alive_too() -> None:
@@ -310,7 +309,38 @@ def test_blocks_hold_every_sequence_at_its_full_length(
     prompt_len: int, output_len: int, num_seqs: int, num_blocks: int
 ) -> None:
     workload = Workload(prompt_len=prompt_len, output_len=output_len, num_seqs=num_seqs)
-    assert num_kv_blocks(workload) == num_blocks
+    placement = strategies.placement(tiny_spec("d"), "gpu", 0)
+    assert kv_blocks(placement, workload) == KVBlocks(first=num_blocks)
+
+
+def two_sub_batches(spec: ModelSpec, *, kv_on_cpu: bool = False) -> Placement:
+    """All on the GPU; of 4 sequences 3 are a second sub-batch. Prefill steps of 32 tokens."""
+    placement = strategies.placement(spec, "gpu", 0, chunk_tokens=32)
+    layers = tuple(msgspec_replace(layer, kv_on_cpu=kv_on_cpu) for layer in placement.decode.layers)
+    decode = msgspec_replace(placement.decode, num_second_seqs=3, layers=layers)
+    return msgspec_replace(placement, decode=decode)
+
+
+def test_the_second_sub_batch_is_on_the_cpu_and_its_prompts_on_the_gpu_for_a_while() -> None:
+    """20 + 13 tokens are 3 blocks; prompts that a step of 32 tokens touches are 1 + 32/20."""
+    spec, four = tiny_spec("dd"), Workload(prompt_len=20, output_len=13, num_seqs=4)
+    block = 2 * 16 * KV_PER_TOKEN
+    placement = two_sub_batches(spec)
+    assert num_prompts(four, 32) == 3
+    assert kv_blocks(placement, four) == KVBlocks(first=3, second=9, prompts=9)
+    found = needs(spec, placement, four, machine())
+    assert found["gpu"].kv_bytes == 12 * block
+    assert found["cpu"].kv_bytes == 9 * block
+    assert bytes_per_block(spec, placement, "gpu") == 2 * block  # one more, and for its prompt
+
+    found = needs(spec, two_sub_batches(spec, kv_on_cpu=True), four, machine())
+    assert found["gpu"].kv_bytes == 9 * block
+    assert found["cpu"].kv_bytes == 12 * block
+
+
+def test_the_first_sub_batch_has_a_sequence_at_least() -> None:
+    spec, two = tiny_spec("d"), Workload(prompt_len=20, output_len=13, num_seqs=2)
+    assert kv_blocks(two_sub_batches(spec), two) == KVBlocks(first=3, second=3, prompts=6)
 
 
 def test_the_cache_takes_what_is_left_on_the_tighter_device() -> None:
@@ -321,11 +351,13 @@ def test_the_cache_takes_what_is_left_on_the_tighter_device() -> None:
     # 96 % of the memory is available.
     memory_bytes = -(-(need.needed_bytes + 20 * 256) * 100 // 96)
 
-    assert kv_block_capacity(spec, placement, WORKLOAD, machine(gpu_bytes=memory_bytes)) == 26
+    assert kv_block_capacity(
+        spec, placement, WORKLOAD, machine(gpu_bytes=memory_bytes)
+    ) == KVBlocks(first=26)
 
 
 def test_the_cache_is_never_smaller_than_the_workload_needs() -> None:
     """A plan that does not fit is refused elsewhere; it still counts its own blocks."""
     spec = tiny_spec("dd")
     placement = strategies.placement(spec, "gpu", 0)
-    assert kv_block_capacity(spec, placement, WORKLOAD, machine(gpu_bytes=10)) == 6
+    assert kv_block_capacity(spec, placement, WORKLOAD, machine(gpu_bytes=10)) == KVBlocks(first=6)

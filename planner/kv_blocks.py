@@ -1,0 +1,129 @@
+"""KVBlocks: how many blocks of each cache a placement needs, and their bytes on each device."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from planner.model_spec import ModelSpec
+from planner.placement import Device, Placement
+from planner.workload import Workload
+
+KV_BLOCK_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVBlocks:
+    """Blocks of the caches of a placement.
+
+    Attributes
+    ----------
+    first : int
+        Of sequences at their full length where the decode tier keeps them; all sequences, where it
+        has one sub-batch.
+    second : int
+        Of those of the second sub-batch, on the CPU.
+    prompts : int
+        Of sequences whose prompt is being computed, where that is done on another device than they
+        are decoded on: a sequence leaves them when its prompt ends.
+    """
+
+    first: int
+    second: int = 0
+    prompts: int = 0
+
+
+def num_blocks(num_tokens: int) -> int:
+    """Blocks of one sequence of so many tokens."""
+    return math.ceil(num_tokens / KV_BLOCK_TOKENS)
+
+
+def moves_prompts(placement: Placement) -> bool:
+    """Are prompts of any sequence computed on another device than they are decoded on?"""
+    return placement.decode.num_second_seqs > 0 or any(
+        before.kv != after.kv
+        for before, after in zip(placement.prefill.layers, placement.decode.layers, strict=True)
+    )
+
+
+def kv_blocks(placement: Placement, wave: Workload) -> KVBlocks:
+    """Blocks for sequences that run together, every one at its full length."""
+    each = num_blocks(wave.context_len)
+    second = num_second_seqs(placement, wave)
+    prompts = num_prompts(wave, placement.prefill.max_num_tokens)
+    return KVBlocks(
+        first=(wave.num_seqs - second) * each,
+        second=second * each,
+        prompts=prompts * each if moves_prompts(placement) else 0,
+    )
+
+
+def num_second_seqs(placement: Placement, wave: Workload) -> int:
+    """Sequences of the second sub-batch; the first keeps one at least."""
+    return min(placement.decode.num_second_seqs, wave.num_seqs - 1)
+
+
+def num_prompts(wave: Workload, chunk_tokens: int) -> int:
+    """Sequences whose prompts are in a prefill step, or begun before it, at most.
+
+    Examples
+    --------
+    >>> num_prompts(Workload(prompt_len=512, num_seqs=64), 2048)
+    5
+    """
+    return min(wave.num_seqs, 1 + math.ceil(chunk_tokens / wave.prompt_len))
+
+
+def layer_kv_bytes(
+    spec: ModelSpec,
+    wave: Workload,
+    layer: int,
+    device: Device,
+    *,
+    prefill: Device,
+    decode: Device,
+    chunk_tokens: int,
+    num_second: int = 0,
+) -> int:
+    """Bytes of a layer's caches on a device, for sequences that run together.
+
+    `prefill` and `decode` are where each phase keeps the cache (of the first sub-batch).
+    """
+    each = num_blocks(wave.context_len) * KV_BLOCK_TOKENS * spec.kv_bytes_per_token(layer)
+    each += spec.state_bytes(layer)
+    count = (wave.num_seqs - num_second) * (decode == device) + num_second * (device == "cpu")
+    if prefill == device and (prefill != decode or num_second):
+        count += num_prompts(wave, chunk_tokens)
+    return count * each
+
+
+def kv_bytes(spec: ModelSpec, placement: Placement, wave: Workload, device: Device) -> int:
+    """Bytes of all caches of a placement on a device."""
+    layers = enumerate(zip(placement.prefill.layers, placement.decode.layers, strict=True))
+    return sum(
+        layer_kv_bytes(
+            spec,
+            wave,
+            index,
+            device,
+            prefill=before.kv,
+            decode=after.kv,
+            chunk_tokens=placement.prefill.max_num_tokens,
+            num_second=num_second_seqs(placement, wave),
+        )
+        for index, (before, after) in layers
+    )
+
+
+def bytes_per_block(spec: ModelSpec, placement: Placement, device: Device) -> int:
+    """Bytes of one more block for sequences of the first sub-batch, and for their prompts.
+
+    A layer whose cache moves between the phases has blocks on both devices.
+    """
+    total = 0
+    for index in range(spec.num_layers):
+        before, after = placement.prefill.layers[index].kv, placement.decode.layers[index].kv
+        has_prompts = before != after or placement.decode.num_second_seqs > 0
+        count = (after == device) + (before == device and has_prompts)
+        total += count * KV_BLOCK_TOKENS * spec.kv_bytes_per_token(index)
+    return total
