@@ -11,7 +11,7 @@ from planner.estimate import Latency, PhaseTerms, PrefillCost, WavePricer, laten
 from planner.memory import DeviceMemory, needs
 from planner.model_spec import ModelSpec
 from planner.placement import Device, Placement
-from planner.step_graph import StepGraph, build
+from planner.placement_graphs import PlacementGraphs
 from planner.strategies import STRATEGIES
 from planner.workload import PHASES, Phase, Workload
 
@@ -76,16 +76,16 @@ class Candidate:
         return self.wave.pricer(self.placement.prefill.max_num_tokens)
 
     @cached_property
-    def graphs(self) -> dict[Phase, StepGraph]:
-        return {phase: build(self.wave.spec, self.placement.tier(phase)) for phase in PHASES}
+    def graphs(self) -> PlacementGraphs:
+        return PlacementGraphs(self.wave.spec, self.placement)
 
     @cached_property
     def prefill(self) -> PrefillCost:
-        return self.pricer.prefill(self.graphs["prefill"])
+        return self.pricer.prefill(self.graphs)
 
     @cached_property
     def decode_step_s(self) -> float:
-        return self.pricer.decode_step_s(self.graphs["decode"])
+        return self.pricer.decode_step_s(self.graphs)
 
     @cached_property
     def move_s(self) -> float:
@@ -128,10 +128,9 @@ class Candidate:
 
     def terms(self, phase: Phase) -> PhaseTerms:
         """What a phase's seconds are made of."""
-        graph = self.graphs[phase]
         if phase == "prefill":
-            return self.pricer.prefill_terms(graph)
-        return self.pricer.decode_terms(graph)
+            return self.pricer.prefill_terms(self.graphs)
+        return self.pricer.decode_terms(self.graphs)
 
     def total_s(self, phase: Phase) -> float:
         """Seconds that the workload spends in a phase, KV moves in the first."""

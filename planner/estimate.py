@@ -13,10 +13,11 @@ from planner.kv_blocks import num_second_seqs
 from planner.memory import DeviceMemory
 from planner.model_spec import ModelSpec
 from planner.placement import Device, Placement
+from planner.placement_graphs import PlacementGraphs
 from planner.plan import Estimate, TimeMetric
 from planner.priors import P90_SIGMAS
 from planner.simulate import makespan_s, simulate
-from planner.step_graph import Lane, Op, StepGraph, build, build_kv_move
+from planner.step_graph import Lane, Op, StepGraph, build_kv_move
 from planner.timeline import TERMS, TimelineTerm
 from planner.workload import PHASES, BatchShape, Phase, Workload, decode_shape, prefill_shapes
 
@@ -144,11 +145,11 @@ class WavePricer:
         # Decode steps read prompt_len .. prompt_len + output_len - 2 tokens of past.
         past = wave.prompt_len + max(0, wave.output_len - 2) / 2
         self._decode = Pricer(spec, costs, decode_shape(wave.num_seqs, past), backends)
-        self._backends = backends
+        self.backends = backends
 
     def with_chunk(self, chunk_tokens: int) -> WavePricer:
         """The same with other prefill steps; prices of decode steps are shared."""
-        other = WavePricer(self._spec, self._costs, self._wave, chunk_tokens, self._backends)
+        other = WavePricer(self._spec, self._costs, self._wave, chunk_tokens, self.backends)
         other._decode = self._decode
         return other
 
@@ -168,17 +169,19 @@ class WavePricer:
         op = Op(index=0, kind="copy", lane=lane, layer=layer, payload="kv")
         return self.kv_move_s(StepGraph(phase="prefill", ops=(op,)))
 
-    def prefill(self, graph: StepGraph) -> PrefillCost:
+    def prefill(self, graphs: PlacementGraphs) -> PrefillCost:
         """Price the prefill of all sequences."""
         seconds, awaited_s = 0.0, 0.0
         for step, price in self._steps:
+            graph = graphs.of("prefill", step.shape.num_tokens)
             step_s = makespan_s(graph, price, self._slowdowns) + price.host_s
             seconds += step.num_steps * step_s
             awaited_s += step.num_awaiting * step_s
         return PrefillCost(seconds=seconds, mean_first_s=awaited_s / self._wave.num_seqs)
 
-    def decode_step_s(self, graph: StepGraph) -> float:
+    def decode_step_s(self, graphs: PlacementGraphs) -> float:
         """Price one decode step at mean context."""
+        graph = graphs.of("decode", self._wave.num_seqs)
         return makespan_s(graph, self._decode, self._slowdowns) + self._decode.host_s
 
     def placement_move_s(self, placement: Placement) -> float:
@@ -203,15 +206,15 @@ class WavePricer:
         each = sum(self._costs.op_cost(op, self._spec, shape).seconds for op in graph.ops)
         return self._wave.num_seqs * each
 
-    def prefill_terms(self, graph: StepGraph) -> PhaseTerms:
+    def prefill_terms(self, graphs: PlacementGraphs) -> PhaseTerms:
         """What the seconds of `prefill` are made of."""
-        return self._terms(graph, [(step.num_steps, price) for step, price in self._steps])
+        return self._terms(graphs, [(step.num_steps, price) for step, price in self._steps])
 
-    def decode_terms(self, graph: StepGraph) -> PhaseTerms:
+    def decode_terms(self, graphs: PlacementGraphs) -> PhaseTerms:
         """What the seconds of `decode_step_s` are made of."""
-        return self._terms(graph, [(1.0, self._decode)])
+        return self._terms(graphs, [(1.0, self._decode)])
 
-    def _terms(self, graph: StepGraph, steps: list[tuple[float, Pricer]]) -> PhaseTerms:
+    def _terms(self, graphs: PlacementGraphs, steps: list[tuple[float, Pricer]]) -> PhaseTerms:
         """Add up steps, each so many times; the bottleneck is the costliest one's."""
         terms: dict[TimelineTerm, float] = dict.fromkeys(TERMS, 0.0)
         found: dict[str, float] = {}
@@ -219,6 +222,7 @@ class WavePricer:
         sources: dict[Source, float] = dict.fromkeys(SOURCES, 0.0)
         costliest_s, bottleneck = -1.0, "none"
         for num_steps, price in steps:
+            graph = graphs.of(price.shape.phase, price.shape.num_tokens)
             timeline = simulate(graph, price, self._slowdowns)
             for term, seconds in timeline.by_term().items():
                 terms[term] += num_steps * seconds
@@ -291,15 +295,15 @@ def estimate(
     wave = Workload(
         prompt_len=workload.prompt_len, output_len=workload.output_len, num_seqs=concurrent
     )
-    prefill_graph, decode_graph = build(spec, placement.prefill), build(spec, placement.decode)
+    graphs = PlacementGraphs(spec, placement)
     pricer = WavePricer(spec, costs, wave, placement.prefill.max_num_tokens, backends)
-    prefill = pricer.prefill(prefill_graph)
-    decode_step_s = pricer.decode_step_s(decode_graph)
+    prefill = pricer.prefill(graphs)
+    decode_step_s = pricer.decode_step_s(graphs)
     move_s = pricer.placement_move_s(placement)
     times = latency(prefill, decode_step_s, move_s, workload, num_waves(workload, concurrent))
     prefill_terms, decode_terms = (
-        pricer.prefill_terms(prefill_graph),
-        pricer.decode_terms(decode_graph),
+        pricer.prefill_terms(graphs),
+        pricer.decode_terms(graphs),
     )
     prefill_terms.terms["transfer"] += move_s
     by_phase: dict[Phase, PhaseTerms] = {"prefill": prefill_terms, "decode": decode_terms}

@@ -173,9 +173,10 @@ def _critical_parts(
     candidate: Candidate, phase: Phase
 ) -> Iterator[tuple[Lane | Literal["host"], TimelineTerm, Resource, float]]:
     """Lane, term, resource and seconds of every op on the critical paths of a phase's steps."""
-    graph, slowdowns = candidate.graphs[phase], candidate.wave.costs.slowdowns
+    graphs, slowdowns = candidate.graphs, candidate.wave.costs.slowdowns
     for count, price in candidate.pricer.steps(phase):
         num_steps = 1.0 if phase == "decode" else count
+        graph = graphs.of(phase, price.shape.num_tokens)
         for span in simulate(graph, price, slowdowns).critical_path():
             cost = price.cost(span.op)
             for resource, part_s in cost.by_resource.items():
@@ -183,7 +184,13 @@ def _critical_parts(
                 yield span.op.lane, span.op.term, resource, num_steps * share * span.seconds
         yield "host", "host", price.host_cost.bound, num_steps * price.host_s
     if phase == "prefill" and candidate.move_s > 0:
-        moves = build_kv_move(candidate.placement.prefill, candidate.placement.decode).ops
+        placement = candidate.placement
+        numbers = (0, 1) if placement.decode.num_second_seqs else (0,)
+        moves = [
+            op
+            for sub_batch in numbers
+            for op in build_kv_move(placement.prefill, placement.decode, sub_batch=sub_batch).ops
+        ]
         for op in moves:
             yield op.lane, "transfer", "link", candidate.move_s / len(moves)
 
@@ -195,7 +202,7 @@ def step_timelines(plan: Plan, question: Question) -> dict[Phase, Timeline]:
     return {
         phase: max(
             (
-                simulate(candidate.graphs[phase], price, slowdowns)
+                simulate(candidate.graphs.of(phase, price.shape.num_tokens), price, slowdowns)
                 for _, price in candidate.pricer.steps(phase)
             ),
             key=lambda timeline: timeline.makespan_s,

@@ -43,6 +43,8 @@ _MAX_SIMULATED_OPS = 12_000
 _MIN_SIMULATED, _MAX_SIMULATED = 8, 300
 # Placements of a chunk that are all looked at where there are no more.
 _MAX_COMBINATIONS = 8000
+# Parts of the sequences that a second sub-batch has.
+_SECOND_SHARES = (0.25, 0.5, 0.75)
 # Expert slots take no more of the GPU than this.
 _MAX_SLOT_SHARE = 0.25
 
@@ -81,11 +83,25 @@ class _Limits:
         return allowed
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _SubBatches:
+    """How decode steps are divided: into one, or into two with so many sequences in the second.
+
+    `first_on_cpu`: is the first one's cache on the CPU too?
+    """
+
+    num_second: int = 0
+    first_on_cpu: bool = False
+
+
 class _Space:
     """All placements of one wave and chunk: menus, and the limits that part them."""
 
-    def __init__(self, wave: Wave, chunk_tokens: int) -> None:
+    def __init__(
+        self, wave: Wave, chunk_tokens: int, sub_batches: _SubBatches = _SubBatches()
+    ) -> None:
         spec, hardware = wave.spec, wave.costs.hardware
+        self.sub_batches = sub_batches
         self.wave = wave
         self.chunk_tokens = chunk_tokens
         self.has_gpu = hardware.gpu is not None
@@ -100,6 +116,7 @@ class _Space:
             self.steps[phase] = PricedSteps(
                 steps=tuple((wave.num_waves * count, price) for count, price in steps),
                 max_fetched=self._max_fetched([price for _, price in steps]),
+                num_second=sub_batches.num_second if phase == "decode" else 0,
             )
         self.menus = [
             layer_menu(
@@ -111,6 +128,7 @@ class _Space:
                 kv_move_s=partial(pricer.kv_layer_move_s, members[0]),
                 num_waves=wave.num_waves,
                 chunk_tokens=chunk_tokens,
+                first_on_cpu=sub_batches.first_on_cpu,
             )
             for members in self.layers
         ]
@@ -252,8 +270,8 @@ def mixed_search(wave: Wave, chunks: Sequence[int], known_s: float) -> Found:
     hint: Multipliers | None = None
     candidates: list[Candidate] = []
     best: tuple[_Space, _Draft, Candidate] | None = None
-    for chunk_tokens in chunks:
-        space = _Space(wave, chunk_tokens)
+    for chunk_tokens, sub_batches in product(chunks, _divisions(wave)):
+        space = _Space(wave, chunk_tokens, sub_batches)
         for limits in space.limits():
             menus = [menu.only(limits.allows(menu)) for menu in space.menus]
             if any(not len(menu.states) for menu in menus):
@@ -285,6 +303,24 @@ def mixed_search(wave: Wave, chunks: Sequence[int], known_s: float) -> Found:
         candidates += _polished(*best)
         best_s = min(best_s, candidates[-1].times.e2e_s)
     return Found(candidates=tuple(candidates), bound_s=float(min(bound_s, best_s)))
+
+
+def _divisions(wave: Wave) -> Iterator[_SubBatches]:
+    """Ways to divide decode steps that are tried: not at all, and some in two.
+
+    Two whose caches are both on the CPU are halves, so that each hides the other's attention; a
+    first one on the GPU has more or fewer.
+    """
+    yield _SubBatches()
+    num_seqs, spec = wave.num_concurrent, wave.spec
+    is_ordinary = all(layer.attention is None for layer in spec.layers)
+    if wave.costs.hardware.gpu is None or not is_ordinary or wave.workload.output_len == 1:
+        return
+    counts = {round(share * num_seqs) for share in _SECOND_SHARES}
+    for count in sorted(counts - {0, num_seqs}):
+        yield _SubBatches(num_second=count)
+    if num_seqs > 1:
+        yield _SubBatches(num_second=num_seqs // 2, first_on_cpu=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -375,7 +411,7 @@ def _polished(space: _Space, draft: _Draft, candidate: Candidate) -> Iterator[Ca
     Of all neighbours those are simulated whose sums promise most; sums know nothing of what lanes
     wait for, and allocations nothing of what competes for memory by its maximum.
     """
-    num_ops = sum(len(graph.ops) for graph in candidate.graphs.values())
+    num_ops = sum(len(candidate.graphs.of(phase).ops) for phase in PHASES)
     num_left = min(_MAX_SIMULATED, max(_MIN_SIMULATED, _MAX_SIMULATED_OPS // num_ops))
     found: Candidate | None = candidate
     while found is not None:
@@ -469,6 +505,7 @@ def _placement(space: _Space, draft: _Draft) -> Placement:
                 layers=placed,
                 head=head[at],
                 num_expert_slots=is_split * NUM_STREAM_BUFFERS * space.steps[phase].max_fetched,
+                num_second_seqs=space.steps[phase].num_second,
             )
         )
     popularity = space.wave.costs.popularity

@@ -291,8 +291,8 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 def _why_not_beside(tier: TierPlacement, whole: TierPlacement) -> str:
     """What a tier for smaller steps does not share with the phase's own; empty where it does."""
-    if tier.num_second_seqs:
-        return "has two sub-batches, which only the largest decode tier can have"
+    if tier.num_second_seqs or whole.num_second_seqs:
+        return f"cannot be beside two sub-batches of the {tier.phase} tier, nor have any"
     if tier.max_num_tokens >= whole.max_num_tokens:
         return (
             f"is for steps of {tier.max_num_tokens} tokens, no fewer than the {tier.phase} tier's "

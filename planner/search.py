@@ -19,6 +19,7 @@ from planner.plan import Alternative, Plan
 from planner.popularity import Popularity
 from planner.priors import P90_SIGMAS
 from planner.strategies import STRATEGIES, cuts, placement
+from planner.tiers import with_smaller_tiers
 from planner.workload import DEFAULT_CHUNK_TOKENS, PHASES, Objective, Phase, Workload
 
 # New tokens of a prefill step that are tried.
@@ -110,6 +111,7 @@ def search(
         if each.lacking_bytes and each.name not in names:
             nearest.setdefault(each.name, each)
     chosen = _preferred(fitting) if fitting and prefers_simple else [*fitting, *nearest.values()][0]
+    final = with_smaller_tiers(chosen) if fitting else chosen.placement
     others = [each for each in (*fitting, *nearest.values()) if each is not chosen]
     return Plan(
         model=spec.name,
@@ -120,10 +122,10 @@ def search(
         workload=workload,
         objective=objective,
         feasible=bool(fitting),
-        placement=chosen.placement,
+        placement=final,
         estimate=estimate(
             spec,
-            chosen.placement,
+            final,
             costs,
             workload,
             chosen.memory,
