@@ -2,42 +2,37 @@
 
 from __future__ import annotations
 
-import json
-from typing import Any
-
 import pytest
 
-from tests.planner.replay import PAIRS, PLANS, digests, path_of
+from tests.planner.replay import (
+    MACHINES,
+    MODELS,
+    PLANS,
+    WORKLOADS,
+    differences,
+    digest,
+    path_of,
+    stored,
+    tested_workload,
+)
 
 
-def flat(value: Any, where: str = "") -> dict[str, Any]:
-    """Every leaf of a JSON document by its path."""
-    if isinstance(value, dict):
-        items = [(f"{where}.{key}", inner) for key, inner in value.items()]
-    elif isinstance(value, list | tuple):
-        items = [(f"{where}[{index}]", inner) for index, inner in enumerate(value)]
-    else:
-        return {where: value}
-    return {
-        path: leaf
-        for inner_where, inner in items
-        for path, leaf in flat(inner, inner_where).items()
-    }
-
-
-@pytest.mark.parametrize(("model", "machine"), PAIRS)
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("model", MODELS)
 def test_the_search_answers_as_it_is_stored(model: str, machine: str) -> None:
-    """Names, cuts and bytes exactly; seconds to 1e-9, as logarithms differ between libraries."""
-    stored = flat(json.loads(path_of(model, machine).read_text()))
-    found = flat(digests(model, machine))
-
-    assert found.keys() == stored.keys()
-    for path, value in stored.items():
-        if isinstance(value, float):
-            assert found[path] == pytest.approx(value, rel=1e-9), path
-        else:
-            assert found[path] == value, path
+    workload = tested_workload(model, machine)
+    found = digest(model, machine, workload)
+    assert list(differences(found, stored(model)[machine, workload])) == []
 
 
-def test_no_stored_plan_is_left_over() -> None:
-    assert set(PLANS.glob("*.json")) == {path_of(model, machine) for model, machine in PAIRS}
+def test_every_plan_of_the_grid_is_stored_and_no_other() -> None:
+    assert set(PLANS.glob("*.json")) == {path_of(model) for model in MODELS}
+    for model in MODELS:
+        assert set(stored(model)) == {(machine, each) for machine in MACHINES for each in WORKLOADS}
+
+
+def test_a_plan_that_differs_shows() -> None:
+    known = {"a": [1, {"b": 2.0}], "c": "x"}
+    assert list(differences({"a": [1, {"b": 2.0 + 1e-12}], "c": "x"}, known)) == []
+    found = list(differences({"a": [1, {"b": 2.1}], "d": None}, known))
+    assert found == [".a.1.b: 2.1, stored is 2.0", ".c: None, stored is 'x'"]
