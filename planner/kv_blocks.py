@@ -50,11 +50,11 @@ def kv_blocks(placement: Placement, wave: Workload) -> KVBlocks:
     """Blocks for sequences that run together, every one at its full length."""
     each = num_blocks(wave.context_len)
     second = num_second_seqs(placement, wave)
-    prompts = num_prompts(wave, placement.prefill.max_num_tokens)
+    prompts = num_prompt_blocks(wave, placement.prefill.max_num_tokens)
     return KVBlocks(
         first=(wave.num_seqs - second) * each,
         second=second * each,
-        prompts=prompts * each if moves_prompts(placement) else 0,
+        prompts=prompts if moves_prompts(placement) else 0,
     )
 
 
@@ -74,6 +74,12 @@ def num_prompts(wave: Workload, chunk_tokens: int) -> int:
     return min(wave.num_seqs, 1 + math.ceil(chunk_tokens / wave.prompt_len))
 
 
+def num_prompt_blocks(wave: Workload, chunk_tokens: int) -> int:
+    """Blocks of those prompts; room for one sequence that begins again at its full length."""
+    prompts = num_prompts(wave, chunk_tokens) * num_blocks(wave.prompt_len)
+    return max(prompts, num_blocks(wave.context_len))
+
+
 def layer_kv_bytes(
     spec: ModelSpec,
     wave: Workload,
@@ -89,12 +95,13 @@ def layer_kv_bytes(
 
     `prefill` and `decode` are where each phase keeps the cache (of the first sub-batch).
     """
-    each = num_blocks(wave.context_len) * KV_BLOCK_TOKENS * spec.kv_bytes_per_token(layer)
-    each += spec.state_bytes(layer)
     count = (wave.num_seqs - num_second) * (decode == device) + num_second * (device == "cpu")
+    blocks = count * num_blocks(wave.context_len)
     if prefill == device and (prefill != decode or num_second):
         count += num_prompts(wave, chunk_tokens)
-    return count * each
+        blocks += num_prompt_blocks(wave, chunk_tokens)
+    num_bytes = blocks * KV_BLOCK_TOKENS * spec.kv_bytes_per_token(layer)
+    return num_bytes + count * spec.state_bytes(layer)
 
 
 def kv_bytes(spec: ModelSpec, placement: Placement, wave: Workload, device: Device) -> int:

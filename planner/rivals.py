@@ -296,12 +296,12 @@ def flexgen(asked: _Asked) -> Rival:
 
     The largest whole percentage that fits, evenly in each kind of module: of attention and dense
     feed-forward every so many layers, of experts so many of each layer. The KV cache is on the GPU
-    where it fits with any share, else on the CPU, which then computes attention.
+    where it fits with any share, else on the CPU, which then computes scores and values in decode.
 
     Differences: the share is found by memory, where FlexGen solves a linear program over its cost
     model (and over the block of batches, which is the workload's here); FlexGen divides by tensors
-    within a layer; its CPU computes scores and values only, ours the projections of a layer's
-    attention as well, in both phases; nothing is on disk or compressed.
+    within a layer; attention of other kinds than the ordinary one is on the CPU whole, in both
+    phases; nothing is on disk or compressed.
     """
     kv: Device = "gpu"
     if asked.why_too_large(_flexgen_placement(asked, 0, "gpu"), "gpu"):
@@ -310,9 +310,8 @@ def flexgen(asked: _Asked) -> Rival:
 
 
 def _flexgen_placement(asked: _Asked, percent: int, kv: Device) -> Placement:
-    spec = asked.spec
-    kinds = {layer: spec.layers.count(layer) for layer in spec.layers}
-    seen = dict.fromkeys(kinds, 0)
+    spec, is_on_cpu = asked.spec, kv == "cpu"
+    seen = dict.fromkeys(spec.layers, 0)
     layers = []
     for layer in spec.layers:
         # The place among the layers of its kind: resident where the share passes a whole number.
@@ -320,9 +319,11 @@ def _flexgen_placement(asked: _Asked, percent: int, kv: Device) -> Placement:
         seen[layer] += 1
         is_resident = (place + 1) * percent // _PERCENT > place * percent // _PERCENT
         where = ON_GPU if is_resident else STREAMED
+        is_ordinary = layer.attention is None
         layers.append(
             LayerPlacement(
-                attention=ON_CPU if kv == "cpu" else where,
+                attention=where if is_ordinary or not is_on_cpu else ON_CPU,
+                kv_on_cpu=is_on_cpu and is_ordinary,
                 router=where if layer.is_moe else None,
                 ffn=_streamed_but(layer.num_experts * percent // _PERCENT, layer.num_experts)
                 if layer.is_moe
@@ -388,6 +389,7 @@ def _of_both(
     name: RivalName, cut: int, embedding: ModulePlacement, layers: tuple[LayerPlacement, ...]
 ) -> Placement:
     """The same layers in both phases, the head on the GPU."""
+    in_prefill = tuple(replace(layer, kv_on_cpu=False) for layer in layers)
     prefill, decode = (
         TierPlacement(
             phase=phase,
@@ -395,7 +397,7 @@ def _of_both(
             cut=cut,
             max_num_tokens=DEFAULT_CHUNK_TOKENS,
             embedding=embedding,
-            layers=layers,
+            layers=layers if phase == "decode" else in_prefill,
             head=ON_GPU,
         )
         for phase in PHASES

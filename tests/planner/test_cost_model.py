@@ -75,6 +75,10 @@ def price(
         ("experts", 1, 2.890813 * EXPERT),
         # The weights, and 2 sequences * 10 tokens of context * 16 bytes of KV.
         ("attention", 0, ATTENTION_MATRICES + 2 * 10 * 16),
+        # The three parts of it: 8 * (2*8 + 2*4 - 8) and 8 * 8 weights of 2 bytes, and the cache.
+        ("qkv", 0, 256),
+        ("attention_output", 0, 128),
+        ("attend", 0, 2 * 10 * 16),
     ],
 )
 @pytest.mark.parametrize("lane", ["cpu", "gpu"])
@@ -110,6 +114,25 @@ def test_an_op_that_products_bound_takes_its_flops_over_their_rate(
 
     assert cost.seconds == pytest.approx(num_flops / 16, rel=1e-12)
     assert cost.bound == "compute"
+
+
+@pytest.mark.parametrize("num_second", [1, 3, 9])
+def test_an_op_of_a_sub_batch_is_priced_for_its_sequences(num_second: int) -> None:
+    """4 sequences: the second has what is planned but for one, the first all others."""
+    spec, costs = tiny_spec("dm"), CostModel(MACHINE)
+    whole = decode_shape(4, 9.0)
+    pricer = Pricer(spec, costs, whole)
+    for number, num_seqs in ((0, 4 - min(3, num_second)), (1, min(3, num_second))):
+        part = Op(
+            index=0,
+            kind="attend",
+            lane="cpu",
+            layer=0,
+            sub_batch=number,
+            num_second_seqs=num_second,
+        )
+        # 10 tokens of context, 16 bytes each
+        assert pricer(part) == pytest.approx(num_seqs * 10 * 16 / 16, rel=1e-12)
 
 
 def test_a_measured_utilisation_divides_the_speed_of_light() -> None:
@@ -419,6 +442,18 @@ def test_copies_that_were_measured_are_priced_by_their_samples() -> None:
 
 
 LINK_LANES: tuple[Lane, ...] = ("h2d", "d2h")
+
+
+@pytest.mark.parametrize(
+    ("payload", "num_bytes"),
+    # 2 tokens: 2 heads of 4 queries, and keys and values of one head, 2 bytes each
+    [("qkv", 2 * (8 + 2 * 4) * 2), ("attended", 2 * 8 * 2)],
+)
+def test_attention_on_both_devices_sends_queries_keys_and_values_and_their_result(
+    payload: Payload, num_bytes: int
+) -> None:
+    cost = price(copy(payload, layer=0), EMULATED)
+    assert cost.seconds == pytest.approx(num_bytes / 16, rel=1e-9)
 
 
 def test_streamed_weights_travel_whole_however_few_experts_are_used() -> None:

@@ -123,7 +123,9 @@ def test_a_tied_matrix_that_two_tiers_want_is_stored_once_on_each_device() -> No
     found = needs(spec, both, WORKLOAD, machine())
 
     assert found["gpu"].weights_bytes == found["cpu"].weights_bytes == HEAD + ATTENTION + DENSE
-    assert found["gpu"].kv_bytes == found["cpu"].kv_bytes == CACHED * KV_PER_TOKEN
+    # prompts leave the GPU when they end: 2 blocks each
+    assert found["gpu"].kv_bytes == 2 * 32 * KV_PER_TOKEN
+    assert found["cpu"].kv_bytes == CACHED * KV_PER_TOKEN
 
 
 def test_weights_that_either_tier_wants_are_resident_for_both() -> None:
@@ -149,7 +151,7 @@ def test_kv_that_moves_between_the_phases_is_held_on_both_devices() -> None:
     found = needs(spec, both, WORKLOAD, machine())
 
     assert found["gpu"].kv_bytes == 2 * CACHED * KV_PER_TOKEN
-    assert found["cpu"].kv_bytes == CACHED * KV_PER_TOKEN
+    assert found["cpu"].kv_bytes == 2 * 32 * KV_PER_TOKEN  # while the prompts are computed
     assert bytes_per_block(spec, both, "gpu") == 2 * 16 * KV_PER_TOKEN
     assert bytes_per_block(spec, both, "cpu") == 16 * KV_PER_TOKEN
 
@@ -322,25 +324,25 @@ def two_sub_batches(spec: ModelSpec, *, kv_on_cpu: bool = False) -> Placement:
 
 
 def test_the_second_sub_batch_is_on_the_cpu_and_its_prompts_on_the_gpu_for_a_while() -> None:
-    """20 + 13 tokens are 3 blocks; prompts that a step of 32 tokens touches are 1 + 32/20."""
+    """20 + 13 tokens are 3 blocks; a step of 32 tokens touches 1 + 32/20 prompts of 2 blocks."""
     spec, four = tiny_spec("dd"), Workload(prompt_len=20, output_len=13, num_seqs=4)
     block = 2 * 16 * KV_PER_TOKEN
     placement = two_sub_batches(spec)
     assert num_prompts(four, 32) == 3
-    assert kv_blocks(placement, four) == KVBlocks(first=3, second=9, prompts=9)
+    assert kv_blocks(placement, four) == KVBlocks(first=3, second=9, prompts=6)
     found = needs(spec, placement, four, machine())
-    assert found["gpu"].kv_bytes == 12 * block
+    assert found["gpu"].kv_bytes == 9 * block
     assert found["cpu"].kv_bytes == 9 * block
     assert bytes_per_block(spec, placement, "gpu") == 2 * block  # one more, and for its prompt
 
     found = needs(spec, two_sub_batches(spec, kv_on_cpu=True), four, machine())
-    assert found["gpu"].kv_bytes == 9 * block
+    assert found["gpu"].kv_bytes == 6 * block
     assert found["cpu"].kv_bytes == 12 * block
 
 
 def test_the_first_sub_batch_has_a_sequence_at_least() -> None:
     spec, two = tiny_spec("d"), Workload(prompt_len=20, output_len=13, num_seqs=2)
-    assert kv_blocks(two_sub_batches(spec), two) == KVBlocks(first=3, second=3, prompts=6)
+    assert kv_blocks(two_sub_batches(spec), two) == KVBlocks(first=3, second=3, prompts=4)
 
 
 def test_the_cache_takes_what_is_left_on_the_tighter_device() -> None:

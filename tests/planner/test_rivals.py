@@ -111,15 +111,17 @@ def test_flexgen_has_the_same_share_of_every_kind() -> None:
 
 
 def test_flexgen_computes_attention_where_its_cache_fits() -> None:
-    """Caches of 40 sequences are more than the GPU has."""
+    """Caches of 40 sequences are more than the GPU has; it still computes the projections."""
     spec = tiny_spec("dd")
     many = Workload(prompt_len=2, output_len=118, num_seqs=40)
     machine = real_machine(gpu_bytes=150_000, cpu_bytes=1_000_000)
     placement = found("flexgen", spec, machine, many)
 
-    assert {layer.attention.runs for layer in placement.decode.layers} == {"cpu"}
+    assert {layer.kv for layer in placement.decode.layers} == {"cpu"}
+    assert {layer.attention.device for layer in placement.decode.layers} == {"gpu"}
+    assert {layer.kv for layer in placement.prefill.layers} == {"gpu"}
     few = found("flexgen", spec, machine)
-    assert {layer.attention.runs for layer in few.decode.layers} == {"gpu"}
+    assert {layer.kv for layer in few.decode.layers} == {"gpu"}
 
 
 def test_accelerate_fills_in_order() -> None:
