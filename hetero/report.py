@@ -15,7 +15,7 @@ from planner.hardware import HardwareProfile
 from planner.kernel_table import Source
 from planner.memory import available_bytes
 from planner.model_spec import ModelSpec
-from planner.placement import Device, ModulePlacement, Runs, TierPlacement
+from planner.placement import Device, ModulePlacement, Placement, Runs, TierPlacement
 from planner.plan import Alternative, Estimate, Plan, TimeMetric, Trial
 from planner.timeline import TERMS, TermComparison
 from planner.workload import PHASES, Phase, Workload
@@ -117,8 +117,9 @@ def workload_text(workload: Workload) -> str:
 def where_text(tier: TierPlacement, spec: ModelSpec | None = None) -> str:
     """Where the modules of a tier run, as `attention gpu 32; experts gpu 20, cpu 12; head gpu`.
 
-    Experts that lie in both memories: `experts: 27 layers on the cpu, 16 layers with 112 of 128 on
-    the gpu`; without `spec` it is not known of how many.
+    `scores and values of 8 on the cpu`: the KV caches of so many layers are there, though the GPU
+    computes the projections. Experts that lie in both memories: `experts: 27 layers on the cpu, 16
+    layers with 112 of 128 on the gpu`; without `spec` it is not known of how many.
     """
     experts = [layer.ffn for layer in tier.layers if layer.router is not None]
     dense = [layer.ffn for layer in tier.layers if layer.router is None]
@@ -134,7 +135,21 @@ def where_text(tier: TierPlacement, spec: ModelSpec | None = None) -> str:
         for name, places in groups
         if places
     ]
-    return "; ".join([*parts, f"head {_run_name(tier.head.runs)}"])
+    num_caches = sum(layer.kv_on_cpu for layer in tier.layers)
+    if num_caches:
+        parts[0] += f" (scores and values of {num_caches} on the cpu)"
+    parts.append(f"head {_run_name(tier.head.runs)}")
+    if tier.num_second_seqs:
+        parts.append(f"{tier.num_second_seqs} sequences apart, their scores and values on the cpu")
+    return "; ".join(parts)
+
+
+def steps_text(tier: TierPlacement, placement: Placement) -> str:
+    """`decode`, or `decode, up to 4 tokens` of a tier for smaller steps."""
+    if tier is placement.tier(tier.phase):
+        return tier.phase
+    plural = "s" if tier.max_num_tokens > 1 else ""
+    return f"{tier.phase}, up to {tier.max_num_tokens} token{plural}"
 
 
 def _counts(places: Sequence[ModulePlacement]) -> str:
@@ -222,10 +237,12 @@ def plan_lines(plan: Plan, hardware: HardwareProfile, spec: ModelSpec | None = N
         f"plan: {plan.model}, {workload_text(plan.workload)}, for {plan.objective}",
         f"machine: {machine_line(plan, hardware)}",
     ]
-    for phase in PHASES:
-        tier = plan.placement.tier(phase)
-        bound = est.bottleneck_by_phase.get(phase, "none")
-        lines.append(f"{phase}: {_tier_name(tier)} ({where_text(tier, spec)}), bound by {bound}")
+    for tier in plan.placement.tiers:
+        bound = ""
+        if tier is plan.placement.tier(tier.phase):
+            bound = f", bound by {est.bottleneck_by_phase.get(tier.phase, 'none')}"
+        steps = steps_text(tier, plan.placement)
+        lines.append(f"{steps}: {_tier_name(tier)} ({where_text(tier, spec)}){bound}")
     lines.append(f"memory: {_memory_text(plan, hardware)}")
     lines.append(
         f"predicted: first token after {seconds_text(est.ttft_s)}, then "
@@ -382,10 +399,11 @@ def _where_table(plan: Plan, spec: ModelSpec | None) -> Table:
     table = table_of(
         ("phase", "left"), ("strategy", "left"), ("layers", "left"), ("bound by", "left")
     )
-    for phase in PHASES:
-        tier = plan.placement.tier(phase)
-        bound = plan.estimate.bottleneck_by_phase.get(phase, "")
-        add_row(table, (phase, _tier_name(tier), where_text(tier, spec), bound))
+    for tier in plan.placement.tiers:
+        is_whole = tier is plan.placement.tier(tier.phase)
+        bound = plan.estimate.bottleneck_by_phase.get(tier.phase, "") if is_whole else ""
+        steps = steps_text(tier, plan.placement)
+        add_row(table, (steps, _tier_name(tier), where_text(tier, spec), bound))
     return table
 
 

@@ -253,8 +253,8 @@ def _staging_by_use(plan: Plan, question: Question, need: DeviceMemory) -> dict[
     spec, placement = question.spec, plan.placement
     staging = max(
         NUM_STREAM_BUFFERS
-        * max(streamed_bytes(spec, placement.tier(phase), each) for each in range(spec.num_layers))
-        for phase in PHASES
+        * max(streamed_bytes(spec, tier, each) for each in range(spec.num_layers))
+        for tier in placement.tiers
     )
     return {"staging": staging, "slots": need.staging_bytes - staging}
 

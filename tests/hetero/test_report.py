@@ -152,6 +152,26 @@ def test_where_counts_layers(spec: ModelSpec, strategy: str, text: str) -> None:
     assert where_text(STRATEGIES[strategy](spec, "decode", 2)) == text
 
 
+def test_caches_on_the_cpu_and_sub_batches_are_told(spec: ModelSpec) -> None:
+    tier = STRATEGIES["gpu"](spec, "decode", 0)
+    layers = (*tier.layers[:4], *(replace(layer, kv_on_cpu=True) for layer in tier.layers[4:]))
+    text = where_text(replace(tier, layers=layers))
+    assert text == "attention gpu 6 (scores and values of 2 on the cpu); experts gpu 6; head gpu"
+    text = where_text(replace(tier, num_second_seqs=12))
+    apart = "12 sequences apart, their scores and values on the cpu"
+    assert text == f"attention gpu 6; experts gpu 6; head gpu; {apart}"
+
+
+def test_a_tier_for_smaller_steps_has_a_line_of_its_own(
+    spec: ModelSpec, plan: Plan, hardware: HardwareProfile
+) -> None:
+    whole = plan.placement.decode
+    tier = replace(whole, max_num_tokens=1)
+    tiered = replace(plan, placement=replace(plan.placement, smaller=(tier,)))
+    (line,) = [each for each in plan_lines(tiered, hardware) if "up to" in each]
+    assert line == f"decode, up to 1 token: split {whole.cut} ({where_text(whole)})"
+
+
 def _with_experts(spec: ModelSpec, places: list[ModulePlacement]) -> TierPlacement:
     """The demo's tier on the GPU, with the experts of each layer where they are said to be."""
     tier = STRATEGIES["gpu"](spec, "decode", 0)
