@@ -6,6 +6,8 @@ import hashlib
 import math
 from collections.abc import Sequence
 
+from msgspec.structs import replace
+
 from planner.calibration import NO_CORRECTIONS, Corrections
 from planner.candidate import Candidate, Wave
 from planner.cost_model import CostModel
@@ -14,10 +16,11 @@ from planner.estimate import estimate
 from planner.hardware import HardwareProfile
 from planner.memory import DeviceMemory
 from planner.model_spec import ModelSpec
-from planner.placement import Device
+from planner.placement import Device, Placement
 from planner.plan import Alternative, Plan
 from planner.popularity import Popularity
 from planner.priors import P90_SIGMAS
+from planner.rival_placements import ENGINES, Asked
 from planner.strategies import STRATEGIES, cuts, placement
 from planner.tiers import with_smaller_tiers
 from planner.workload import DEFAULT_CHUNK_TOKENS, PHASES, Objective, Phase, Workload
@@ -92,6 +95,8 @@ def search(
             f"strategy {strategy!r} does not apply: {_no_candidates(spec, hardware)}"
         )
     fitting = [each for each in named if each.lacking_bytes == 0]
+    if strategy is None and hardware.gpu is not None:
+        fitting += _of_other_engines(waves)
     bound_s = min((each.times.e2e_s for each in fitting), default=math.inf)
     if strategy is None and hardware.gpu is not None:
         # Here because it brings numpy, which takes longer to load than all else together.
@@ -146,6 +151,20 @@ def _chunks(workload: Workload, hardware: HardwareProfile) -> tuple[int, ...]:
     num_tokens = workload.num_seqs * workload.prompt_len
     smaller = tuple(size for size in CHUNK_TOKENS if size < num_tokens)
     return CHUNK_TOKENS[: len(smaller) + 1]
+
+
+def _of_other_engines(waves: Sequence[Wave]) -> list[Candidate]:
+    """Where other engines would put the model, where that fits: no plan is slower."""
+    found = []
+    for wave in waves:
+        asked = Asked(spec=wave.spec, hardware=wave.costs.hardware, workload=wave.sequences)
+        for engine in ENGINES.values():
+            theirs = engine(asked).placement
+            if theirs is not None:
+                tiers = (replace(each, strategy="mixed", cut=0) for each in theirs.tiers)
+                prefill, decode = tiers
+                found.append(Candidate(Placement(prefill=prefill, decode=decode), wave))
+    return found
 
 
 def _named(waves: Sequence[Wave], chunk_tokens: int, strategy: str | None) -> list[Candidate]:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from planner import rivals
+from planner import rival_placements
 from planner.errors import PlannerError
 from planner.estimate import estimate
 from planner.hardware import HardwareProfile
@@ -69,8 +69,8 @@ def test_llama_fit_has_the_experts_of_the_first_layers_that_fit() -> None:
 def test_llama_fit_takes_the_last_layers_where_dense_parts_do_not_all_fit() -> None:
     spec = tiny_spec("mmm")
     machine = llama_machine(100_000)
-    without = rivals._llama_placement(
-        rivals._Asked(spec=spec, hardware=machine, workload=WORKLOAD),
+    without = rival_placements._llama_placement(
+        rival_placements.Asked(spec=spec, hardware=machine, workload=WORKLOAD),
         frozenset(range(3)),
         frozenset(),
     )
@@ -97,8 +97,8 @@ def test_llama_fit_copies_weights_for_steps_of_32_tokens() -> None:
 def test_flexgen_has_the_same_share_of_every_kind() -> None:
     """Half of the attentions and of the experts of each layer; one more percent does not fit."""
     spec = tiny_spec("mmmm")
-    asked = rivals._Asked(spec=spec, hardware=real_machine(), workload=WORKLOAD)
-    half = rivals._flexgen_placement(asked, 50, "gpu")
+    asked = rival_placements.Asked(spec=spec, hardware=real_machine(), workload=WORKLOAD)
+    half = rival_placements._flexgen_placement(asked, 50, "gpu")
 
     assert [layer.attention.runs for layer in half.decode.layers] == ["stream", "gpu"] * 2
     assert {layer.ffn.num_resident for layer in half.decode.layers} == {2}
