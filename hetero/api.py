@@ -10,11 +10,18 @@ from types import TracebackType
 from typing import Any, Self, get_args
 
 import torch
+from msgspec.structs import replace
 
 from hetero.chat_template import Conversation
 from hetero.checkpoint import Checkpoint
 from hetero.engine import Engine, StepResult
-from hetero.errors import EnvironmentProblemError, ModelFolderError, RequestError, UsageError
+from hetero.errors import (
+    EnvironmentProblemError,
+    MemoryBudgetError,
+    ModelFolderError,
+    RequestError,
+    UsageError,
+)
 from hetero.loading import load_engine, make_accelerator
 from hetero.measure.calibration_log import own_log
 from hetero.measure.store import default_cache_dir
@@ -28,7 +35,9 @@ from hetero.planning import (
     check_plan,
     check_plan_is_for,
     default_workload,
+    lacking_memory,
     make_plan,
+    naming,
     resources_asked,
     runnable_profile,
     spec_as_run,
@@ -45,6 +54,7 @@ from planner.cost_model import CostModel, predict
 from planner.estimate import estimate
 from planner.hardware import AcceleratorName, HardwareProfile
 from planner.kv_blocks import KV_BLOCK_TOKENS
+from planner.memory import needs
 from planner.model_spec import ModelSpec, Quantization
 from planner.placement import Device
 from planner.plan import Estimate, Plan
@@ -155,8 +165,12 @@ class LLM:
                 f"{source.name} is known by its shapes only, which is enough for hetero plan; to "
                 "run it give a folder with its weights"
             )
-        if isinstance(plan, str | Path):
-            plan = Plan.load(Path(plan))
+        plan_path = Path(plan) if isinstance(plan, str | Path) else None
+        if plan_path is not None:
+            plan = Plan.load(plan_path)
+        if plan is not None and strategy is not None:
+            raise UsageError("give a plan or a strategy, not both: a plan already has one")
+        assert plan is None or isinstance(plan, Plan)
         resources = resources_asked(plan, accelerator, gpu_mem_gb, cpu_mem_gb, link_gb_per_s)
         if not isinstance(profile, HardwareProfile):
             profile = base_profile(
@@ -167,10 +181,13 @@ class LLM:
             )
         elif profile.fingerprint is not None and not allow_foreign_profile:
             check_own_profile(profile)
-        if plan is not None:
-            check_plan_is_for(plan, source, profile)
-        self.hardware = usable_hardware(runnable_profile(profile), resources)
-        self.spec = spec_as_run(source, dtype, self.hardware, say, quantization, plan)
+        with naming(plan_path):
+            if plan is not None:
+                check_plan_is_for(plan, source, profile)
+            self.hardware = usable_hardware(
+                runnable_profile(profile), resources, is_planned=plan is not None
+            )
+            self.spec = spec_as_run(source, dtype, self.hardware, say, quantization, plan)
         self.calibrate = calibrate
         self._say = say
         # a run of one op at a time says nothing of ops that slow each other down
@@ -182,6 +199,8 @@ class LLM:
         self._costs = CostModel(self.hardware, corrections=self.corrections)
         self.tokenizer = Tokenizer.load(source.folder)
         self._max_model_len = _context(self.spec, max_model_len)
+        if workload is not None and max_model_len is not None:
+            _check_lengths(workload, max_model_len)
         with Checkpoint.open(source.folder) as checkpoint:
             _check_tensors(checkpoint, self.spec)
             if plan is None:
@@ -192,9 +211,14 @@ class LLM:
                     strategy=strategy,
                     corrections=self.corrections,
                 )
-            elif strategy is not None:
-                raise UsageError("give a plan or a strategy, not both: a plan already has one")
-            check_plan(plan, self.spec, self.hardware)
+                lacking = lacking_memory(plan, self.spec, self.hardware)
+                if lacking is not None:
+                    raise MemoryBudgetError(lacking)
+            else:
+                with naming(plan_path):
+                    check_plan(plan, self.spec, self.hardware)
+            if max_num_seqs is not None:
+                _check_num_seqs(max_num_seqs, plan, self.spec, self.hardware)
             self.plan = plan
             self._backends = cpu_backends(self.spec, self._costs, plan.wave)
             self._threads_before = torch.get_num_threads()
@@ -466,6 +490,35 @@ def _context(spec: ModelSpec, max_model_len: int | None) -> int:
             f"{spec.max_position_embeddings}; give 2..{spec.max_position_embeddings}"
         )
     return max_model_len
+
+
+def _check_lengths(workload: Workload, max_model_len: int) -> None:
+    if workload.context_len > max_model_len:
+        raise UsageError(
+            f"workload comes to {workload.context_len} tokens of a sequence but max_model_len is "
+            f"{max_model_len}; plan for shorter sequences, or raise max_model_len"
+        )
+
+
+def _check_num_seqs(
+    max_num_seqs: int, plan: Plan, spec: ModelSpec, hardware: HardwareProfile
+) -> None:
+    """Refuse more sequences of a step than memory holds at the planned length.
+
+    Raises
+    ------
+    MemoryBudgetError
+        Names the bytes that they need and those that there are.
+    """
+    wave = replace(plan.wave, num_seqs=max_num_seqs)
+    for device, need in needs(spec, plan.placement, wave, hardware).items():
+        if not need.fits:
+            raise MemoryBudgetError(
+                f"max_num_seqs is {max_num_seqs}, for which {spec.name} as {plan.placement.name} "
+                f"needs {need.needed_bytes / 1e9:.4g} GB on the {device} where "
+                f"{need.available_bytes / 1e9:.4g} GB may be used; lower it, or leave it out for "
+                "as many as fit"
+            )
 
 
 def _ignore(line: str) -> None:

@@ -24,6 +24,7 @@ from planner.layer_menu import (
 )
 from planner.memory import available_bytes, step_activation_bytes
 from planner.placement import (
+    MIXED,
     NUM_STREAM_BUFFERS,
     Device,
     Placement,
@@ -498,7 +499,7 @@ def _placement(space: _Space, draft: _Draft) -> Placement:
         tiers.append(
             TierPlacement(
                 phase=phase,
-                strategy="mixed",
+                strategy=MIXED,
                 cut=0,
                 max_num_tokens=space.chunk_tokens,
                 embedding=embedding[at],

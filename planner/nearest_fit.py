@@ -63,9 +63,9 @@ def nearest_fits(question: Question) -> tuple[FittingChange, ...]:
 
     Where one strategy was asked for, any other comes first.
 
-    Lengths and sequences are the most that fit, to a 64th of what was asked for, each found with
-    seven searches at most, none where the weights alone are too large; lengths are no less than a
-    16th of what was asked for. int8 and int4 are those of
+    Lengths and sequences are the most that fit, to a 64th of what was asked for, or of 64 times as
+    many as fit where that is less, each found with few searches, none where the weights alone are
+    too large; lengths are no less than a 16th of what was asked for. int8 and int4 are those of
     the command line: the CPU does all the work; where that alone is not enough, with fewer
     sequences or else shorter prompts as well.
 
@@ -118,11 +118,13 @@ def _most_that_fits(
     low, plan = least, plan_of(least)
     if not plan.feasible:
         return None
-    high = asked
-    for _ in range(_MAX_HALVINGS):
-        if high - low <= 1:
-            break
+    high, num_halvings = asked, 0
+    while high - low > 1 and num_halvings < _MAX_HALVINGS:
         middle = (low + high) // 2
+        if high > low << _MAX_HALVINGS:
+            middle = math.isqrt(low * high)  # of many orders of magnitude the order first
+        else:
+            num_halvings += 1
         tried = plan_of(middle)
         if tried.feasible:
             low, plan = middle, tried

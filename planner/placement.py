@@ -17,6 +17,9 @@ NUM_STREAM_BUFFERS = 2
 
 Runs = Literal["gpu", "cpu", "stream", "split"]
 
+# What a tier of no named strategy (`strategies.py`) is called.
+MIXED = "mixed"
+
 
 class ModulePlacement(
     msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
@@ -281,6 +284,12 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         """All tiers."""
         return (self.prefill, self.decode, *self.smaller)
 
+    @property
+    def named_tiers(self) -> tuple[tuple[str, TierPlacement], ...]:
+        """All tiers, with where they are in the JSON of a placement."""
+        others = [(f"smaller[{at}]", tier) for at, tier in enumerate(self.smaller)]
+        return (("prefill", self.prefill), ("decode", self.decode), *others)
+
     def lives_on(self, device: Device) -> frozenset[tuple[Module, int | None]]:
         """Modules whose weights are resident on a device: the union over the tiers."""
         return self.prefill.lives_on(device) | self.decode.lives_on(device)
@@ -316,23 +325,41 @@ def _why_not_beside(tier: TierPlacement, whole: TierPlacement) -> str:
 
 def check_matches(placement: Placement, spec: ModelSpec) -> str | None:
     """Why a placement cannot be used for a model, or None where it can."""
-    for tier in placement.tiers:
+    for name, tier in placement.named_tiers:
         if len(tier.layers) != spec.num_layers:
-            return f"the plan has {len(tier.layers)} layers, the model {spec.num_layers}"
+            return (
+                f"the plan has {len(tier.layers)} layers, the model {spec.num_layers} - at "
+                f"`$.placement.{name}.layers`"
+            )
         for index, (where, layer) in enumerate(zip(tier.layers, spec.layers, strict=True)):
+            path = f"$.placement.{name}.layers[{index}]"
             if (where.router is not None) != layer.is_moe:
                 kind = "experts" if layer.is_moe else "a dense feed-forward"
-                return f"layer {index} of the model has {kind}, the plan says otherwise"
+                return (
+                    f"layer {index} of the model has {kind}, the plan says otherwise - at "
+                    f"`{path}.router`"
+                )
             if layer.attention is not None and (where.kv_on_cpu or tier.num_second_seqs):
-                return f"attention of layer {index} of the model cannot run on both devices"
+                return (
+                    f"attention of layer {index} of the model cannot run on both devices - at "
+                    f"`{path}.kv_on_cpu`"
+                )
             if layer.is_moe and where.ffn.num_resident >= layer.num_experts:
                 return (
                     f"layer {index} of the model has {layer.num_experts} experts, the plan has "
-                    f"{where.ffn.num_resident} of them beside others"
+                    f"{where.ffn.num_resident} of them beside others - at "
+                    f"`{path}.ffn.num_resident`"
                 )
     orders = placement.expert_order
-    if orders and [sorted(row) for row in orders] != [
-        list(range(layer.num_experts)) for layer in spec.layers
-    ]:
-        return "expert_order of the plan does not have every expert of every layer once"
+    if orders and len(orders) != spec.num_layers:
+        return (
+            f"expert_order of the plan has {len(orders)} rows, the model {spec.num_layers} layers "
+            "- at `$.placement.expert_order`"
+        )
+    for index, (row, layer) in enumerate(zip(orders, spec.layers, strict=bool(orders))):
+        if sorted(row) != list(range(layer.num_experts)):
+            return (
+                "expert_order of the plan does not have every expert of every layer once - at "
+                f"`$.placement.expert_order[{index}]`"
+            )
     return None

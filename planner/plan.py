@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
 from msgspec.structs import replace
 
 from planner.errors import PlanError
 from planner.hardware import Resources
 from planner.kernel_table import Source
-from planner.placement import Device, Placement
+from planner.placement import MIXED, Device, Placement
+from planner.strategies import STRATEGIES
 from planner.strict_json import decode_struct
 from planner.timeline import TimelineTerm
 from planner.workload import Objective, Phase, Workload
@@ -19,6 +21,11 @@ from planner.workload import Objective, Phase, Workload
 SCHEMA_VERSION = 1
 
 TimeMetric = Literal["ttft_s", "tpot_s", "e2e_s"]
+
+# of a file; numbers that hetero itself computes are not looked at again
+_Amount = Annotated[float, Meta(ge=0)]
+_Count = Annotated[int, Meta(ge=0)]
+_Share = Annotated[float, Meta(ge=0, le=1)]
 
 
 class Estimate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -52,46 +59,46 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         What they multiplied predicted seconds by, by lane and term, as `cpu experts`.
     """
 
-    ttft_s: float
-    tpot_s: float
-    e2e_s: float
-    prefill_tokens_per_s: float
-    decode_tokens_per_s: float
-    num_concurrent_seqs: int
-    bytes_by_device: dict[Device, int]
-    terms_by_phase: dict[Phase, dict[TimelineTerm, float]]
+    ttft_s: _Amount
+    tpot_s: _Amount
+    e2e_s: _Amount
+    prefill_tokens_per_s: _Amount
+    decode_tokens_per_s: _Amount
+    num_concurrent_seqs: Annotated[int, Meta(ge=1)]
+    bytes_by_device: dict[Device, _Count]
+    terms_by_phase: dict[Phase, dict[TimelineTerm, _Amount]]
     bottleneck_by_phase: dict[Phase, str]
-    band_by_metric: dict[TimeMetric, tuple[float, float]] = {}
-    source_by_phase: dict[Phase, dict[Source, float]] = {}
-    calibrated_runs: int = 0
-    correction_by_phase: dict[Phase, dict[str, float]] = {}
+    band_by_metric: dict[TimeMetric, tuple[_Amount, _Amount]] = {}
+    source_by_phase: dict[Phase, dict[Source, _Amount]] = {}
+    calibrated_runs: _Count = 0
+    correction_by_phase: dict[Phase, dict[str, _Amount]] = {}
 
 
 class Alternative(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A placement that was not chosen, and why."""
 
     name: str
-    cut_by_phase: dict[Phase, int]
+    cut_by_phase: dict[Phase, _Count]
     feasible: bool
-    ttft_s: float | None
-    tpot_s: float | None
-    e2e_s: float | None
+    ttft_s: _Amount | None
+    tpot_s: _Amount | None
+    e2e_s: _Amount | None
     reason: str
 
 
 class TrialTimes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Times of the sequences of a workload that run at once, as in `Estimate`."""
 
-    ttft_s: float
-    tpot_s: float
-    e2e_s: float
+    ttft_s: _Amount
+    tpot_s: _Amount
+    e2e_s: _Amount
 
 
 class TrialRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A placement that was tried; `failure` says why nothing was measured."""
 
     name: str
-    cut_by_phase: dict[Phase, int]
+    cut_by_phase: dict[Phase, _Count]
     predicted: TrialTimes
     measured: TrialTimes | None
     failure: str | None = None
@@ -128,7 +135,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     feasible: bool
     placement: Placement
     estimate: Estimate
-    optimality_gap: float
+    optimality_gap: _Share
     alternatives: tuple[Alternative, ...]
     trial: Trial | None = None
 
@@ -139,7 +146,10 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     def __post_init__(self) -> None:
         if self.schema_version != SCHEMA_VERSION:
-            raise ValueError(f"schema_version is {self.schema_version}, this is {SCHEMA_VERSION}")
+            raise ValueError(
+                f"schema_version is {self.schema_version}, this is {SCHEMA_VERSION} - at "
+                "`$.schema_version`"
+            )
 
     def to_json(self) -> bytes:
         """The plan as indented JSON."""
@@ -153,12 +163,16 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         ------
         PlanError
             Not JSON, a key that is unknown, missing or twice there, a wrong type or value, a number
-            that is not finite.
+            that is not finite, or what contradicts another field.
         """
         try:
-            return decode_struct(data, cls)
+            plan = decode_struct(data, cls)
         except ValueError as error:
             raise PlanError(f"{source} is not a plan: {error}") from None
+        reason = _contradiction(plan)
+        if reason is not None:
+            raise PlanError(f"{source} is not a plan: {reason}")
+        return plan
 
     @classmethod
     def load(cls, path: Path) -> Plan:
@@ -174,3 +188,27 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         except OSError as error:
             raise PlanError(f"cannot read the plan {path}: {error.strerror}") from None
         return cls.from_json(data, source=str(path))
+
+
+def _contradiction(plan: Plan) -> str | None:
+    """What of a plan contradicts the rest of it, with its path; None where all agree."""
+    running, arriving = plan.estimate.num_concurrent_seqs, plan.workload.num_seqs
+    if running > arriving or (running < arriving and plan.objective == "latency"):
+        return (
+            f"`$.estimate.num_concurrent_seqs` is {running} but `$.workload.num_seqs` is "
+            f"{arriving}, and `$.objective` is {plan.objective}: latency runs all at once, "
+            "throughput no more than there are"
+        )
+    for name, tier in plan.placement.named_tiers:
+        if tier.strategy not in (*STRATEGIES, MIXED):
+            known = ", ".join((*STRATEGIES, MIXED))
+            return f"{tier.strategy!r} is not one of {known} - at `$.placement.{name}.strategy`"
+        if tier.strategy == MIXED and tier.cut:
+            return (
+                f"`$.placement.{name}.cut` is {tier.cut} but `$.placement.{name}.strategy` is "
+                f"{MIXED}, which has 0"
+            )
+    tried = plan.trial
+    if tried is not None and tried.kept not in [row.name for row in tried.rows]:
+        return f"`$.trial.kept` is {tried.kept!r}, which none of `$.trial.rows` is"
+    return None

@@ -16,7 +16,7 @@ from planner.estimate import estimate
 from planner.hardware import HardwareProfile
 from planner.memory import DeviceMemory
 from planner.model_spec import ModelSpec
-from planner.placement import Device, Placement
+from planner.placement import MIXED, Device, Placement
 from planner.plan import Alternative, Plan
 from planner.popularity import Popularity
 from planner.priors import P90_SIGMAS
@@ -86,6 +86,11 @@ def search(
     if strategy is not None and strategy not in STRATEGIES:
         known = ", ".join(STRATEGIES)
         raise PlannerError(f"strategy {strategy!r} is not one of {known}")
+    if workload.context_len > spec.max_position_embeddings:
+        raise PlannerError(
+            f"prompt and output come to {workload.context_len} tokens but {spec.name} has a "
+            f"context of {spec.max_position_embeddings}; lower prompt_len or output_len"
+        )
     costs = CostModel(hardware, corrections=corrections, popularity=popularity)
     waves = [Wave(spec, costs, workload, each) for each in wave_sizes(workload, objective)]
     chunks = _chunks(workload, hardware) if chunk_tokens is None else (chunk_tokens,)
@@ -161,7 +166,7 @@ def _of_other_engines(waves: Sequence[Wave]) -> list[Candidate]:
         for engine in ENGINES.values():
             theirs = engine(asked).placement
             if theirs is not None:
-                tiers = (replace(each, strategy="mixed", cut=0) for each in theirs.tiers)
+                tiers = (replace(each, strategy=MIXED, cut=0) for each in theirs.tiers)
                 prefill, decode = tiers
                 found.append(Candidate(Placement(prefill=prefill, decode=decode), wave))
     return found

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import Any, NoReturn, TypeVar
 
 import msgspec
 
 T = TypeVar("T")
+
+# Of whole numbers: an exabyte has 18, and arithmetic with more overflows a float in the end.
+_MAX_DIGITS = 18
+
+# What msgspec has in a path for a key of a dictionary.
+_ANY_KEY = "[...]"
 
 # A longer key is shown by its beginning.
 _MAX_KEY_CHARS = 60
@@ -24,6 +31,10 @@ class _Pairs(list[tuple[str, Any]]):
 
 class _NotFinite(str):
     """A number as it is written, which no float can hold."""
+
+
+class _TooLong(str):
+    """A whole number as it is written, with more digits than anything is counted in."""
 
 
 def decode_struct(data: bytes, kind: type[T]) -> T:
@@ -44,8 +55,9 @@ def decode_struct(data: bytes, kind: type[T]) -> T:
     Raises
     ------
     ValueError
-        Not JSON, a key that is twice in its object, a number that is not finite, an unknown or
-        missing key, a wrong type or value. The message ends in the path, as "- at `$.a[3].b`".
+        Not JSON, a key that is twice in its object, a number that is not finite or has too many
+        digits, an unknown or missing key, a wrong type or value. The message ends in the path, as
+        "- at `$.a[3].b`".
 
     Examples
     --------
@@ -61,7 +73,39 @@ def decode_struct(data: bytes, kind: type[T]) -> T:
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except msgspec.DecodeError as error:
-        raise ValueError(str(error)) from None
+        raise ValueError(_with_keys(str(error), data, kind)) from None
+
+
+def _with_keys(fault: str, data: bytes, kind: type[object]) -> str:
+    """A message of msgspec's with the keys of dictionaries, for which its path has `[...]`.
+
+    The member that is at fault is the first that alone in its dictionary gives the same message.
+    """
+    original, tree = fault, json.loads(data)
+    known, members = "", tree
+    while _ANY_KEY in fault:
+        holder = fault.rpartition("`$")[2].partition(_ANY_KEY)[0]
+        for name, index in re.findall(r"\.(\w+)|\[(\d+)\]", holder.removeprefix(known)):
+            members = members[name or int(index)]
+        whole = dict(members)
+        for key, value in whole.items():
+            members.clear()
+            members[key] = value
+            if _fault(tree, kind) == original:
+                break
+        else:
+            return fault
+        known, members = f"{holder}{_step(key)}", value
+        fault = fault.replace(f"${holder}{_ANY_KEY}", f"${known}")
+    return fault
+
+
+def _fault(tree: object, kind: type[object]) -> str | None:
+    try:
+        msgspec.json.decode(json.dumps(tree), type=kind)
+    except msgspec.ValidationError as error:
+        return str(error)
+    return None
 
 
 def _text(data: bytes) -> str:
@@ -86,7 +130,7 @@ def _refuse_suspects(text: str) -> None:
             text,
             object_pairs_hook=_check_keys,
             parse_float=_check_number,
-            parse_int=_check_number,
+            parse_int=_check_integer,
             parse_constant=_suspect,
         )
     except _SuspectError:
@@ -109,6 +153,11 @@ def _check_number(digits: str) -> None:
         raise _SuspectError
 
 
+def _check_integer(digits: str) -> None:
+    if len(digits.lstrip("-")) > _MAX_DIGITS:
+        raise _SuspectError
+
+
 def _suspect(name: str) -> NoReturn:
     raise _SuspectError
 
@@ -119,7 +168,7 @@ def _first_fault(text: str) -> str | None:
         text,
         object_pairs_hook=_Pairs,
         parse_float=_number,
-        parse_int=_number,
+        parse_int=_integer,
         parse_constant=_NotFinite,
     )
     # What is still to be looked at, the next at the end: nesting is as deep as the file likes.
@@ -130,6 +179,8 @@ def _first_fault(text: str) -> str | None:
             return f"the key is there twice - at `{path}`"
         if isinstance(value, _NotFinite):
             return f"{_shown(value)} is not a finite number - at `{path}`"
+        if isinstance(value, _TooLong):
+            return f"{_shown(value)} has more than {_MAX_DIGITS} digits - at `{path}`"
         children: list[tuple[str, Any, bool]] = []
         if isinstance(value, _Pairs):
             seen: set[str] = set()
@@ -144,6 +195,12 @@ def _first_fault(text: str) -> str | None:
 
 def _number(digits: str) -> _NotFinite | None:
     return _NotFinite(digits) if math.isinf(float(digits)) else None
+
+
+def _integer(digits: str) -> _TooLong | _NotFinite | None:
+    if len(digits.lstrip("-")) <= _MAX_DIGITS:
+        return None
+    return _NotFinite(digits) if math.isinf(float(digits)) else _TooLong(digits)
 
 
 def _step(key: str) -> str:

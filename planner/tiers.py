@@ -14,6 +14,7 @@ from planner.cost_model import Pricer
 from planner.memory import staging_bytes
 from planner.model_spec import LayerSpec
 from planner.placement import (
+    MIXED,
     ON_CPU,
     STREAMED,
     LayerPlacement,
@@ -116,7 +117,8 @@ class _Step:
         members = frozenset(group.layers)
         layers = tuple(option if at in members else each for at, each in enumerate(tier.layers))
         is_split = any(layer.ffn.runs == "split" for layer in layers)
-        return replace(tier, layers=layers, num_expert_slots=is_split * self._num_slots)
+        slots = is_split * self._num_slots
+        return replace(tier, strategy=MIXED, cut=0, layers=layers, num_expert_slots=slots)
 
     def _few_s(self, tier: TierPlacement, groups: list[_Group]) -> float:
         """Seconds of a step of a few layers of each group."""

@@ -33,7 +33,7 @@ PCIE_BYTES_PER_S: dict[str, float] = {
     "5.0x8": 28.4e9,
     "5.0x16": 53.5e9,
 }
-_MAX_NUMBER = 1e6
+_MIN_NUMBER, _MAX_NUMBER = 1e-6, 1e6
 
 
 def what_if(hardware: HardwareProfile, text: str) -> HardwareProfile:
@@ -276,8 +276,9 @@ def _number(key: str, value: str, unit: str) -> float:
     except ValueError:
         number = math.nan
     # not `number <= 0`, which a value that is no number passes
-    if not 0 < number < _MAX_NUMBER:
+    if not _MIN_NUMBER <= number < _MAX_NUMBER:
         raise PlannerError(
-            f"{key} is {value!r} but must be a positive number below {_MAX_NUMBER:.0f} of {unit}"
+            f"{key} is {value!r} but must be a positive number below {_MAX_NUMBER:.0f} of {unit}, "
+            f"and {_MIN_NUMBER:g} at least"
         )
     return number

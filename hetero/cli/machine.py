@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from hetero.errors import UsageError
+
 if TYPE_CHECKING:
     from hetero.model_lookup import ModelSource
     from planner.hardware import AcceleratorName, HardwareProfile
@@ -44,7 +46,7 @@ class MachineOptions:
 
 def machine_options(command: _Command) -> _Command:
     """Add the machine's profile, --accelerator, budgets, --strategy, --dtype, --quantization."""
-    positive = click.FloatRange(min=0, max=1e6, min_open=True)
+    gigabytes = click.FloatRange(min=0, max=1e6)
     for option in (
         click.option(
             "--dtype",
@@ -64,10 +66,12 @@ def machine_options(command: _Command) -> _Command:
             help="Only this way of dividing the model; its cut point is still searched.",
         ),
         click.option(
-            "--cpu-mem-gb", type=positive, help="Host memory that may be used, in 1e9 bytes."
+            "--cpu-mem-gb", type=gigabytes, help="Host memory that may be used, in 1e9 bytes."
         ),
         click.option(
-            "--gpu-mem-gb", type=positive, help="GPU memory that may be used, in 1e9 bytes."
+            "--gpu-mem-gb",
+            type=gigabytes,
+            help="GPU memory that may be used, in 1e9 bytes; 0 leaves the GPU out.",
         ),
         click.option(
             "--accelerator",
@@ -133,7 +137,47 @@ def usable_part(
     from hetero.planning import resources_asked, usable_hardware
 
     budgets = (options.gpu_mem_gb, options.cpu_mem_gb)
-    return usable_hardware(profile, resources_asked(plan, options.accelerator, *budgets))
+    resources = resources_asked(plan, options.accelerator, *budgets)
+    return usable_hardware(profile, resources, is_planned=plan is not None)
+
+
+def check_agree(
+    options: MachineOptions,
+    strategy: str | None,
+    quantization: str | None,
+    gpu_what_if: str | None = None,
+) -> None:
+    """Refuse options of which some need an accelerator and others leave it out, on any machine.
+
+    `gpu_what_if` is what --what-if changes of the GPU or its link.
+
+    Raises
+    ------
+    UsageError
+        Names both options.
+    """
+    if options.allow_foreign_profile and options.profile is None:
+        raise UsageError("--allow-foreign-profile is for a --profile, and none was given; add one")
+    accelerator = f"--accelerator {options.accelerator}"
+    budget = "" if options.gpu_mem_gb is None else f"--gpu-mem-gb {options.gpu_mem_gb:g}"
+    needing = (
+        (f"--strategy {strategy}", strategy not in (None, "cpu")),
+        (accelerator, options.accelerator in ("cuda", "emulated")),
+        (budget, bool(options.gpu_mem_gb)),
+        (f"--what-if {gpu_what_if}", gpu_what_if is not None),
+    )
+    without = (
+        (accelerator, options.accelerator == "none"),
+        (budget, options.gpu_mem_gb == 0),
+        (f"--quantization {quantization}", quantization is not None),
+    )
+    needs = next((option for option, is_given in needing if is_given), None)
+    leaves_out = next((option for option, is_given in without if is_given), None)
+    if needs is not None and leaves_out is not None:
+        raise UsageError(
+            f"{needs} is for an accelerator but with {leaves_out} the CPU does all the work; leave "
+            "one of them out"
+        )
 
 
 def lookup_model(model: str | None) -> ModelSource:
@@ -144,7 +188,34 @@ def lookup_model(model: str | None) -> ModelSource:
 
 
 def output_path(context: click.Context, option: click.Parameter, value: Path | None) -> Path | None:
-    """Refuse before the work, not after it, a file whose folder is missing."""
+    """Refuse before the work, not after it, a file whose folder is missing, or no plain file.
+
+    A new file takes the place of what is there, which must not be a device.
+    """
     if value is not None and not value.parent.is_dir():
         raise click.BadParameter(f"the folder {value.parent} does not exist", context, option)
+    if value is not None and (value.is_symlink() or (value.exists() and not value.is_file())):
+        raise click.BadParameter(
+            f"{value} is no plain file, which a new one would replace; name another",
+            context,
+            option,
+        )
     return value
+
+
+def check_distinct(**paths: Path | None) -> None:
+    """Refuse one file for two options, of which a later one would be written over the other.
+
+    Raises
+    ------
+    UsageError
+        Names both options and the file.
+    """
+    seen: dict[Path, str] = {}
+    for name, path in paths.items():
+        if path is None:
+            continue
+        option = f"--{name}"
+        first = seen.setdefault(path.resolve(), option)
+        if first != option:
+            raise UsageError(f"{first} and {option} are both {path}; name two files")

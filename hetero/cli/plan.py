@@ -13,6 +13,8 @@ import click
 from hetero.cli.machine import (
     RIVALS,
     MachineOptions,
+    check_agree,
+    check_distinct,
     lookup_model,
     machine_options,
     output_path,
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from hetero.planning import DtypeName
     from planner.explain import Explanation
     from planner.model_spec import Quantization
+    from planner.nearest_fit import FittingChange
     from planner.plan import Plan
     from planner.question import Question
     from planner.rivals import RivalName, RivalTimes
@@ -122,11 +125,13 @@ def plan(
         assumed_note,
         changed_hardware,
         default_workload,
-        lacking_memory,
+        gpu_what_if,
         low_confidence_note,
         make_plan,
         rivals_asked,
+        runnable_profile,
         spec_as_run,
+        why_not_feasible,
     )
     from planner.question import Question
 
@@ -134,10 +139,15 @@ def plan(
     rivals = rivals_asked(compare)
     if is_tried and what_if is not None:
         raise UsageError("--trial runs on the machine as it is; leave it or --what-if out")
+    check_agree(options, strategy, quantization, gpu_what_if(what_if))
+    if options.profile is not None:
+        check_distinct(profile=Path(options.profile), output=output)
     source = lookup_model(model)
     if is_tried:
         check_has_weights(source, "to try it")
     profile = read_profile(options)
+    if is_tried:
+        runnable_profile(profile, "--trial")
     usable = usable_part(profile, options)
     hardware = changed_hardware(usable, what_if, options.gpu_mem_gb, options.cpu_mem_gb)
     spec = spec_as_run(source, dtype, hardware, say, quantization)
@@ -170,7 +180,7 @@ def plan(
     else:
         _print(answer, notes)
     if not made.feasible:
-        say(f"error: {lacking_memory(made, spec, hardware, _nearest(answer))}")
+        say(f"error: {why_not_feasible(made, question, _nearest(answer))}")
         context.exit(ExitCode.DOES_NOT_FIT)
 
 
@@ -198,14 +208,13 @@ def _answer(
     )
 
 
-def _nearest(answer: _Answer) -> str | None:
-    """What would fit, in words; looked for now where no explanation did."""
-    from hetero.explain_view import nearest_text
+def _nearest(answer: _Answer) -> tuple[FittingChange, ...]:
+    """What would fit; looked for now where no explanation did."""
     from planner.nearest_fit import nearest_fits
 
     if answer.explanation is None:
-        return nearest_text(nearest_fits(answer.question))
-    return nearest_text(answer.explanation.nearest_fits)
+        return nearest_fits(answer.question)
+    return answer.explanation.nearest_fits
 
 
 def _print_json(answer: _Answer, notes: tuple[str, ...]) -> None:

@@ -13,6 +13,8 @@ import click
 from hetero.cli.job import Job, tokenize
 from hetero.cli.machine import (
     MachineOptions,
+    check_agree,
+    check_distinct,
     lookup_model,
     machine_options,
     output_path,
@@ -177,16 +179,28 @@ def run(
     else:
         rows = (Row(custom_id="prompt", prompt=prompt or DEMO_PROMPT),)
     from hetero.measure.calibration_log import own_corrections
-    from hetero.planning import assumed_note, low_confidence_note, spec_as_run
+    from hetero.planning import (
+        assumed_note,
+        check_plan_is_for,
+        low_confidence_note,
+        naming,
+        runnable_profile,
+        spec_as_run,
+    )
 
     options = MachineOptions(**machine)
+    check_agree(options, strategy, quantization)
+    check_distinct(input=input_path, output=output, plan=plan_path, trace=trace)
+    given = read_plan(plan_path, strategy, is_tried=is_tried)
     source = lookup_model(model)
     check_has_weights(source, "to run it")
     assert source.folder is not None
     profile = read_profile(options, teller(progress))
-    given = read_plan(plan_path, strategy, is_tried=is_tried)
-    hardware = usable_part(profile, options, given)
-    spec = spec_as_run(source, dtype, hardware, teller(progress), quantization, given)
+    with naming(plan_path):
+        if given is not None:
+            check_plan_is_for(given, source, profile)
+        hardware = usable_part(runnable_profile(profile), options, given)
+        spec = spec_as_run(source, dtype, hardware, teller(progress), quantization, given)
     doubts = [note for note in (*hardware.notes, low_confidence_note(hardware)) if note is not None]
     if doubts:
         teller(progress)(f"warning: the profile of {hardware.name}: {'; '.join(doubts)}")
@@ -201,7 +215,8 @@ def run(
             _write_bad(writer, job)
         context.exit(_rows_code(writer, job))
     known = own_corrections(spec, profile, hardware, os.environ, teller(progress))
-    made = plan_job(given, spec, hardware, job, max_tokens, strategy, known)
+    with naming(plan_path):
+        made = plan_job(given, spec, hardware, job, max_tokens, strategy, known)
     if is_tried:
         tell = teller(progress)
         made = try_plan(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from planner.calibration import Corrections
     from planner.hardware import HardwareProfile
     from planner.model_spec import ModelSpec
+    from planner.nearest_fit import FittingChange
     from planner.plan import Plan
 
 
@@ -32,12 +34,11 @@ def read_plan(path: Path | None, strategy: str | None, *, is_tried: bool) -> Pla
         return None
     from planner.plan import Plan
 
-    plan = Plan.load(path)
     if strategy is not None:
         raise UsageError("give --plan or --strategy, not both: a plan already has one")
     if is_tried:
         raise UsageError("give --plan or --trial, not both: hetero plan --trial makes a tried plan")
-    return plan
+    return Plan.load(path)
 
 
 def plan_job(
@@ -50,7 +51,9 @@ def plan_job(
     corrections: Corrections,
 ) -> Plan:
     """The plan that was given, if it applies, or one for this job."""
-    from hetero.planning import MAX_NUM_SEQS, check_plan, lacking_memory, make_plan
+    from hetero.planning import MAX_NUM_SEQS, check_plan, make_plan, why_not_feasible
+    from planner.nearest_fit import nearest_fits
+    from planner.question import Question
     from planner.workload import Workload
 
     if given is not None:
@@ -68,8 +71,24 @@ def plan_job(
         if made.feasible:
             return made
         if num_seqs == 1:
-            raise MemoryBudgetError(lacking_memory(made, spec, hardware))
+            question = Question(
+                spec=spec,
+                hardware=hardware,
+                workload=workload,
+                strategy=strategy,
+                corrections=corrections,
+            )
+            found = [_as_run(each) for each in nearest_fits(question)]
+            raise MemoryBudgetError(why_not_feasible(made, question, found))
         num_seqs = -(-num_seqs // 2)
+
+
+def _as_run(found: FittingChange) -> FittingChange:
+    """The same change in the options of `hetero run`, which has a prompt and no length of it."""
+    options = found.options.replace("--output-len", "--max-tokens")
+    if "--prompt-len" in options:
+        options = options.replace("--prompt-len", "a prompt of") + " tokens"
+    return dataclasses.replace(found, options=options)
 
 
 def try_plan(

@@ -103,6 +103,8 @@ class EmulatedAccelerator:
             target.copy_(source)
             self._pace(begin_s, source.nbytes)
             return
+        if not source.numel():  # which has no bytes, and perhaps no stride, to view
+            return
         to, from_ = target.view(-1).view(torch.uint8), source.view(-1).view(torch.uint8)
         for start in range(0, source.nbytes, _PACED_BYTES):
             stop = min(start + _PACED_BYTES, source.nbytes)

@@ -266,12 +266,12 @@ def test_an_unknown_accelerator_or_strategy_is_named() -> None:
 
 
 def test_a_budget_that_nothing_fits_is_refused_before_loading() -> None:
-    with pytest.raises(MemoryBudgetError, match=r"needs .* GB on the cpu where 0\.00 GB"):
+    with pytest.raises(MemoryBudgetError, match=r"needs .* GB on the cpu where 0\.0009 GB"):
         LLM(profile=toy_machine(), accelerator="none", cpu_mem_gb=0.001)
 
 
 def test_a_strategy_that_does_not_fit_its_gpu_budget_is_refused() -> None:
-    with pytest.raises(MemoryBudgetError, match=r"GB on the gpu where 0\.00 GB .*--gpu-mem-gb"):
+    with pytest.raises(MemoryBudgetError, match=r"GB on the gpu where 0\.00192 GB .*--gpu-mem-gb"):
         LLM(profile=toy_machine(), accelerator="emulated", strategy="gpu", gpu_mem_gb=0.002)
 
 
@@ -309,13 +309,38 @@ def test_a_plan_for_a_machine_with_a_gpu_is_refused_by_its_machine(tmp_path: Pat
         LLM(profile="desktop-rtx4090")
 
 
+LONG = Workload(prompt_len=1000, output_len=100)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"max_num_seqs": 0}, "at least 1"), ({"max_model_len": 1}, r"give 2\.\.1024")],
+    [
+        ({"max_num_seqs": 0}, "at least 1"),
+        ({"max_model_len": 1}, r"give 2\.\.1024"),
+        ({"workload": LONG}, "come to 1100 tokens but demo has a context of 1024"),
+        ({"workload": LONG, "max_model_len": 100}, "to 1100 tokens .* max_model_len is 100"),
+        ({"gpu_mem_gb": float("nan")}, "--gpu-mem-gb is nan but must be a number"),
+        ({"cpu_mem_gb": -1.0}, r"--cpu-mem-gb is -1\.0 but must be a number"),
+        ({"gpu_mem_gb": 1.0}, "--gpu-mem-gb is 1 GB but --accelerator is none"),
+        ({"link_gb_per_s": 4.0}, "link_gb_per_s is 4 GB/s but --accelerator is none"),
+    ],
 )
 def test_limits_that_allow_nothing_are_refused(arguments: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         LLM(profile=toy_machine(), accelerator="none", **arguments)
+
+
+def test_more_sequences_than_memory_holds_are_refused_before_loading() -> None:
+    """5000 of 640 tokens, 3072 bytes each, are 9.83 GB of cache alone."""
+    with pytest.raises(MemoryBudgetError, match=r"max_num_seqs is 5000, .* where 0\.09 GB may be"):
+        LLM(profile=toy_machine(), accelerator="none", cpu_mem_gb=0.1, max_num_seqs=5000)
+
+
+def test_a_budget_of_none_leaves_the_accelerator_out() -> None:
+    with LLM(profile=toy_machine(), gpu_mem_gb=0) as llm:
+        assert llm.plan.resources.accelerator == "none"
+    with pytest.raises(UsageError, match="--gpu-mem-gb is 0 but --accelerator is emulated"):
+        LLM(profile=toy_machine(), accelerator="emulated", gpu_mem_gb=0)
 
 
 def test_a_throughput_plan_in_waves_stays_within_its_budget() -> None:

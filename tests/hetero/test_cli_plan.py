@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 from pathlib import Path
 
@@ -160,8 +162,13 @@ def test_a_strategy_that_does_not_fit_names_one_that_does(hetero: Hetero) -> Non
     [
         (("nowhere/model",), 5, "model 'nowhere/model' was not found"),
         (("demo", "--accelerator", "cuda"), 6, "the profile of toy machine has no GPU"),
-        (("demo", "--gpu-mem-gb", "1"), 2, "no accelerator is used"),
-        (("demo", "--cpu-mem-gb", "900"), 2, "--cpu-mem-gb is 900.00 GB but toy machine has 8.00"),
+        (("demo", "--gpu-mem-gb", "1"), 2, "--gpu-mem-gb is 1 GB but toy machine has no GPU"),
+        (("demo", "--cpu-mem-gb", "nan"), 2, "--cpu-mem-gb is nan but must be a number"),
+        (("demo", "--cpu-mem-gb", "-1"), 2, "'--cpu-mem-gb': -1.0 is not in the range"),
+        (("demo", "--cpu-mem-gb", "inf"), 2, "'--cpu-mem-gb': inf is not in the range"),
+        (("demo", "--cpu-mem-gb", "1e400"), 2, "'--cpu-mem-gb': inf is not in the range"),
+        (("demo", "--num-seqs", "9" * 20), 2, "but a plan can be for 100000 at most"),
+        (("demo", "--cpu-mem-gb", "900"), 2, "--cpu-mem-gb is 900 GB but toy machine has 8 GB"),
         (("demo", "--profile", "abacus"), 2, "there is no profile 'abacus'"),
         (("demo", "--prompt-len", "2000"), 2, "demo has a context of 1024"),
         (("demo", "--strategy", "gpu"), 2, "the machine has no accelerator"),
@@ -255,6 +262,112 @@ def test_a_what_if_plan_is_not_run_on_the_machine_as_it_is(hetero: Hetero, tmp_p
     outcome = hetero("run", "demo", "--plan", file, "-p", "x", "--max-tokens", "1")
     assert outcome.code == ExitCode.USAGE
     assert "the plan was made for the machine toy machine, what if cpu-gbps=90" in outcome.stderr
+
+
+@pytest.mark.parametrize("budget", ["0", "1e-12"])
+def test_a_gpu_budget_of_none_plans_without_it(hetero: Hetero, budget: str) -> None:
+    arguments = ("llama-3.1-8b", *DESKTOP, "--gpu-mem-gb", budget)
+    outcome = hetero("plan", *arguments)
+    assert outcome.code == 0
+    assert "CPU only, no accelerator is used" in outcome.stdout
+
+
+def test_a_gpu_budget_of_none_agrees_with_no_accelerator(hetero: Hetero) -> None:
+    both = ("--gpu-mem-gb", "0", "--accelerator", "none")
+    assert hetero("plan", "llama-3.1-8b", *DESKTOP, *both).code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fix"),
+    [
+        # 31.1 MB of the 90 % that may be used
+        (("--cpu-mem-gb", "0"), "raise --cpu-mem-gb to 0.0346 where the machine has that"),
+        (("--cpu-mem-gb", "0.03"), "the nearest that fits: --prompt-len "),
+        (("--cpu-mem-gb", "0.026"), "the nearest that fits: --quantization int8 ("),
+    ],
+)
+def test_a_budget_that_is_too_small_names_what_would_fit(
+    hetero: Hetero, arguments: tuple[str, ...], fix: str
+) -> None:
+    outcome = hetero("plan", "demo", *arguments)
+    assert outcome.code == ExitCode.DOES_NOT_FIT
+    assert fix in outcome.stderr
+    assert ("tokens/s)" in outcome.stderr) == ("nearest" in fix)
+
+
+def test_of_many_sequences_about_as_many_as_fit_are_named(hetero: Hetero) -> None:
+    """To a factor, whatever the order of magnitude."""
+    outcome = hetero("plan", "demo", "--cpu-mem-gb", "4", "--num-seqs", "50000")
+    found = re.search(r"fits: --num-seqs (\d+) ", outcome.stderr)
+    assert found is not None
+    for factor, code in ((1, ExitCode.OK), (3, ExitCode.DOES_NOT_FIT)):
+        num_seqs = str(factor * int(found[1]))
+        again = hetero("plan", "demo", "--cpu-mem-gb", "4", "--num-seqs", num_seqs)
+        assert again.code == code
+
+
+CONTRADICTIONS = [
+    (("--accelerator", "none", "--gpu-mem-gb", "4"), "--gpu-mem-gb 4", "--accelerator none"),
+    (("--accelerator", "none", "--strategy", "gpu"), "--strategy gpu", "--accelerator none"),
+    (("--gpu-mem-gb", "0", "--strategy", "offload"), "--strategy offload", "--gpu-mem-gb 0"),
+    (("--gpu-mem-gb", "0", "--accelerator", "cuda"), "--accelerator cuda", "--gpu-mem-gb 0"),
+    (("--accelerator", "emulated", "--quantization", "int8"), "emulated", "--quantization int8"),
+    (("--gpu-mem-gb", "4", "--quantization", "int4"), "--gpu-mem-gb 4", "--quantization int4"),
+    (("--strategy", "split", "--quantization", "int4"), "--strategy split", "--quantization int4"),
+    (("--allow-foreign-profile",), "--allow-foreign-profile", "--profile"),
+    (
+        ("--accelerator", "emulated", "--gpu-mem-gb", "1", "--cpu-mem-gb", "7.9"),
+        "--cpu-mem-gb is 7.9 GB but the emulated accelerator leaves 7 GB",
+        "lower it or --gpu-mem-gb",
+    ),
+]
+
+
+@pytest.mark.parametrize("command", ["plan", "run"])
+@pytest.mark.parametrize(
+    ("arguments", "first", "second"), CONTRADICTIONS, ids=lambda value: " ".join(value)
+)
+def test_options_that_contradict_each_other_are_both_named(
+    hetero: Hetero, command: str, arguments: tuple[str, ...], first: str, second: str
+) -> None:
+    """Before a profile is read or a weight is loaded."""
+    outcome = hetero(command, *arguments)
+    assert (outcome.code, outcome.stdout) == (ExitCode.USAGE, "")
+    assert first in outcome.stderr and second in outcome.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "first", "second"),
+    [
+        (
+            ("--accelerator", "none", "--what-if", "link=4.0x8"),
+            "--what-if link",
+            "--accelerator none",
+        ),
+        (("--gpu-mem-gb", "0", "--what-if", "gpu-gbps=9"), "--what-if gpu-gbps", "--gpu-mem-gb 0"),
+        (("--trial", *DESKTOP), "--trial needs", "leave --profile out"),
+        (("--profile", "pyproject.toml", "-o", "pyproject.toml"), "--profile", "--output"),
+    ],
+)
+def test_questions_that_contradict_each_other_are_both_named(
+    hetero: Hetero, arguments: tuple[str, ...], first: str, second: str
+) -> None:
+    outcome = hetero("plan", "demo", *arguments)
+    assert (outcome.code, outcome.stdout) == (ExitCode.USAGE, "")
+    assert first in outcome.stderr and second in outcome.stderr
+
+
+def test_only_a_plain_file_is_replaced(hetero: Hetero, tmp_path: Path) -> None:
+    """A plan that takes the place of a device, as /dev/null, or of a link breaks the machine."""
+    pipe, link, target = tmp_path / "pipe", tmp_path / "link", tmp_path / "target"
+    os.mkfifo(pipe)
+    target.write_text("kept")
+    link.symlink_to(target)
+    for path in (pipe, link):
+        outcome = hetero("plan", "demo", "-o", path)
+        assert outcome.code == ExitCode.USAGE
+        assert "no plain file, which a new one would replace" in outcome.stderr
+    assert pipe.is_fifo() and link.is_symlink() and target.read_text() == "kept"
 
 
 @pytest.mark.parametrize(

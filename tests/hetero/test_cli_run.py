@@ -410,7 +410,7 @@ def test_a_second_writer_is_refused(tmp_path: Path) -> None:
         (("--input", "/nowhere", "--output", "g"), 2, "cannot read /nowhere"),
         (("--accelerator", "cuda"), 6, "the profile of toy machine has no GPU"),
         (("--accelerator", "emulated", "--strategy", "gpu", "--gpu-mem-gb", "0.001"), 4, "needs"),
-        (("--cpu-mem-gb", "0.001"), 4, "demo as cpu needs 0.02 GB on the cpu where 0.00 GB may be"),
+        (("--cpu-mem-gb", "0.001"), 4, "demo as cpu needs 0.02394 GB on the cpu where 0.0009 GB"),
         (("--strategy", "gpu"), 2, "the machine has no accelerator"),
         (("--plan", "/nowhere.json"), 2, "cannot read the plan /nowhere.json"),
         (("--trace", "/nowhere/t.json"), 2, "the folder /nowhere does not exist"),
@@ -482,7 +482,11 @@ def test_a_plan_for_something_else_is_refused(
     ("arguments", "words"),
     [
         (("--strategy", "cpu"), "--plan or --strategy, not both"),
-        (("--cpu-mem-gb", "4"), "are part of the plan"),
+        (("--cpu-mem-gb", "4"), "--cpu-mem-gb is 4 but memory budgets and link rate are part of"),
+        (("--gpu-mem-gb", "0"), "--gpu-mem-gb is 0 but memory budgets and link rate are part of"),
+        (("--trial",), "--plan or --trial, not both"),
+        (("--quantization", "int8"), "was made with quantization none but the run has int8"),
+        (("--profile", "desktop-rtx4090"), "is of a reference machine"),
         (("--accelerator", "emulated"), "accelerator is emulated but the plan is for none"),
     ],
     ids=" ".join,
@@ -493,6 +497,47 @@ def test_a_plan_is_not_overridden(
     file = tmp_path / "plan.json"
     hetero("plan", "demo", "-o", file)
     refused(hetero("run", "--plan", file, *arguments), ExitCode.USAGE, words)
+
+
+def test_one_file_is_not_for_two_options(hetero: Hetero, tmp_path: Path) -> None:
+    """The trace would be written over the rows, or over the plan."""
+    plan, rows = tmp_path / "plan.json", rows_file(tmp_path, {"prompt_token_ids": [5]})
+    hetero("plan", "demo", "-o", plan)
+    before = plan.read_bytes()
+    refused(hetero("run", "--plan", plan, "--trace", plan), 2, "--plan and --trace are both")
+    output = tmp_path / "out.jsonl"
+    both = ("--output", output, "--trace", output)
+    refused(hetero("run", "--input", rows, *both), 2, "--output and --trace are both")
+    assert plan.read_bytes() == before and not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        # 26.6 MB for the whole context, 25.2 MB of 28 may be used
+        (("--cpu-mem-gb", "0.028", "--max-tokens", "1000"), "the nearest that fits: --max-tokens "),
+        (("--cpu-mem-gb", "0.026"), "the nearest that fits: --quantization int8 ("),
+        (("--cpu-mem-gb", "0"), "raise --cpu-mem-gb to 0.0"),
+    ],
+)
+def test_a_budget_that_is_too_small_names_what_would_fit(
+    hetero: Hetero, arguments: tuple[str, ...], words: str
+) -> None:
+    """In options that `hetero run` has."""
+    outcome = hetero("run", *arguments)
+    refused(outcome, ExitCode.DOES_NOT_FIT, words)
+    assert "--output-len" not in outcome.stderr and "--prompt-len" not in outcome.stderr
+
+
+def test_a_plan_for_a_machine_with_more_memory_is_refused(hetero: Hetero, tmp_path: Path) -> None:
+    """By its file and field, with both values."""
+    file = tmp_path / "plan.json"
+    hetero("plan", "demo", "-o", file)
+    plan = Plan.load(file)
+    more = replace(plan.resources, cpu_bytes=9 * 10**9)
+    file.write_bytes(replace(plan, resources=more).to_json())
+    words = f"{file}: `$.resources.cpu_bytes` is 9 GB but toy machine has 8 GB"
+    refused(hetero("run", "--plan", file), ExitCode.USAGE, words)
 
 
 def test_many_rows_run_in_smaller_numbers_where_memory_is_short(

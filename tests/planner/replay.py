@@ -82,7 +82,10 @@ def digest(model: str, machine: str, workload: str) -> dict[str, Any]:
     if model in CPU_BYTES:
         rooms = (replace(each, memory_bytes=CPU_BYTES[model]) for each in hardware.cpu_by_threads)
         hardware = replace(hardware, cpu_by_threads=tuple(rooms))
-    plan = search(read_model(model), hardware, *WORKLOADS[workload])
+    spec, (what, objective) = read_model(model), WORKLOADS[workload]
+    # a document as long as the model can read
+    prompt_len = min(what.prompt_len, spec.max_position_embeddings - what.output_len)
+    plan = search(spec, hardware, replace(what, prompt_len=prompt_len), objective)
     return {
         "machine": machine,
         "workload": workload,

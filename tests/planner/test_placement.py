@@ -130,12 +130,16 @@ def test_a_placement_of_another_model_does_not_match() -> None:
     placement = strategies.placement(SPEC, "gpu", 0)
 
     assert check_matches(placement, SPEC) is None
-    assert check_matches(placement, tiny_spec("dmm")) == "the plan has 4 layers, the model 3"
+    assert check_matches(placement, tiny_spec("dmm")) == (
+        "the plan has 4 layers, the model 3 - at `$.placement.prefill.layers`"
+    )
     assert check_matches(placement, tiny_spec("dddd")) == (
-        "layer 1 of the model has a dense feed-forward, the plan says otherwise"
+        "layer 1 of the model has a dense feed-forward, the plan says otherwise - at "
+        "`$.placement.prefill.layers[1].router`"
     )
     assert check_matches(placement, tiny_spec("mmmd")) == (
-        "layer 0 of the model has experts, the plan says otherwise"
+        "layer 0 of the model has experts, the plan says otherwise - at "
+        "`$.placement.prefill.layers[0].router`"
     )
 
 

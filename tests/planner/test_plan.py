@@ -55,6 +55,11 @@ def test_a_plan_has_the_keys_of_the_contract() -> None:
         (["placement", "decode", "phase"], "prefill", "one for prefill and one for decode"),
         (["placement", "decode", "layers"], [], "the decode tier 0"),
         (["placement", "prefill", "max_num_tokens"], 0, "max_num_tokens"),
+        (["optimality_gap"], 1.5, r"<= 1.0 - at `\$.optimality_gap`"),
+        (["estimate", "ttft_s"], -1.0, r">= 0.0 - at `\$.estimate.ttft_s`"),
+        (["estimate", "bytes_by_device", "gpu"], -1, r"at `\$.estimate.bytes_by_device.gpu`"),
+        (["estimate", "num_concurrent_seqs"], 2, r"is 2 but `\$.workload.num_seqs` is 1, and"),
+        (["placement", "decode", "strategy"], "magic", "'magic' is not one of gpu, cpu, off"),
     ],
 )
 def test_a_plan_that_is_not_one_is_refused_by_name(

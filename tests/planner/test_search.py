@@ -221,6 +221,12 @@ def test_a_strategy_that_does_not_apply_is_refused_with_the_reason(
         search(SPECS[spec], MACHINES[machine], Workload(), strategy=strategy)
 
 
+def test_a_workload_longer_than_the_context_is_refused_with_both_values() -> None:
+    workload = Workload(prompt_len=4096, output_len=4)
+    with pytest.raises(PlannerError, match=r"4100 tokens but tiny-dm has a context of 4096"):
+        search(tiny_spec("dm"), real_machine(), workload)
+
+
 def test_a_plan_says_what_it_was_made_for() -> None:
     spec, machine, workload = SPECS["mixed"], MACHINES["gpu-6k"], Workload(prompt_len=6)
     plan = search(spec, machine, workload, "throughput", chunk_tokens=CHUNK)

@@ -21,6 +21,7 @@ class Document(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     samples: tuple[Sample, ...]
     link: dict[str, str | float]
     more: dict[str, Any]
+    tables: dict[str, dict[str, tuple[int, int]]] = {}
 
 
 def error_of(text: str | bytes, kind: type[object] = Document) -> str:
@@ -109,6 +110,29 @@ def test_what_msgspec_would_take_is_refused(text: str, expected: str) -> None:
 def test_what_is_no_json_is_refused(data: bytes, expected: str) -> None:
     """One sentence, whatever the bytes are."""
     assert error_of(data).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("tables", "expected"),
+    [
+        ({"a": {}, "b": 1}, "Expected `object`, got `int` - at `$.tables.b`"),
+        ({"a": {"x": [1, 2], "y z": [1]}}, 'length 2 - at `$.tables.a["y z"]`'),
+        ({"a": {"x": [1, 2]}, "b": {"x": [1, 2], "y": [1, "2"]}}, " - at `$.tables.b.y[1]`"),
+        ({"a": {"x": [1, None]}, "b": {"x": [1, None]}}, " - at `$.tables.a.x[1]`"),
+    ],
+)
+def test_a_key_of_a_dictionary_is_in_the_path(tables: Any, expected: str) -> None:
+    """The first of those that are at fault, where msgspec writes dots for any."""
+    document = json.dumps({**json.loads(GOOD), "tables": tables})
+    assert error_of(document).endswith(expected)
+
+
+def test_a_whole_number_that_nothing_is_counted_in_is_refused() -> None:
+    """Of 19 digits; 18 are an exabyte and more."""
+    assert decode_struct(b'{"a": -123456789012345678}', object) == {"a": -123456789012345678}
+    assert error_of('{"a": [0, 1234567890123456789]}', object) == (
+        "1234567890123456789 has more than 18 digits - at `$.a[1]`"
+    )
 
 
 def test_a_long_key_and_a_long_number_are_shown_by_their_beginning() -> None:
