@@ -18,6 +18,7 @@ from planner.model_spec import ModelSpec
 from planner.placement import Placement, check_matches
 from planner.question import Question
 from planner.rivals import RIVALS, RivalName, compare_rivals, rival, rival_names, why_not
+from planner.search import search
 from planner.workload import Objective, Workload
 from tests.planner.test_search_properties import machines, objectives, specs, workloads
 from tests.planner.tiny import EXPERTS, real_machine, tiny_spec
@@ -170,6 +171,18 @@ def test_no_rival_of_our_space_is_faster_by_more_than_the_gap(
         if each.fits:
             assert each.e2e_s is not None and each.ratio is not None
             assert each.e2e_s >= plan.estimate.e2e_s * (1 - plan.optimality_gap) * (1 - 1e-9)
+
+
+@PROPERTY
+@given(specs, machines(), workloads, objectives)
+def test_no_rival_is_faster_than_the_fastest_plan(
+    spec: ModelSpec, machine: HardwareProfile, workload: Workload, objective: Objective
+) -> None:
+    question = Question(spec=spec, hardware=machine, workload=workload, objective=objective)
+    plan = search(spec, machine, workload, objective, prefers_simple=False)
+    for each in compare_rivals(plan, question, RIVALS):
+        assert plan.feasible or not each.fits
+        assert each.ratio is None or each.ratio >= 1 - 1e-9
 
 
 def test_a_rival_is_priced_as_the_plan_is() -> None:
