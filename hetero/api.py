@@ -53,7 +53,6 @@ from planner.calibration import NO_CORRECTIONS
 from planner.cost_model import CostModel, predict
 from planner.estimate import estimate
 from planner.hardware import AcceleratorName, HardwareProfile
-from planner.kv_blocks import KV_BLOCK_TOKENS
 from planner.memory import needs
 from planner.model_spec import ModelSpec, Quantization
 from planner.placement import Device
@@ -285,8 +284,13 @@ class LLM:
 
     @property
     def kv_capacity_tokens(self) -> int:
-        """Tokens that the KV cache holds; no request may need more."""
-        return self._open_engine().num_kv_blocks * KV_BLOCK_TOKENS
+        """Tokens that the KV cache holds of one request; none may need more."""
+        return self._open_engine().scheduler.pools.max_num_tokens
+
+    @property
+    def prompt_capacity_tokens(self) -> int:
+        """Tokens that the KV cache holds of one prompt: fewer where it is computed elsewhere."""
+        return self._open_engine().scheduler.pools.max_prompt_tokens
 
     def device_bytes(self) -> dict[Device, int]:
         """Bytes that weights, KV cache and staging buffers take on the accelerator now."""

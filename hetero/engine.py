@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import mmap
 import time
-from collections.abc import Collection
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from hetero.errors import MemoryBudgetError, RequestError
-from hetero.kv_cache import BlockAllocator, PagedKV
+from hetero.kv_cache import BlockPools, Caches, moved_layers
 from hetero.model.decoder import Decoder, DecoderStep, KVMove
 from hetero.runtime.devices import Accelerator
 from hetero.runtime.executor import Executor
@@ -26,9 +26,10 @@ from hetero.sampler import (
 from hetero.scheduler import Batch, Scheduler
 from hetero.sequence import Sequence
 from hetero.tokenizer import IncrementalDetokenizer, StopChecker, Tokenizer
+from planner.kv_blocks import KVBlocks
 from planner.model_spec import ModelSpec
 from planner.placement import Device, Placement
-from planner.step_graph import StepGraph, build, build_kv_move, moved_kv_layers
+from planner.step_graph import StepGraph, build, build_kv_move
 from planner.timeline import Timeline
 from planner.workload import PHASES, Phase
 
@@ -87,8 +88,8 @@ class Engine:
         Without it text is empty and stop strings are refused.
     eos_token_ids : tuple of int
         Tokens that end a sequence.
-    num_kv_blocks : int
-        Blocks of the KV cache.
+    kv_blocks : KVBlocks
+        Blocks of the KV caches.
     max_num_seqs, max_model_len : int
         Most sequences of a step; most tokens of a sequence.
     overlap : bool
@@ -103,12 +104,11 @@ class Engine:
         accelerator: Accelerator | None,
         tokenizer: Tokenizer | None,
         eos_token_ids: tuple[int, ...],
-        num_kv_blocks: int,
+        kv_blocks: KVBlocks,
         max_num_seqs: int,
         max_model_len: int,
         overlap: bool = True,
     ) -> None:
-        self.num_kv_blocks = num_kv_blocks
         self.stats = EngineStats()
         self.last_step: StepResult | None = None
         self._decoder = decoder
@@ -117,13 +117,18 @@ class Engine:
         self._tokenizer = tokenizer
         self._eos_token_ids = eos_token_ids
         self._graphs = {phase: build(decoder.spec, placement.tier(phase)) for phase in PHASES}
-        self._kv_move = build_kv_move(placement.prefill, placement.decode)
+        moved = moved_layers(placement, kv_blocks)
+        self._prompt_layers = frozenset(index for layers in moved for index in layers)
+        self._kv_moves = [
+            build_kv_move(placement.prefill, placement.decode, sub_batch=number)
+            for number in range(len(moved))
+        ]
         self._executor = Executor(
             {"cpu": InlineLane(), **(accelerator.lanes if accelerator else {})}, overlap=overlap
         )
-        self._kv = _allocate_kv(decoder.spec, placement, accelerator, num_kv_blocks)
+        self._caches = _allocate_kv(decoder.spec, placement, accelerator, kv_blocks)
         self.scheduler = Scheduler(
-            blocks=BlockAllocator(num_kv_blocks),
+            blocks=BlockPools.create(placement, kv_blocks),
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=placement.prefill.max_num_tokens,
             max_model_len=max_model_len,
@@ -219,13 +224,7 @@ class Engine:
             sampled.extend(sample(logits_LV, rows))
 
         graph = self._graphs[batch.phase]
-        step = DecoderStep(
-            self._decoder,
-            self._placement.tier(batch.phase),
-            self._kv[batch.phase],
-            batch.tensors(),
-            pick,
-        )
+        step = self._decoder_step(batch, pick)
         with torch.inference_mode():
             try:
                 timeline = self._executor.run(graph, step.perform, step.perform_run)
@@ -234,10 +233,10 @@ class Engine:
                     f"a {batch.phase} step of {batch.shape.num_tokens} tokens ran out of memory "
                     f"({error}); plan with a smaller --gpu-mem-gb, or fewer or shorter sequences"
                 ) from None
-            # First tokens are there now; moving the cache is the beginning of decode.
-            self.scheduler.advance(batch, [token.token_id for token in sampled])
-            self._move_kv(batch)
+        # First tokens are there now; moving the cache is the beginning of decode.
+        self.scheduler.advance(batch, [token.token_id for token in sampled])
         finished = self._settle(batch, sampled)
+        self._move_kv(batch)
         totals = self.stats.phases[batch.phase]
         totals.num_steps += 1
         totals.num_tokens += batch.shape.num_tokens
@@ -264,16 +263,35 @@ class Engine:
             eos_token_ids=request.eos_token_ids,
         )
 
+    def _decoder_step(self, batch: Batch, pick: Callable[[Tensor], None]) -> DecoderStep:
+        is_prefill = batch.phase == "prefill"
+        has_prompt_pages = is_prefill and bool(self._prompt_layers)
+        return DecoderStep(
+            self._decoder,
+            self._placement.tier(batch.phase),
+            self._caches.prefill if is_prefill else self._caches.decode[0],
+            batch.tensors(),
+            pick,
+            prompt_layers=self._prompt_layers if has_prompt_pages else frozenset(),
+            prompts=batch.prompt_tensors() if has_prompt_pages else None,
+        )
+
     def _move_kv(self, batch: Batch) -> None:
-        """After a prompt's last prefill step, take its cache to where decode wants it."""
-        if not self._kv_move.ops:
-            return
-        assert self._accelerator is not None
-        for sequence in batch.sampled if batch.phase == "prefill" else ():
+        """Take the caches of prompts that ended in a step to where decode wants them."""
+        for sequence in (item.sequence for item in batch.items):
+            if not sequence.must_move:
+                continue
+            assert self._accelerator is not None
             move = KVMove(
-                self._accelerator, self._kv["prefill"], self._kv["decode"], sequence.block_table
+                self._accelerator,
+                self._caches.prefill,
+                self._caches.decode[sequence.sub_batch],
+                sequence.prompt_table,
+                sequence.block_table,
             )
-            self._executor.run(self._kv_move, move.perform)
+            with torch.inference_mode():
+                self._executor.run(self._kv_moves[sequence.sub_batch], move.perform)
+            self.scheduler.leave_prompt_pages(sequence)
 
     def _settle(self, batch: Batch, sampled: list[SampledToken]) -> list[Sequence]:
         """Record what was sampled and end the sequences that are complete."""
@@ -316,18 +334,21 @@ class Engine:
     def _clear_pages(self, sequence: Sequence) -> None:
         """Zero a sequence's cache: a NaN in a reused page would survive the mask of its reader."""
         with torch.inference_mode():
-            for kv in {id(kv): kv for kv in self._kv.values()}.values():
-                for layer in kv.layers:
-                    layer.key[sequence.block_table] = 0
-                    layer.value[sequence.block_table] = 0
+            for layer in self._caches.decode[sequence.sub_batch].layers:
+                layer.key[sequence.block_table] = 0
+                layer.value[sequence.block_table] = 0
+            for index in self._prompt_layers if sequence.prompt_table else ():
+                layer = self._caches.prefill.layer(index)
+                layer.key[sequence.prompt_table] = 0
+                layer.value[sequence.prompt_table] = 0
         if self._accelerator is not None:
             self._accelerator.synchronize()
 
 
 def _allocate_kv(
-    spec: ModelSpec, placement: Placement, accelerator: Accelerator | None, num_blocks: int
-) -> dict[Phase, PagedKV]:
-    """The cache of each phase; layers that both phases keep on one device share their pages."""
+    spec: ModelSpec, placement: Placement, accelerator: Accelerator | None, blocks: KVBlocks
+) -> Caches:
+    """The caches of a placement, each in the memory of its device."""
 
     def empty(device: Device, num_bytes: int) -> Tensor:
         # Zeroed: pads of a block table are read and then masked, and a NaN survives a mask.
@@ -337,19 +358,4 @@ def _allocate_kv(
         assert accelerator is not None
         return accelerator.allocate(num_bytes, "the KV cache").zero_()
 
-    def devices(phase: Phase) -> list[Device]:
-        return [layer.kv for layer in placement.tier(phase).layers]
-
-    decode = PagedKV.allocate(spec, devices("decode"), num_blocks, empty)
-    moved = moved_kv_layers(placement.prefill, placement.decode)
-    if not moved:
-        return {"prefill": decode, "decode": decode}
-    before = PagedKV.allocate(
-        replace(spec, layers=tuple(spec.layers[index] for index in moved)),
-        [devices("prefill")[index] for index in moved],
-        num_blocks,
-        empty,
-    )
-    own = dict(zip(moved, before.layers, strict=True))
-    layers = tuple(own.get(index, layer) for index, layer in enumerate(decode.layers))
-    return {"prefill": replace(decode, layers=layers), "decode": decode}
+    return Caches.allocate(spec, placement, blocks, empty)

@@ -23,7 +23,7 @@ from hetero.runtime.weights import load_weights
 from hetero.tokenizer import Tokenizer, read_eos_token_ids
 from planner.cost_model import Backends, CostModel
 from planner.hardware import HardwareProfile
-from planner.kv_blocks import KV_BLOCK_TOKENS, kv_blocks
+from planner.kv_blocks import KVBlocks, kv_blocks, num_blocks
 from planner.memory import kv_block_capacity, needs
 from planner.model_spec import ModelSpec
 from planner.plan import Plan
@@ -95,7 +95,7 @@ def load_engine(
             if tokenizer is not None
             else read_eos_token_ids(checkpoint.folder)
         ),
-        num_kv_blocks=_num_kv_blocks(plan, spec, hardware, num_seqs, max_model_len),
+        kv_blocks=_kv_blocks(plan, spec, hardware, num_seqs, max_model_len),
         max_num_seqs=num_seqs,
         max_model_len=max_model_len,
         overlap=overlap,
@@ -137,18 +137,23 @@ def _concurrency(
     return plan.wave.num_seqs
 
 
-def _num_kv_blocks(
+def _kv_blocks(
     plan: Plan, spec: ModelSpec, hardware: HardwareProfile, num_seqs: int, max_model_len: int
-) -> int:
+) -> KVBlocks:
     """Room for the sequences of a step, and for longer ones where there is any.
 
     One sequence of the longest length, or all of the planned length: all of the longest would take
     the whole memory of any machine for a context of 131072.
     """
     usual = replace(plan.wave, num_seqs=num_seqs)
-    capacity = kv_block_capacity(spec, plan.placement, usual, hardware).first
-    longest = -(-max_model_len // KV_BLOCK_TOKENS)
-    return min(max(longest, kv_blocks(plan.placement, usual).first), capacity)
+    planned = kv_blocks(plan.placement, usual)
+    capacity = kv_block_capacity(spec, plan.placement, usual, hardware)
+    longest = num_blocks(max_model_len)
+    return KVBlocks(
+        first=min(max(longest, planned.first), capacity.first),
+        second=planned.second,
+        prompts=min(max(longest, planned.prompts), capacity.prompts),
+    )
 
 
 def _check_host_memory(plan: Plan, spec: ModelSpec, hardware: HardwareProfile) -> None:

@@ -5,15 +5,15 @@
 from __future__ import annotations
 
 import time
-from collections import deque
+from bisect import insort
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from hetero.errors import RequestError
-from hetero.kv_cache import BLOCK_SIZE, BlockAllocator, num_blocks_for
+from hetero.kv_cache import BLOCK_SIZE, BlockPools, num_blocks_for
 from hetero.model.batch import BatchTensors
 from hetero.sequence import FinishReason, Sequence
 from planner.workload import BatchShape, Phase
@@ -61,12 +61,32 @@ class Batch:
             num_logits=sum(item.has_logits for item in self.items),
         )
 
+    def part(self, number: int) -> Batch | None:
+        """The share of one sub-batch; None where the step has none of its sequences."""
+        items = tuple(item for item in self.items if item.sequence.sub_batch == number)
+        return replace(self, items=items) if items else None
+
     def tensors(self, device: torch.device = _CPU) -> BatchTensors:
-        """The indices of the step. Call it before `Scheduler.advance`, which frees blocks."""
+        """The indices of the step, in the pages that its sequences decode from.
+
+        Call it before `Scheduler.advance`: a sequence that ends has no blocks.
+        """
+        return self._tensors([item.sequence.block_table for item in self.items], device)
+
+    def prompt_tensors(self, device: torch.device = _CPU) -> BatchTensors:
+        """The same in the pages in which prompts are computed whose cache moves when they end."""
+        sequences = [item.sequence for item in self.items]
+        return self._tensors([each.prompt_table or each.block_table for each in sequences], device)
+
+    def _tensors(self, block_tables: list[list[int]], device: torch.device) -> BatchTensors:
         counts_S = np.array([item.num_tokens for item in self.items])
         past_S = np.array([item.num_past_tokens for item in self.items])
         starts = np.concatenate(([0], counts_S.cumsum()))
-        tables = [item.sequence.block_table for item in self.items]
+        # A table may be longer than what is in it by now.
+        tables = [
+            table[: num_blocks_for(item.num_past_tokens + item.num_tokens)]
+            for table, item in zip(block_tables, self.items, strict=True)
+        ]
         tables_SB = np.zeros((len(tables), max(map(len, tables))), dtype=np.int32)
         for row, table in zip(tables_SB, tables, strict=True):
             row[: len(table)] = table
@@ -107,16 +127,23 @@ class Scheduler:
       while any sequence decodes, the next late prompt lets one decode step go first. So prompts
       that arrive together are all prefilled before the first decode step, and an endless stream
       of new prompts cannot hold up a decoding sequence for more than one step.
-    - When a decode step lacks a block, the running sequence added last gives back its blocks and
-      waits again, before all others; its prompt and output so far are prefilled again later. The
-      oldest sequence is never the one that gives way while another runs, so all of them finish.
+    - Of two sub-batches a sequence joins the first that has room for all it may come to, else the
+      first that has room for what it has now.
+    - When a decode step lacks a block, the running sequence of that sub-batch added last gives back
+      its blocks and waits again, before all that were added later; its prompt and output so far are
+      prefilled again later, in either sub-batch.
+    - A sequence that grows beyond the pages in which prompts are computed cannot be prefilled
+      again. With the last block before that it gets the blocks of all it may come to, and never
+      gives way. The others lack blocks only until some of those end, and the oldest of the others
+      gives way to none of the younger ones: so all of them finish.
 
     A step goes `batch = schedule()`, compute, `advance(batch, tokens)`, then `finish` for each
-    sequence that ends. `finish` and `abort` give the blocks back at once: call them between steps.
+    sequence that ends, and `leave_prompt_pages` for each other that `must_move`. `finish` and
+    `abort` give the blocks back at once: call them between steps.
 
     Parameters
     ----------
-    blocks : BlockAllocator
+    blocks : BlockPools
         Where KV blocks come from.
     max_num_seqs : int
         Most sequences that hold blocks at a time; the size of the largest decode step.
@@ -131,7 +158,7 @@ class Scheduler:
     def __init__(
         self,
         *,
-        blocks: BlockAllocator,
+        blocks: BlockPools,
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_model_len: int,
@@ -141,15 +168,17 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
-        self._blocks = blocks
+        self.pools = blocks
         self._clock = clock
-        self._waiting: deque[Sequence] = deque()
-        # In the order of `add`, all before those that wait: only the first waiting sequence is
-        # admitted, and only the last running one is preempted.
+        # Both in the order of `add`.
+        self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
         self._unfinished: dict[str, Sequence] = {}
+        self._numbers: dict[str, int] = {}  # in that order
+        self._num_added = 0
         self._late: set[str] = set()
         self._is_decode_due = False
+        self._last_prefilled: Sequence | None = None  # of a step, only the last can be part-way
 
     @property
     def has_unfinished(self) -> bool:
@@ -182,6 +211,8 @@ class Scheduler:
         if any(not other.is_prefill for other in self._running):
             self._late.add(sequence.seq_id)
         self._unfinished[sequence.seq_id] = sequence
+        self._numbers[sequence.seq_id] = self._num_added
+        self._num_added += 1
         self._waiting.append(sequence)
 
     def _check(self, sequence: Sequence) -> None:
@@ -195,10 +226,9 @@ class Scheduler:
                 f"the prompt has {num_prompt_tokens} tokens but the model's limit is "
                 f"{self.max_model_len} with at least 1 to generate; shorten the prompt"
             )
-        # The last token is generated but never fed, so it needs no slot.
-        num_slots = self.token_limit(sequence) - 1
-        if num_blocks_for(num_slots) > self._blocks.num_blocks:
-            capacity = self._blocks.num_blocks * BLOCK_SIZE
+        num_slots = self._num_slots(sequence)
+        capacity = self.pools.max_num_tokens
+        if num_slots > capacity:
             room = capacity + 1 - num_prompt_tokens
             lower = f"lower max_tokens to {room} or less, " if room > 0 else "shorten the prompt, "
             raise RequestError(
@@ -206,6 +236,45 @@ class Scheduler:
                 f"{sequence.params.max_tokens}, which needs the KV cache to hold {num_slots} "
                 f"tokens but it holds {capacity}; {lower}or give the KV cache more memory"
             )
+        if not self._fitting(sequence, num_prompt_tokens):
+            prompts = self.pools.prompts
+            assert prompts is not None
+            raise RequestError(
+                f"the prompt has {num_prompt_tokens} tokens but the part of the KV cache in which "
+                f"prompts are computed holds {prompts.num_blocks * BLOCK_SIZE}; shorten the "
+                "prompt, or plan for prompts of its length"
+            )
+
+    def _num_slots(self, sequence: Sequence) -> int:
+        """Most tokens that a sequence may have in the cache: the last one is never fed."""
+        return self.token_limit(sequence) - 1
+
+    def _fitting(self, sequence: Sequence, num_prefilled: int) -> list[int]:
+        """Sub-batches that could hold a sequence to its end and prefill so many tokens of it."""
+        num_slots = self._num_slots(sequence)
+        return [
+            number
+            for number in range(len(self.pools.decode))
+            if self.pools.fits(number, num_tokens=num_slots, num_prefilled=num_prefilled)
+        ]
+
+    def _stays(self, sequence: Sequence, num_blocks: int) -> bool:
+        """Could a sequence with so many blocks be too long to be prefilled again, once they fill?
+
+        Then it has the blocks of all it may come to, and never gives way.
+        """
+        if self.pools.prompts is None:
+            return False
+        # With all slots of its blocks in use it has one token more, which is not fed yet.
+        num_prefilled = min(num_blocks * BLOCK_SIZE + 1, self._num_slots(sequence))
+        return not self._fitting(sequence, num_prefilled)
+
+    def _num_needed(self, sequence: Sequence, num_cached: int) -> int:
+        """Blocks that a sequence has to have with so many tokens in the cache."""
+        needed = num_blocks_for(num_cached)
+        if not self._stays(sequence, needed):
+            return needed
+        return num_blocks_for(self._num_slots(sequence))
 
     def schedule(self) -> Batch | None:
         """The next step, its blocks allocated; None when nothing is unfinished."""
@@ -217,7 +286,11 @@ class Scheduler:
                 self._is_decode_due = True
                 return self._batch("prefill", items)
         self._is_decode_due = False
-        return self._batch("decode", self._decode_items())
+        items = self._decode_items()
+        if items:
+            return self._batch("decode", items)
+        # All that decode gave way: a prompt that is part-way goes on.
+        return self._batch("prefill", self._prefill_items())
 
     def _batch(self, phase: Phase, items: list[ScheduledSequence]) -> Batch:
         assert items, "sequences are unfinished but none can run"
@@ -236,8 +309,9 @@ class Scheduler:
 
     def _part_way(self) -> Sequence | None:
         """The one running sequence whose prompt is not yet all in the cache."""
-        if self._running and self._running[-1].is_prefill:
-            return self._running[-1]
+        last = self._last_prefilled
+        if last is not None and last.status == "running" and last.is_prefill:
+            return last
         return None
 
     def _prefill_items(self) -> list[ScheduledSequence]:
@@ -252,27 +326,63 @@ class Scheduler:
             room -= num_tokens
         while room and self._waiting and len(self._running) < self.max_num_seqs:
             sequence = self._waiting[0]
-            if num_blocks_for(sequence.num_tokens) > self._blocks.num_free:
+            sub_batch = self._sub_batch_for(sequence)
+            if sub_batch is None:
                 break
+            sequence.sub_batch = sub_batch
             num_tokens = min(room, sequence.num_tokens)
             self._grow(sequence, num_tokens)
-            self._waiting.popleft()
-            self._running.append(sequence)
+            del self._waiting[0]
+            self._insert(self._running, sequence)
             sequence.status = "running"
             items.append(_share(sequence, num_tokens))
             room -= num_tokens
+        if items:
+            self._last_prefilled = items[-1].sequence
         return items
+
+    def _sub_batch_for(self, sequence: Sequence) -> int | None:
+        """The sub-batch that a waiting sequence joins now; None where it goes on waiting."""
+        num_now = num_blocks_for(sequence.num_tokens)
+        num_in_all = num_blocks_for(self._num_slots(sequence))
+        num_needed = self._num_needed(sequence, sequence.num_tokens)
+        pools = self.pools
+        with_room = [
+            number
+            for number in self._fitting(sequence, sequence.num_tokens)
+            if num_needed <= pools.decode[number].num_free
+        ]
+        if not with_room:
+            return None
+        if len(with_room) > 1:
+            to_the_end = [
+                number
+                for number in with_room
+                if self._num_promised(number) + num_in_all <= pools.decode[number].num_blocks
+            ]
+            with_room = to_the_end or with_room
+        chosen = with_room[0]
+        # Those are free again after a step: it is not worth another sub-batch.
+        prompts = pools.prompts_of(chosen)
+        return chosen if prompts is None or num_now <= prompts.num_free else None
+
+    def _num_promised(self, sub_batch: int) -> int:
+        """Blocks of the running sequences of a sub-batch when each has come to its limit."""
+        return sum(
+            num_blocks_for(self._num_slots(sequence))
+            for sequence in self._running
+            if sequence.sub_batch == sub_batch
+        )
 
     def _decode_items(self) -> list[ScheduledSequence]:
         items: list[ScheduledSequence] = []
         for sequence in tuple(self._running):
-            if sequence.status != "running":
-                break  # it gave way to an older one, and so did all after it
-            if sequence.is_prefill:
+            # It may have given way to an older one.
+            if sequence.is_prefill or sequence.status != "running":
                 continue
             assert sequence.num_tokens < self.token_limit(sequence), "should have been finished"
             while not self._grow(sequence, 1):
-                self._preempt(self._running[-1])
+                self._preempt(self._last_to_give_way(sequence.sub_batch))
                 if sequence.status != "running":
                     break
             else:
@@ -281,24 +391,53 @@ class Scheduler:
 
     def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
         """Give a sequence the blocks for its next tokens; False where too few are free."""
-        needed = num_blocks_for(sequence.num_computed_tokens + num_tokens)
-        blocks = self._blocks.allocate(needed - len(sequence.block_table))
-        if blocks is None:
+        num_cached = sequence.num_computed_tokens + num_tokens
+        num_more = 0
+        if num_cached > len(sequence.block_table) * BLOCK_SIZE:
+            num_more = self._num_needed(sequence, num_cached) - len(sequence.block_table)
+        prompts = self.pools.prompts_of(sequence.sub_batch)
+        num_prompts = 0
+        if prompts is not None and sequence.is_prefill:
+            num_prompts = num_blocks_for(num_cached) - len(sequence.prompt_table)
+        pool = self.pools.decode[sequence.sub_batch]
+        if num_more > pool.num_free or (prompts is not None and num_prompts > prompts.num_free):
             return False
-        sequence.block_table += blocks
+        if num_more:
+            sequence.block_table += pool.allocate(num_more) or []
+        if prompts is not None and num_prompts:
+            sequence.prompt_table += prompts.allocate(num_prompts) or []
         return True
+
+    def _last_to_give_way(self, sub_batch: int) -> Sequence:
+        """The running sequence that was added last, of those of a sub-batch that can wait."""
+        return next(
+            sequence
+            for sequence in reversed(self._running)
+            if sequence.sub_batch == sub_batch
+            and not self._stays(sequence, len(sequence.block_table))
+        )
 
     def _preempt(self, sequence: Sequence) -> None:
         self._release(sequence)
         self._running.remove(sequence)
-        self._waiting.appendleft(sequence)
+        self._insert(self._waiting, sequence)
         sequence.status = "waiting"
         sequence.num_computed_tokens = 0
         sequence.num_preemptions += 1
 
+    def _insert(self, sequences: list[Sequence], sequence: Sequence) -> None:
+        insort(sequences, sequence, key=lambda each: self._numbers[each.seq_id])
+
     def _release(self, sequence: Sequence) -> None:
-        self._blocks.free(sequence.block_table)
+        self.pools.decode[sequence.sub_batch].free(sequence.block_table)
         sequence.block_table = []
+        self.leave_prompt_pages(sequence)
+
+    def leave_prompt_pages(self, sequence: Sequence) -> None:
+        """Take back the blocks in which a prompt was computed, once its cache has moved."""
+        if self.pools.prompts is not None:
+            self.pools.prompts.free(sequence.prompt_table)
+        sequence.prompt_table = []
 
     def advance(self, batch: Batch, tokens: Iterable[int | None]) -> None:
         """Record that a step was computed: its tokens are cached, and what was sampled is added.
@@ -324,6 +463,7 @@ class Scheduler:
             self._running.remove(sequence)
         else:
             self._waiting.remove(sequence)
+        del self._numbers[sequence.seq_id]
         self._release(sequence)
         sequence.status = "finished"
         sequence.finish_reason = reason

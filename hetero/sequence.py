@@ -18,9 +18,13 @@ class Sequence:
     """A prompt and what is generated from it. Mutable: the scheduler and the engine change it.
 
     `token_ids` is the prompt followed by the output. The keys and values of the first
-    `num_computed_tokens` of them are in the cache, in the blocks of `block_table`. The newest
-    output token is not in the cache until the next step feeds it. `output_logprobs` has an entry
-    (token -> log-probability) per output token where they were asked for.
+    `num_computed_tokens` of them are in the cache, in the blocks of `block_table`, which are of the
+    pool of its `sub_batch`. The newest output token is not in the cache until the next step feeds
+    it. `output_logprobs` has an entry (token -> log-probability) per output token where they were
+    asked for.
+
+    `prompt_table` has blocks while the prompt is computed in other pages than those of
+    `block_table`, until the cache has moved there.
 
     Times are of `time.perf_counter`; None until the event.
     """
@@ -33,7 +37,9 @@ class Sequence:
     token_ids: list[int] = field(init=False)
     output_logprobs: list[dict[int, float]] = field(init=False, default_factory=list)
     num_computed_tokens: int = field(init=False, default=0)
+    sub_batch: int = field(init=False, default=0)
     block_table: list[int] = field(init=False, default_factory=list)
+    prompt_table: list[int] = field(init=False, default_factory=list)
     num_preemptions: int = field(init=False, default=0)
 
     status: SequenceStatus = field(init=False, default="waiting")
@@ -71,6 +77,11 @@ class Sequence:
         After preemption the output so far is computed again together with the prompt.
         """
         return self.num_computed_tokens < max(self.num_prompt_tokens, self.num_tokens - 1)
+
+    @property
+    def must_move(self) -> bool:
+        """True where its prompt is complete and its cache is not yet where it decodes from."""
+        return bool(self.prompt_table) and not self.is_prefill
 
     @property
     def is_finished(self) -> bool:

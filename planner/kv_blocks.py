@@ -38,9 +38,9 @@ def num_blocks(num_tokens: int) -> int:
     return math.ceil(num_tokens / KV_BLOCK_TOKENS)
 
 
-def moves_prompts(placement: Placement) -> bool:
+def moves_prompts(placement: Placement, wave: Workload) -> bool:
     """Are prompts of any sequence computed on another device than they are decoded on?"""
-    return placement.decode.num_second_seqs > 0 or any(
+    return num_second_seqs(placement, wave) > 0 or any(
         before.kv != after.kv
         for before, after in zip(placement.prefill.layers, placement.decode.layers, strict=True)
     )
@@ -54,7 +54,7 @@ def kv_blocks(placement: Placement, wave: Workload) -> KVBlocks:
     return KVBlocks(
         first=(wave.num_seqs - second) * each,
         second=second * each,
-        prompts=prompts if moves_prompts(placement) else 0,
+        prompts=prompts if moves_prompts(placement, wave) else 0,
     )
 
 

@@ -48,20 +48,31 @@ class Job:
         """Tokens of the longest prompt that can be served."""
         return max(len(good.token_ids) for good in self.good)
 
-    def within(self, num_kv_tokens: int, max_tokens: int, max_model_len: int) -> Job:
-        """The same job, rows that a KV cache of this size could never hold among the bad ones."""
+    def within(
+        self, num_kv_tokens: int, num_prompt_tokens: int, max_tokens: int, max_model_len: int
+    ) -> Job:
+        """The same job, rows that a KV cache of this size could never hold among the bad ones.
+
+        It holds `num_kv_tokens` of one sequence, and `num_prompt_tokens` of one prompt.
+        """
         good, bad = [], list(self.bad)
         for each in self.good:
             # An output ends where the context does; its last token is generated but never fed.
             needed = min(len(each.token_ids) + max_tokens, max_model_len) - 1
-            if needed <= num_kv_tokens:
+            if needed > num_kv_tokens:
+                text = (
+                    f"prompt and output come to {needed} tokens but the KV cache of this plan "
+                    f"holds {num_kv_tokens}; plan for longer sequences, or lower --max-tokens"
+                )
+            elif len(each.token_ids) > num_prompt_tokens:
+                text = (
+                    f"the prompt has {len(each.token_ids)} tokens but the KV cache of this plan "
+                    f"holds {num_prompt_tokens} of one; plan for longer prompts"
+                )
+            else:
                 good.append(each)
                 continue
-            error = RequestError(
-                f"prompt and output come to {needed} tokens but the KV cache of this plan holds "
-                f"{num_kv_tokens}; plan for longer sequences, or lower --max-tokens"
-            )
-            bad.append(BadRow(row=each.row, error=error))
+            bad.append(BadRow(row=each.row, error=RequestError(text)))
         return Job(good=tuple(good), bad=tuple(bad))
 
 

@@ -252,7 +252,9 @@ def run(
         progress=teller(progress),
     ) as llm:
         if output is not None:
-            job = job.within(llm.kv_capacity_tokens, max_tokens, llm.max_model_len)
+            job = job.within(
+                llm.kv_capacity_tokens, llm.prompt_capacity_tokens, max_tokens, llm.max_model_len
+            )
         this = Run(llm=llm, job=job, params=params, console=console, progress=progress)
         code = ExitCode.OK
         if output is not None:

@@ -23,12 +23,13 @@ from hetero.runtime.weights import load_weights
 from hetero.sampler import SamplingParams
 from planner.device import Sample
 from planner.kernels import Kernel
+from planner.kv_blocks import KVBlocks
 from planner.step_graph import OpKind
 from planner.strategies import placement
 from planner.workload import Phase
 
 _NUM_STEPS = 6
-_KV_BLOCKS = 64
+_KV_BLOCKS = KVBlocks(first=64)
 # Ops that a prefill step calls one by one, where a decode step has one chain.
 _OWN_OPS: frozenset[OpKind] = frozenset(
     {"attention", "router", "experts", "combine", "dense", "head"}
@@ -67,7 +68,7 @@ def host_samples(
         accelerator=None,
         tokenizer=None,
         eos_token_ids=(),
-        num_kv_blocks=_KV_BLOCKS,
+        kv_blocks=_KV_BLOCKS,
         max_num_seqs=max(num_seqs),
         max_model_len=_NUM_STEPS + 4,
     )

@@ -92,13 +92,17 @@ def cpu_attention_step(
     *,
     block_size: int,
     windows: Collection[int | None],
+    slots: str = "slots",
 ) -> CpuAttentionStep:
-    """Rotations, indices and masks of a step, for layers with any of `windows`."""
+    """Rotations, indices and masks of a step, for layers with any of `windows`.
+
+    `slots` names the memory of the tokens' places: a step may have more than one set of them.
+    """
     space, num_tokens = kernels.workspace(batch.num_tokens), batch.num_tokens
     shape = (num_tokens, len(kernels.inv_freq_F))
     cos_TF, sin_TF = (space.array(name, shape, np.float32) for name in ("cos", "sin"))
     rotary_tables(batch.positions_T.numpy(), kernels.inv_freq_F, cos_TF, sin_TF)
-    slots_T = space.array("slots", (num_tokens,), np.int64)
+    slots_T = space.array(slots, (num_tokens,), np.int64)
     slots_T[:] = batch.slots_T.numpy()
     lens_S, tables_SB = batch.context_lens_S.numpy(), batch.block_tables_SB.numpy()
     prompts: dict[int | None, tuple[PromptReads, ...]] = {}

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -149,6 +149,8 @@ class DecoderStep:
         The step's indices, on the CPU.
     sample : callable
         Given logits_LV on the CPU; its result is kept by the caller.
+    prompt_layers, prompts : frozenset of int, BatchTensors, optional
+        Layers with pages of their own for prompts, and the step's indices there.
     """
 
     def __init__(
@@ -158,14 +160,20 @@ class DecoderStep:
         kv: PagedKV,
         batch: BatchTensors,
         sample: Callable[[Tensor], None],
+        *,
+        prompt_layers: frozenset[int] = frozenset(),
+        prompts: BatchTensors | None = None,
     ) -> None:
         self._decoder = decoder
         self._tier = tier
         self._kv = kv
         self._sample = sample
         self._batches: dict[Device, BatchTensors] = {"cpu": batch}
-        self._attention: dict[Device, AttentionStep] = {}
-        self._cpu_attention: CpuAttentionStep | None = None
+        self._prompt_layers = prompt_layers
+        self._prompts: dict[Device, BatchTensors] = {} if prompts is None else {"cpu": prompts}
+        # By device and by whether the layer is one of `prompt_layers`.
+        self._attention: dict[tuple[Device, bool], AttentionStep] = {}
+        self._cpu_attention: dict[bool, CpuAttentionStep] = {}
         # Arrays between ops of the CPU's kernels, tensors elsewhere: from one to the other takes
         # 10 us, as long as a kernel.
         self._hidden_TD: Tensor | NDArray[Any] | None = None
@@ -287,10 +295,11 @@ class DecoderStep:
         if packed is not None:
             return self._attend_packed(op.layer, packed)
         spec, kernels = self._decoder.spec, self._decoder.kernels[op.device]
-        step = self._attention.get(op.device)
+        in_prompts = op.layer in self._prompt_layers
+        step = self._attention.get((op.device, in_prompts))
         if step is None:
-            step = self._attention[op.device] = attention_step(
-                self._batches[op.device],
+            step = self._attention[op.device, in_prompts] = attention_step(
+                (self._prompts if in_prompts else self._batches)[op.device],
                 inv_freq_F=kernels.inv_freq_F,
                 dtype=self._hidden().dtype,
                 block_size=BLOCK_SIZE,
@@ -318,21 +327,22 @@ class DecoderStep:
             self._hidden_array(),
             weights,
             self._kv.layer(layer),
-            self._cpu_step(),
+            self._cpu_step(in_prompts=layer in self._prompt_layers),
             kernels,
             spec,
             spec.layers[layer].window,
         )
 
-    def _cpu_step(self) -> CpuAttentionStep:
-        if self._cpu_attention is None:
-            self._cpu_attention = cpu_layers.cpu_attention_step(
-                self._batches["cpu"],
+    def _cpu_step(self, *, in_prompts: bool = False) -> CpuAttentionStep:
+        if in_prompts not in self._cpu_attention:
+            self._cpu_attention[in_prompts] = cpu_layers.cpu_attention_step(
+                (self._prompts if in_prompts else self._batches)["cpu"],
                 self._decoder.cpu_kernels,
                 block_size=BLOCK_SIZE,
                 windows={each.window for each in self._decoder.spec.layers},
+                slots="prompt slots" if in_prompts else "slots",
             )
-        return self._cpu_attention
+        return self._cpu_attention[in_prompts]
 
     def _route(self, op: Op) -> None:
         assert op.layer is not None
@@ -388,7 +398,14 @@ class DecoderStep:
         assert accelerator is not None
         move = accelerator.upload if op.lane == "h2d" else accelerator.download
         if op.payload == "batch":
-            self._batches["gpu"] = self._batches["cpu"].map(move)
+            batch = self._batches["gpu"] = self._batches["cpu"].map(move)
+            if self._prompts:
+                prompts = self._prompts["cpu"]
+                self._prompts["gpu"] = replace(
+                    batch,
+                    slots_T=move(prompts.slots_T),
+                    block_tables_SB=move(prompts.block_tables_SB),
+                )
         elif op.part == "fetched":
             self._experts.fetch(op)
         elif op.payload == "weights":
@@ -414,23 +431,32 @@ class DecoderStep:
 
 
 class KVMove:
-    """Performs the copies of a sequence's KV cache from the prefill tier's device to decode's."""
+    """Performs the copies of a sequence's KV cache from the prefill tier's device to decode's.
+
+    It lies in the blocks of `prompt_table` before, and in as many of `block_table` after.
+    """
 
     def __init__(
-        self, accelerator: Accelerator, before: PagedKV, after: PagedKV, block_table: list[int]
+        self,
+        accelerator: Accelerator,
+        before: PagedKV,
+        after: PagedKV,
+        prompt_table: list[int],
+        block_table: list[int],
     ) -> None:
         self._accelerator = accelerator
         self._before = before
         self._after = after
-        self._blocks = torch.tensor(block_table)
+        self._sources = torch.tensor(prompt_table)
+        self._targets = torch.tensor(block_table[: len(prompt_table)])
 
     def perform(self, op: Op) -> None:
         """Copy one layer's blocks."""
         assert op.payload == "kv" and op.layer is not None
         move = self._accelerator.upload if op.lane == "h2d" else self._accelerator.download
         source, target = self._before.layer(op.layer), self._after.layer(op.layer)
-        at_source = self._blocks.to(source.key.device)
-        at_target = self._blocks.to(target.key.device)
+        at_source = self._sources.to(source.key.device)
+        at_target = self._targets.to(target.key.device)
         target.key[at_target] = self._land(move(source.key[at_source]), target.key)
         target.value[at_target] = self._land(move(source.value[at_source]), target.value)
 

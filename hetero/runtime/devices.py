@@ -99,11 +99,10 @@ class EmulatedAccelerator:
 
     def copy_into(self, target: Tensor, source: Tensor) -> None:
         begin_s = time.perf_counter()
-        if not (target.is_contiguous() and source.is_contiguous()):
+        # Of an empty tensor (a part of a prompt has no logits) torch makes no view in bytes.
+        if not (target.is_contiguous() and source.is_contiguous() and source.nbytes):
             target.copy_(source)
             self._pace(begin_s, source.nbytes)
-            return
-        if not source.numel():  # which has no bytes, and perhaps no stride, to view
             return
         to, from_ = target.view(-1).view(torch.uint8), source.view(-1).view(torch.uint8)
         for start in range(0, source.nbytes, _PACED_BYTES):

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from pathlib import Path
 from random import Random
+from typing import Any
+from unittest import mock
 
 import pytest
+import torch
+from msgspec.structs import replace
 
-from hetero import LLM
+from hetero import LLM, SamplingParams, loading, sampler
+from hetero.kv_cache import BlockPools
+from hetero.scheduler import Scheduler
+from planner import strategies
 from planner.candidate import Wave
 from planner.cost_model import CostModel
+from planner.kv_blocks import KVBlocks
 from planner.mixed_search import _Draft, _placement, _Space
 from planner.model_spec import ModelSpec
-from planner.placement import Placement
-from planner.workload import Workload
-from tests.hetero.test_mixed_experts import PROMPTS, placed, tokens_of
+from planner.placement import Device, Placement, TierPlacement
+from planner.workload import Phase, Workload
+from tests.hetero.test_mixed_experts import GREEDY, PROMPTS, placed, tokens_of
 from tests.machines import toy_machine
 from tests.tiny_models import save_tiny_model
 
@@ -56,3 +64,114 @@ def test_random_states_give_the_tokens_of_all_cpu(
 ) -> None:
     with placed(models[name], lambda spec: random_placement(spec, seed)) as llm:
         assert tokens_of(llm) == expected[name]
+
+
+# Four of them come to one block more than their prompts have.
+RAGGED: Any = [
+    {"prompt_token_ids": [(7 * at + 3 * size) % 101 for at in range(size)]}
+    for size in (12, 21, 1, 30, 15, 10)
+]
+Devices = tuple[Device, Device, Device]
+# Where the three layers' attention runs in prefill and in decode.
+MOVES: list[tuple[Devices, Devices]] = [
+    (("gpu", "gpu", "gpu"), ("cpu", "cpu", "cpu")),
+    (("cpu", "cpu", "cpu"), ("gpu", "gpu", "gpu")),
+    (("gpu", "gpu", "gpu"), ("gpu", "cpu", "gpu")),
+    (("cpu", "cpu", "cpu"), ("cpu", "gpu", "cpu")),
+    (("cpu", "gpu", "cpu"), ("gpu", "cpu", "cpu")),
+]
+
+
+@pytest.fixture(scope="module")
+def three_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("three-layers")
+    save_tiny_model("llama", folder, seed=7, num_hidden_layers=len(MOVES[0][0]))
+    return folder
+
+
+def moving(spec: ModelSpec, before: Devices, after: Devices, chunk_tokens: int) -> Placement:
+    def tier(phase: Phase, devices: Devices) -> TierPlacement:
+        gpu, cpu = strategies.gpu(spec, phase), strategies.cpu(spec, phase)
+        layers = ((gpu if device == "gpu" else cpu).layers[at] for at, device in enumerate(devices))
+        return replace(gpu, strategy="mixed", cut=0, layers=tuple(layers))
+
+    prefill = replace(tier("prefill", before), max_num_tokens=chunk_tokens)
+    return Placement(prefill=prefill, decode=tier("decode", after))
+
+
+FEW_BLOCKS = KVBlocks(first=5, prompts=3)
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "chunk_tokens", "blocks"),
+    [
+        *(
+            ("emulated", chunk_tokens, blocks)
+            for chunk_tokens in (5, 64)
+            for blocks in (None, FEW_BLOCKS, KVBlocks(first=6, prompts=4))
+        ),
+        pytest.param("cuda", 5, FEW_BLOCKS, marks=pytest.mark.gpu),
+    ],
+)
+@pytest.mark.parametrize(("before", "after"), MOVES)
+def test_prompts_that_move_give_the_tokens_of_all_cpu(
+    three_layers: Path,
+    accelerator: str,
+    before: Devices,
+    after: Devices,
+    chunk_tokens: int,
+    blocks: KVBlocks | None,
+    ragged: list[tuple[int, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ragged prompts, in parts and whole; with few blocks some wait and are prefilled again."""
+    if blocks is not None:
+        monkeypatch.setattr(loading, "_kv_blocks", lambda *_: blocks)
+    gave_way = mock.Mock(wraps=Scheduler._preempt)
+    monkeypatch.setattr(Scheduler, "_preempt", lambda *each: gave_way(*each))
+    place = lambda spec: moving(spec, before, after, chunk_tokens)  # noqa: E731
+    with placed(three_layers, place, accelerator=accelerator) as llm:
+        found = [out.outputs[0].token_ids for out in llm.generate(RAGGED, GREEDY)]
+        pools = llm._open_engine().scheduler.pools
+    assert found == ragged
+    assert gave_way.called == (blocks is not None)
+    assert_all_free(pools)
+
+
+@pytest.mark.parametrize(("before", "after"), MOVES)
+def test_a_failed_prompt_leaves_no_trace_in_its_pages(
+    three_layers: Path,
+    before: Devices,
+    after: Devices,
+    ragged: list[tuple[int, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every page holds NaN when it fails; the same prompt reads its pages as padding, in parts."""
+    with placed(three_layers, lambda spec: moving(spec, before, after, 5)) as llm:
+        caches, real = llm._open_engine()._caches, sampler.sample
+
+        def poisoned(logits: torch.Tensor, rows: Any) -> Any:
+            for layer in (*caches.prefill.layers, *caches.decode[0].layers):
+                layer.key.fill_(float("nan"))
+                layer.value.fill_(float("nan"))
+            return real(torch.full_like(logits, float("nan")), rows)
+
+        monkeypatch.setattr("hetero.engine.sample", poisoned)
+        (failed,) = llm.generate(RAGGED[1], SamplingParams(max_tokens=12, temperature=0.0))
+        monkeypatch.undo()
+        (out,) = llm.generate(RAGGED[1], GREEDY)
+        assert_all_free(llm._open_engine().scheduler.pools)
+    assert failed.outputs[0].finish_reason == "error"
+    assert out.outputs[0].token_ids == ragged[1]
+
+
+def assert_all_free(pools: BlockPools) -> None:
+    assert pools.prompts is not None
+    for pool in (*pools.decode, pools.prompts):
+        assert pool.num_free == pool.num_blocks
+
+
+@pytest.fixture(scope="module")
+def ragged(three_layers: Path) -> list[tuple[int, ...]]:
+    with LLM(three_layers, profile=toy_machine(), accelerator="none") as llm:
+        return [out.outputs[0].token_ids for out in llm.generate(RAGGED, GREEDY)]

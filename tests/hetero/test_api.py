@@ -151,7 +151,7 @@ def test_a_row_whose_numbers_overflow_fails_alone_and_leaves_no_trace(
     real = sampler.sample
 
     def poisoned(logits: torch.Tensor, rows: Any) -> Any:
-        for kv in engine._kv.values():
+        for kv in (engine._caches.prefill, *engine._caches.decode):
             for layer in kv.layers:
                 layer.key.fill_(float("nan"))
                 layer.value.fill_(float("nan"))

@@ -323,11 +323,14 @@ def test_a_row_is_judged_by_its_own_room() -> None:
         for name, size in (("long", 20), ("short", 5))
     )
     job = Job(good=good, bad=())
-    assert job.within(39, 100, 40) == job, "the last token is never fed"
-    assert job.within(38, 100, 40).good == ()
-    found = job.within(25, 10, 40)
+    assert job.within(39, 39, 100, 40) == job, "the last token is never fed"
+    assert job.within(38, 38, 100, 40).good == ()
+    found = job.within(25, 25, 10, 40)
     assert [each.row.custom_id for each in found.good] == ["short"]
     assert "come to 29 tokens but the KV cache of this plan holds 25" in str(found.bad[0].error)
+    assert job.within(39, 20, 100, 40) == job
+    found = job.within(39, 19, 100, 40)
+    assert "prompt has 20 tokens but the KV cache of this plan holds 19" in str(found.bad[0].error)
 
 
 def test_notes_of_the_profile_are_a_warning(

@@ -6,11 +6,23 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from torch import Tensor
 
-from hetero.kv_cache import BLOCK_SIZE, BlockAllocator, PagedKV, block_bytes, num_blocks_for
+from hetero.kv_cache import (
+    BLOCK_SIZE,
+    BlockAllocator,
+    BlockPools,
+    Caches,
+    PagedKV,
+    block_bytes,
+    num_blocks_for,
+)
+from planner import strategies
+from planner.kv_blocks import KVBlocks, bytes_per_block, kv_blocks, kv_bytes, moves_prompts
 from planner.model_spec import Dtype, LayerSpec, ModelSpec, RopeSpec
-from planner.placement import Device
+from planner.placement import Device, Placement, TierPlacement
+from planner.workload import Workload
 
 DTYPES: dict[Dtype, torch.dtype] = {
     "float32": torch.float32,
@@ -135,3 +147,98 @@ def test_each_device_is_asked_once_for_its_layers() -> None:
     assert memory.asked == [("cpu", 4 * 960), ("gpu", 4 * 1920)]
     storages = [kv.layer(i).key.untyped_storage().data_ptr() for i in range(3)]
     assert storages[0] == storages[2] != storages[1]
+
+
+def test_blocks_may_be_numbered_from_any_number() -> None:
+    """Those of one pool behind those of another: 4 to 6."""
+    blocks = BlockAllocator(3, first_block=4)
+    taken = blocks.allocate(3)
+    assert taken == [4, 5, 6]
+    blocks.free([5])
+    blocks.check_integrity()
+    assert blocks.allocate(1) == [5]
+
+
+SPEC = make_spec()
+GPU = strategies.gpu(SPEC, "prefill")
+
+
+def decode_tier(*attention: str, num_second: int = 0) -> TierPlacement:
+    """Layers with attention and cache on the GPU, the CPU, or with the cache alone on the CPU."""
+    tiers = {"gpu": strategies.gpu(SPEC, "decode"), "cpu": strategies.cpu(SPEC, "decode")}
+    layers = tuple(
+        replace(tiers["gpu"].layers[index], kv_on_cpu=True)
+        if where == "kv"
+        else tiers[where].layers[index]
+        for index, where in enumerate(attention)
+    )
+    return replace(tiers["gpu"], strategy="mixed", cut=0, layers=layers, num_second_seqs=num_second)
+
+
+PLACEMENTS = {
+    "one pool": Placement(prefill=GPU, decode=decode_tier("gpu", "gpu", "gpu")),
+    "moved to the cpu": Placement(prefill=GPU, decode=decode_tier("cpu", "gpu", "kv")),
+    "moved to the gpu": Placement(
+        prefill=strategies.cpu(SPEC, "prefill"), decode=decode_tier("gpu", "cpu", "gpu")
+    ),
+    "first on the gpu": Placement(
+        prefill=GPU, decode=decode_tier("gpu", "gpu", "gpu", num_second=3)
+    ),
+    "both on the cpu": Placement(prefill=GPU, decode=decode_tier("kv", "kv", "kv", num_second=3)),
+}
+
+
+@pytest.mark.parametrize("num_seqs", [1, 2, 7])
+@pytest.mark.parametrize("name", PLACEMENTS)
+def test_caches_take_the_bytes_that_the_planner_counts(name: str, num_seqs: int) -> None:
+    """On each device, for the planned sequences and for each block more that fits."""
+    placement = PLACEMENTS[name]
+    wave = Workload(prompt_len=40, output_len=20, num_seqs=num_seqs)
+    planned = kv_blocks(placement, wave)
+    more = replace_blocks(planned, 5)
+    for device in ("gpu", "cpu"):
+        asked = [bytes_asked(placement, blocks)[device] for blocks in (planned, more)]
+        assert asked[0] == kv_bytes(SPEC, placement, wave, device)
+        if num_seqs > 1:  # a second sub-batch needs two
+            assert asked[1] == asked[0] + 5 * bytes_per_block(SPEC, placement, device)
+
+
+def replace_blocks(planned: KVBlocks, more: int) -> KVBlocks:
+    prompts = planned.prompts + more if planned.prompts else 0
+    return KVBlocks(first=planned.first + more, second=planned.second, prompts=prompts)
+
+
+def bytes_asked(placement: Placement, blocks: KVBlocks) -> dict[Device, int]:
+    memory = Memory()
+    Caches.allocate(SPEC, placement, blocks, memory.empty)
+    found: dict[Device, int] = {"gpu": 0, "cpu": 0}
+    for device, num_bytes in memory.asked:
+        found[device] += num_bytes
+    return found
+
+
+@pytest.mark.parametrize("name", PLACEMENTS)
+def test_every_block_of_a_pool_is_a_page(name: str) -> None:
+    """Pages of prompts are those of the moved layers, or lie behind the first sub-batch's."""
+    placement = PLACEMENTS[name]
+    wave = Workload(prompt_len=40, output_len=20, num_seqs=7)
+    blocks = kv_blocks(placement, wave)
+    pools = BlockPools.create(placement, blocks)
+    caches = Caches.allocate(SPEC, placement, blocks, Memory().empty)
+    assert (pools.prompts is not None) == moves_prompts(placement, wave)
+    for pool, kv in zip(pools.decode, caches.decode, strict=True):
+        assert all(layer.key.shape[0] >= pool.num_blocks for layer in kv.layers)
+    if pools.prompts is None:
+        assert caches.prefill is caches.decode[0]
+        return
+    taken = pools.prompts.allocate(pools.prompts.num_blocks)
+    assert taken is not None
+    if pools.moving == {1}:
+        assert caches.prefill is caches.decode[0]
+        assert taken[0] == blocks.first
+    for index in range(SPEC.num_layers):
+        prefill, decode = caches.prefill.layer(index), caches.decode[0].layer(index)
+        if placement.prefill.layers[index].kv == placement.decode.layers[index].kv:
+            assert prefill is decode
+        else:
+            assert prefill.key.shape[0] == taken[-1] + 1 == blocks.prompts

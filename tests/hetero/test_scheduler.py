@@ -10,15 +10,23 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
 from numpy.typing import NDArray
 
 from hetero.errors import RequestError
-from hetero.kv_cache import BLOCK_SIZE, BlockAllocator, num_blocks_for
+from hetero.kv_cache import BLOCK_SIZE, BlockAllocator, BlockPools, num_blocks_for
+from hetero.model.batch import BatchTensors
 from hetero.sampler import SamplingParams
 from hetero.scheduler import Batch, Scheduler
 from hetero.sequence import Sequence
-from planner.workload import decode_shape, prefill_shapes
+from planner.kv_blocks import num_prompts
+from planner.workload import Workload, decode_shape, prefill_shapes
 
 VOCAB_SIZE = 97
 
@@ -47,26 +55,46 @@ def output_alone(sequence: Sequence, num_tokens: int) -> list[int]:
 
 
 class Machine:
-    """A scheduler with a fake model that sees tokens only through slots and block tables."""
+    """A scheduler with a fake model that sees tokens only through slots and block tables.
+
+    Where prompts of sub-batches `moving` are computed elsewhere, all prompts of a step are computed
+    in one cache: the pages of prompts, behind those of the first sub-batch's where its own do not
+    move; and what ends moves to the cache of its sub-batch.
+    """
 
     def __init__(
         self,
         *,
         num_blocks: int = 64,
+        num_second: int = 0,
+        num_prompts: int = 0,
+        moving: frozenset[int] = frozenset(),
         max_num_seqs: int = 8,
         max_num_batched_tokens: int = 64,
         max_model_len: int = 512,
     ) -> None:
         self.blocks = BlockAllocator(num_blocks)
         self.ticks = itertools.count()
+        self.pools = BlockPools(
+            decode=(self.blocks, *([BlockAllocator(num_second)] if num_second else [])),
+            prompts=BlockAllocator(num_prompts, 0 if 0 in moving else num_blocks)
+            if moving
+            else None,
+            moving=moving,
+        )
         self.scheduler = Scheduler(
-            blocks=self.blocks,
+            blocks=self.pools,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=max_model_len,
             clock=lambda: float(next(self.ticks)),
         )
-        self.cache = np.full((num_blocks * BLOCK_SIZE, 2), -1, dtype=np.int64)
+        self.caches = [empty_cache(num_blocks), empty_cache(num_second)]
+        self.prefill_cache = self.caches[0]
+        if moving:
+            self.prefill_cache = empty_cache(num_prompts + (0 if 0 in moving else num_blocks))
+            if 0 not in moving:
+                self.caches[0] = self.prefill_cache
         self.sequences: list[Sequence] = []
 
     def add(self, seq_id: str, prompt_len: int, max_tokens: int | None = 4) -> Sequence:
@@ -81,11 +109,12 @@ class Machine:
         if batch is None:
             return None
         assert_within_limits(self.scheduler, batch)
-        assert_no_block_shared(self.sequences, self.blocks)
+        assert_no_block_shared(self)
         self.scheduler.advance(batch, self.compute(batch))
         for sequence in batch.sampled:
             if sequence.num_tokens == self.scheduler.token_limit(sequence):
                 self.scheduler.finish(sequence, "length")
+        self.move(batch)
         return batch
 
     def steps(self) -> Iterator[Batch]:
@@ -98,21 +127,50 @@ class Machine:
         raise AssertionError("the scheduler does not come to an end")
 
     def compute(self, batch: Batch) -> list[int]:
-        tensors = batch.tensors()
+        """Tokens of the step, each sub-batch of a decode step from its own cache."""
+        if batch.phase == "prefill":
+            found = self.compute_in(self.prefill_cache, batch, batch.prompt_tensors())
+        else:
+            parts = [(cache, batch.part(number)) for number, cache in enumerate(self.caches)]
+            found = {}
+            for cache, part in parts:
+                if part is not None:
+                    found |= self.compute_in(cache, part, part.tensors())
+        return [found[sequence.seq_id] for sequence in batch.sampled]
+
+    def compute_in(
+        self, cache: NDArray[np.int64], batch: Batch, tensors: BatchTensors
+    ) -> dict[str, int]:
         written = np.stack([tensors.token_ids_T.numpy(), tensors.positions_T.numpy()], axis=1)
-        self.cache[tensors.slots_T.numpy()] = written
-        sampled: dict[int, int] = {}
+        cache[tensors.slots_T.numpy()] = written
+        last: dict[int, int] = {}
         for i, item in enumerate(batch.items):
             positions = np.arange(tensors.context_lens_S[i].item())
             table = tensors.block_tables_SB[i].numpy()
-            cached = self.cache[
-                table[positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
-            ]
+            cached = cache[table[positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE]
             # Every cached token is the sequence's own, at its own place.
             assert cached[:, 1].tolist() == positions.tolist()
             assert cached[:, 0].tolist() == item.sequence.token_ids[: len(positions)]
-            sampled[tensors.query_starts[i + 1] - 1] = next_token(cached[:, 0])
-        return [sampled[row] for row in tensors.logit_rows_L.tolist()]
+            last[tensors.query_starts[i + 1] - 1] = next_token(cached[:, 0])
+        rows = tensors.logit_rows_L.tolist()
+        sampled = zip(batch.sampled, rows, strict=True)
+        return {sequence.seq_id: last[row] for sequence, row in sampled}
+
+    def move(self, batch: Batch) -> None:
+        """Take ended prompts to the cache that they decode from."""
+        for sequence in (item.sequence for item in batch.items):
+            if sequence.must_move:
+                sources = self.prefill_cache.reshape(-1, BLOCK_SIZE, 2)
+                targets = self.caches[sequence.sub_batch].reshape(-1, BLOCK_SIZE, 2)
+                blocks = sequence.block_table[: len(sequence.prompt_table)]
+                targets[blocks] = sources[sequence.prompt_table]
+                sources[sequence.prompt_table] = -1
+                self.scheduler.leave_prompt_pages(sequence)
+
+
+def empty_cache(num_blocks: int) -> NDArray[np.int64]:
+    """The token and the position of each slot."""
+    return np.full((num_blocks * BLOCK_SIZE, 2), -1, dtype=np.int64)
 
 
 def assert_within_limits(scheduler: Scheduler, batch: Batch) -> None:
@@ -126,15 +184,34 @@ def assert_within_limits(scheduler: Scheduler, batch: Batch) -> None:
         assert all(item.num_tokens == 1 and item.has_logits for item in batch.items)
     for item in batch.items:
         assert item.num_tokens >= 1
-        num_cached = item.num_past_tokens + item.num_tokens
-        assert len(item.sequence.block_table) == num_blocks_for(num_cached)
+        num_needed = num_blocks_for(item.num_past_tokens + item.num_tokens)
+        if item.sequence.sub_batch in scheduler.pools.moving:
+            assert len(item.sequence.block_table) >= num_needed
+            num_needed *= batch.phase == "prefill"
+            assert len(item.sequence.prompt_table) == num_needed
+        else:
+            assert len(item.sequence.block_table) == num_needed
+            assert item.sequence.prompt_table == []
 
 
-def assert_no_block_shared(sequences: list[Sequence], blocks: BlockAllocator) -> None:
+def assert_no_block_shared(machine: Machine) -> None:
     """Every block is either free or in one place of one block table."""
-    held = [block for sequence in sequences for block in sequence.block_table]
+    sequences, pools = machine.sequences, machine.pools
+    for number, pool in enumerate(pools.decode):
+        tables = [each.block_table for each in sequences if each.sub_batch == number]
+        assert_all_accounted_for(pool, tables)
+    tables = [each.prompt_table for each in sequences]
+    assert_all_accounted_for(pools.prompts or BlockAllocator(0), tables)
+    for group in (machine.scheduler._waiting, machine.scheduler._running):
+        places = [sequences.index(each) for each in group]
+        assert places == sorted(places), "not in the order of add"
+    idle = [each for each in sequences if each.status != "running"]
+    assert all(not each.block_table and not each.prompt_table for each in idle)
+
+
+def assert_all_accounted_for(blocks: BlockAllocator, tables: list[list[int]]) -> None:
+    held = [block for table in tables for block in table]
     assert len(set(held)) == len(held) == blocks.num_blocks - blocks.num_free
-    assert all(not s.block_table for s in sequences if s.status != "running")
     blocks.check_integrity()
 
 
@@ -144,8 +221,14 @@ def assert_all_as_alone(machine: Machine) -> None:
         num_tokens = machine.scheduler.token_limit(sequence) - sequence.num_prompt_tokens
         assert sequence.output_token_ids == output_alone(sequence, num_tokens)
         assert sequence.finish_reason == "length"
-    assert_no_block_shared(machine.sequences, machine.blocks)
-    assert machine.blocks.num_free == machine.blocks.num_blocks
+    assert_no_block_shared(machine)
+    assert_all_free(machine)
+
+
+def assert_all_free(machine: Machine) -> None:
+    pools = machine.pools
+    for blocks in (*pools.decode, *([pools.prompts] if pools.prompts else [])):
+        assert blocks.num_free == blocks.num_blocks
 
 
 def phases(machine: Machine, num_steps: int) -> str:
@@ -491,7 +574,7 @@ class RandomRuns(RuleBasedStateMachine):
 
     @invariant()
     def blocks_are_accounted_for(self) -> None:
-        assert_no_block_shared(self.machine.sequences, self.machine.blocks)
+        assert_no_block_shared(self.machine)
 
     @invariant()
     def running_sequences_are_older_than_waiting_ones(self) -> None:
@@ -530,3 +613,312 @@ def test_every_sequence_gets_the_output_that_it_gets_alone(
         machine.add(str(number), prompt_len, max_tokens)
     list(machine.steps())
     assert_all_as_alone(machine)
+
+
+# Pages for prompts, and two sub-batches
+
+KINDS_OF_POOLS = {
+    # prompts of all sequences move; only those of a second sub-batch; those of both
+    "prompts": (False, frozenset({0})),
+    "second": (True, frozenset({1})),
+    "both": (True, frozenset({0, 1})),
+}
+
+
+@st.composite
+def machines(draw: st.DrawFn) -> Machine:
+    """Pools of few blocks, some too small for any request."""
+    has_second, moving = KINDS_OF_POOLS[draw(st.sampled_from(sorted(KINDS_OF_POOLS)))]
+    return Machine(
+        num_blocks=draw(st.integers(1, 10)),
+        num_second=draw(st.integers(1, 10)) if has_second else 0,
+        num_prompts=draw(st.integers(1, 8)),
+        moving=moving,
+        max_num_seqs=draw(st.integers(1, 6)),
+        max_num_batched_tokens=draw(st.integers(1, 70)),
+        max_model_len=draw(st.sampled_from([100, 200])),
+    )
+
+
+def add_what_fits(machine: Machine, prompt_len: int, max_tokens: int | None) -> None:
+    """Add a sequence, or see it refused with nothing changed."""
+    try:
+        machine.add(str(len(machine.sequences)), prompt_len, max_tokens)
+    except RequestError as error:
+        assert "plan for prompts" in str(error) or "KV cache more memory" in str(error)
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    machine=machines(),
+    requests=st.lists(
+        st.tuples(st.integers(1, 80), st.none() | st.integers(1, 90)), min_size=1, max_size=12
+    ),
+)
+def test_every_sequence_ends_whatever_the_pools(
+    machine: Machine, requests: list[tuple[int, int | None]]
+) -> None:
+    """What was not refused gets the tokens that it gets alone, and all blocks come back."""
+    for prompt_len, max_tokens in requests:
+        add_what_fits(machine, prompt_len, max_tokens)
+    list(machine.steps())
+    assert_all_as_alone(machine)
+
+
+class RandomPools(RuleBasedStateMachine):
+    """The same with arrivals and aborts at any time."""
+
+    @initialize(machine=machines())
+    def begin(self, machine: Machine) -> None:
+        self.machine = machine
+
+    @rule(prompt_len=st.integers(1, 60), max_tokens=st.integers(1, 60))
+    def add(self, prompt_len: int, max_tokens: int) -> None:
+        add_what_fits(self.machine, prompt_len, max_tokens)
+
+    @rule(num_steps=st.integers(1, 12))
+    def run(self, num_steps: int) -> None:
+        for _ in range(num_steps):
+            self.machine.step()
+
+    @precondition(lambda self: self.machine.scheduler.has_unfinished)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        ids = [each.seq_id for each in self.machine.sequences if not each.is_finished]
+        self.machine.scheduler.abort(data.draw(st.sampled_from(ids)))
+
+    @invariant()
+    def blocks_are_accounted_for(self) -> None:
+        assert_no_block_shared(self.machine)
+
+    def teardown(self) -> None:
+        list(self.machine.steps())
+        for sequence in self.machine.sequences:
+            assert sequence.is_finished
+            expected = output_alone(sequence, sequence.num_output_tokens)
+            assert sequence.output_token_ids == expected
+        assert_all_free(self.machine)
+
+
+TestRandomPools = RandomPools.TestCase
+TestRandomPools.settings = settings(deadline=None, max_examples=60, stateful_step_count=25)
+
+
+@settings(deadline=None, max_examples=100)
+@given(num_seqs=st.integers(1, 8), prompt_len=st.integers(1, 40), chunk_tokens=st.integers(1, 100))
+def test_planned_prompt_pages_hold_up_no_prompt(
+    num_seqs: int, prompt_len: int, chunk_tokens: int
+) -> None:
+    """With the blocks that the planner counts, prefill steps are those that it prices."""
+    wave = Workload(prompt_len=prompt_len, output_len=4, num_seqs=num_seqs)
+    each = num_blocks_for(wave.context_len)
+    machine = Machine(
+        num_blocks=num_seqs * each,
+        num_prompts=num_prompts(wave, chunk_tokens) * each,
+        moving=frozenset({0}),
+        max_num_batched_tokens=chunk_tokens,
+    )
+    for number in range(num_seqs):
+        machine.add(str(number), prompt_len)
+    expected = prefill_shapes(num_seqs, prompt_len, chunk_tokens)
+    batches = list(machine.steps())
+    assert [batch.shape for batch in batches[: len(expected)]] == expected
+    assert len(batches) == len(expected) + 3, "no sequence is prefilled again"
+
+
+def test_a_prompt_has_two_sets_of_places_until_it_ends() -> None:
+    """A prompt of 18 in chunks of 16: blocks of both pools, and those of prompts come back."""
+    machine = Machine(num_prompts=2, moving=frozenset({0}), max_num_batched_tokens=16)
+    before = machine.add("before", 3, max_tokens=1)
+    machine.step()
+    assert before.is_finished
+    sequence = machine.add("a", 18)
+    sequence_blocks = machine.blocks.allocate(2)  # the two that `before` did and did not have
+    assert sequence_blocks == [0, 1]
+    batch = machine.scheduler.schedule()
+    assert batch is not None
+    assert (sequence.block_table, sequence.prompt_table) == ([2], [0])
+    assert batch.tensors().slots_T.tolist() == [*range(32, 48)]
+    assert batch.prompt_tensors().slots_T.tolist() == [*range(16)]
+    assert batch.prompt_tensors().block_tables_SB.tolist() == [[0]]
+    machine.scheduler.advance(batch, [])
+    assert not sequence.must_move
+    batch = machine.scheduler.schedule()
+    assert batch is not None
+    assert (sequence.block_table, sequence.prompt_table) == ([2, 3], [0, 1])
+    machine.scheduler.advance(batch, [5])
+    assert sequence.must_move
+    machine.scheduler.leave_prompt_pages(sequence)
+    assert (sequence.block_table, sequence.prompt_table) == ([2, 3], [])
+    assert not sequence.must_move
+
+
+def test_a_prompt_waits_for_pages_of_prompts() -> None:
+    """Two prompts of a block in a step, one block for prompts: one after the other."""
+    machine = Machine(num_prompts=1, moving=frozenset({0}))
+    for seq_id in "abc":
+        machine.add(seq_id, 16)
+    assert phases(machine, 6) == "pppddd"
+    assert_all_as_alone(machine)
+
+
+def test_a_prompt_longer_than_the_pages_for_prompts_is_refused() -> None:
+    """Two blocks for prompts hold 32 tokens; the output may go beyond."""
+    machine = Machine(num_prompts=2, moving=frozenset({0}))
+    with pytest.raises(
+        RequestError,
+        match=r"33 tokens but the part of the KV cache in which prompts are computed holds 32; "
+        r"shorten the prompt, or plan for prompts of its length",
+    ):
+        machine.add("a", 33)
+    assert not machine.scheduler.has_unfinished
+    machine.add("a", 32, max_tokens=40)
+    list(machine.steps())
+    assert_all_as_alone(machine)
+
+
+def test_what_could_not_be_prefilled_again_never_gives_way() -> None:
+    """6 blocks; with its second block `long` gets all 4, as prompts of 33 tokens have no room.
+
+    By then `old` has one and `short` its last one, which it has to give to `old`.
+    """
+    machine = Machine(num_blocks=6, num_prompts=2, moving=frozenset({0}))
+    old, long = machine.add("old", 1, max_tokens=31), machine.add("long", 16, max_tokens=48)
+    short = machine.add("short", 1, max_tokens=31)
+    assert phases(machine, 2) == "pp"
+    assert [len(each.block_table) for each in (old, long, short)] == [1, 1, 1]
+    machine.step()
+    assert [len(each.block_table) for each in (old, long, short)] == [1, 4, 1]
+    list(machine.steps())
+    assert [each.num_preemptions for each in (old, long, short)] == [0, 0, 1]
+    assert_all_as_alone(machine)
+
+
+def test_what_finds_no_room_to_its_end_waits_while_it_can_be_prefilled_again() -> None:
+    """5 blocks; `late` needs all 4 with its second one, while `long` has 4 of its own."""
+    machine = Machine(num_blocks=5, num_prompts=2, moving=frozenset({0}))
+    long, late = machine.add("long", 16, max_tokens=48), machine.add("late", 16, max_tokens=48)
+    machine.step()
+    machine.step()
+    assert [len(each.block_table) for each in (long, late)] == [4, 0]
+    assert late.status == "waiting"
+    while not long.is_finished:
+        machine.step()
+        assert late.status == "waiting" or long.is_finished
+    list(machine.steps())
+    assert [each.num_preemptions for each in (long, late)] == [0, 1]
+    assert_all_as_alone(machine)
+
+
+def test_a_step_is_made_where_all_that_decode_give_way() -> None:
+    """`long` gets 4 of 6 blocks with its last chunk; `old` needs a third one and waits."""
+    machine = Machine(num_blocks=6, num_prompts=3, moving=frozenset({0}), max_num_batched_tokens=47)
+    old = machine.add("old", 31, max_tokens=17)
+    assert phases(machine, 1) == "p"
+    long = machine.add("long", 48, max_tokens=17)
+    assert phases(machine, 2) == "dp"
+    assert len(long.block_table) == 4
+    batch = machine.step()
+    assert batch is not None
+    assert (batch.phase, batch.sampled, old.status) == ("prefill", (long,), "waiting")
+    assert phases(machine, 1) == "d"
+    assert long.num_output_tokens == 2
+    list(machine.steps())
+    assert_all_as_alone(machine)
+
+
+def test_a_prefill_again_that_ends_before_the_newest_token_moves_too() -> None:
+    """33 tokens again in chunks of 32: the last of them is a decode step of what has moved."""
+    machine = Machine(num_blocks=4, num_prompts=3, moving=frozenset({0}), max_num_batched_tokens=32)
+    machine.add("first", 16, 33)
+    second = machine.add("second", 16, 33)
+    list(machine.steps())
+    assert second.num_preemptions == 1
+    assert_all_as_alone(machine)
+
+
+def test_sequences_spill_to_the_second_sub_batch() -> None:
+    """Blocks of two sequences at full length each: two join the first, two the second, one waits.
+
+    Prompts are of one block, so the first could take a third for now: it would give way later.
+    """
+    machine = Machine(
+        num_blocks=4, num_second=4, num_prompts=2, moving=frozenset({1}), max_num_seqs=5
+    )
+    sequences = [machine.add(str(number), 16, max_tokens=17) for number in range(4)]
+    batch = machine.step()
+    assert batch is not None
+    assert [each.sub_batch for each in sequences] == [0, 0, 1, 1]
+    parts = [batch.part(number) for number in range(3)]
+    assert [part and part.sampled for part in parts] == [
+        tuple(sequences[:2]),
+        tuple(sequences[2:]),
+        None,
+    ]
+    late = machine.add("late", 40, max_tokens=17)
+    assert late.status == "waiting"
+    batch = machine.step()
+    assert batch is not None
+    assert (batch.phase, batch.sampled) == ("decode", tuple(sequences))
+    list(machine.steps())
+    assert all(each.num_preemptions == 0 for each in machine.sequences)
+    assert_all_as_alone(machine)
+
+
+def test_a_sequence_that_gave_way_may_join_the_other_sub_batch() -> None:
+    """The first has no room for two at full length, the second none at all until `other` ends."""
+    machine = Machine(num_blocks=4, num_second=3, num_prompts=3, moving=frozenset({1}))
+    first = machine.add("first", 16, max_tokens=48)
+    other = machine.add("other", 33, max_tokens=10)
+    second = machine.add("second", 16, max_tokens=32)
+    machine.step()
+    assert [each.sub_batch for each in (first, other, second)] == [0, 1, 0]
+    while not second.num_preemptions:
+        machine.step()
+    assert other.is_finished
+    machine.step()
+    assert second.sub_batch == 1
+    list(machine.steps())
+    assert_all_as_alone(machine)
+
+
+def test_those_that_gave_way_keep_their_order() -> None:
+    """Two in each sub-batch give way in one step, and wait in the order in which they were added.
+
+    Each comes to 48 slots, 3 blocks, of which each sub-batch has 4.
+    """
+    machine = Machine(
+        num_blocks=4, num_second=4, num_prompts=8, moving=frozenset({1}), max_num_batched_tokens=68
+    )
+    a, b, c, d = (machine.add(name, 17, max_tokens=32) for name in "abcd")
+    machine.step()
+    assert [each.sub_batch for each in (a, b, c, d)] == [0, 1, 0, 1]
+    while not d.num_preemptions:
+        machine.step()
+    assert [each.num_preemptions for each in (a, b, c, d)] == [0, 0, 1, 1]
+    batch = machine.step()
+    while batch is not None and batch.phase == "decode":
+        batch = machine.step()
+    assert batch is not None
+    assert batch.sampled == (c, d)
+    list(machine.steps())
+    assert_all_as_alone(machine)
+
+
+def test_aborted_prompts_give_all_their_blocks_back() -> None:
+    """Part-way, ended but not yet moved, and decoding."""
+    machine = Machine(num_prompts=4, moving=frozenset({0}), max_num_batched_tokens=20)
+    decoding = machine.add("decoding", 16)
+    machine.step()
+    ended, part_way = machine.add("ended", 16), machine.add("part-way", 16)
+    batch = machine.scheduler.schedule()
+    while batch is not None and batch.phase == "decode":
+        machine.scheduler.advance(batch, [1])
+        batch = machine.scheduler.schedule()
+    assert batch is not None
+    machine.scheduler.advance(batch, [1])
+    assert [each.must_move for each in (decoding, ended, part_way)] == [False, True, False]
+    assert part_way.prompt_table != []
+    for sequence in (decoding, ended, part_way):
+        machine.scheduler.abort(sequence.seq_id)
+    assert_all_free(machine)

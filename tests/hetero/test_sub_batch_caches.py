@@ -1,0 +1,201 @@
+"""Prompts of two sub-batches are computed on the GPU, and each is decoded where it lies then."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from msgspec.structs import replace
+from torch import Tensor
+
+from hetero import LLM, SamplingParams
+from hetero.checkpoint import Checkpoint
+from hetero.engine import Engine
+from hetero.model.decoder import Decoder, DecoderStep
+from hetero.model_lookup import find_model, read_model_spec
+from hetero.runtime.devices import EmulatedAccelerator
+from hetero.runtime.weights import load_weights
+from hetero.scheduler import Batch
+from planner import strategies
+from planner.hardware import HardwareProfile
+from planner.kv_blocks import KVBlocks, kv_blocks
+from planner.memory import needs
+from planner.model_spec import ModelSpec
+from planner.placement import Placement, TierPlacement
+from planner.step_graph import build
+from planner.workload import Workload
+from tests.machines import toy_machine
+from tests.tiny_models import save_tiny_model
+
+GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
+# Four of them come to one block more than their prompts have.
+PROMPTS = [[(7 * at + 3 * size) % 101 for at in range(size)] for size in (12, 21, 1, 30, 15, 10)]
+WAVE = Workload(prompt_len=16, output_len=8, num_seqs=len(PROMPTS))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llama")
+    save_tiny_model("llama", folder, seed=7)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> list[list[int]]:
+    with LLM(folder, profile=toy_machine(), accelerator="none") as llm:
+        outputs = llm.generate([{"prompt_token_ids": each} for each in PROMPTS], GREEDY)
+        return [list(out.outputs[0].token_ids) for out in outputs]
+
+
+@pytest.fixture
+def accelerator() -> Iterator[EmulatedAccelerator]:
+    made = EmulatedAccelerator(budget_bytes=10**9, link_bytes_per_s=4e9, latency_s=0.0)
+    yield made
+    made.close()
+
+
+def sub_batches(spec: ModelSpec, *, kv_on_cpu: bool, chunk_tokens: int) -> Placement:
+    """All weights on the GPU; three sequences with their cache on the CPU, or all of them."""
+    decode = strategies.gpu(spec, "decode")
+    layers = tuple(replace(layer, kv_on_cpu=kv_on_cpu) for layer in decode.layers)
+    prefill = strategies.gpu(spec, "prefill")
+    return Placement(
+        prefill=replace(prefill, max_num_tokens=chunk_tokens),
+        decode=replace(decode, layers=layers, num_second_seqs=3),
+    )
+
+
+def make_engine(
+    folder: Path,
+    spec: ModelSpec,
+    placement: Placement,
+    accelerator: EmulatedAccelerator,
+    blocks: KVBlocks,
+) -> Engine:
+    """An engine with all weights on both devices."""
+    everywhere = Placement(
+        prefill=strategies.gpu(spec, "prefill"), decode=strategies.cpu(spec, "decode")
+    )
+    with Checkpoint.open(folder) as checkpoint:
+        weights = load_weights(spec, checkpoint, everywhere, accelerator)
+    return Engine(
+        decoder=Decoder.create(spec, weights, accelerator, num_threads=1),
+        placement=placement,
+        accelerator=accelerator,
+        tokenizer=None,
+        eos_token_ids=(),
+        kv_blocks=blocks,
+        max_num_seqs=len(PROMPTS),
+        max_model_len=64,
+    )
+
+
+class TwoSteps:
+    """Decodes each sub-batch in a step of its own, where its cache lies."""
+
+    def __init__(self, engine: Engine, tiers: tuple[TierPlacement, TierPlacement]) -> None:
+        self.engine = engine
+        self.tiers = tiers
+        self.graphs = [build(engine.spec, tier) for tier in tiers]
+        self.tokens: dict[str, int] = {}
+        self.seen: set[int] = set()
+
+    def run(self) -> None:
+        scheduler = self.engine.scheduler
+        while (batch := scheduler.schedule()) is not None:
+            self.seen |= {item.sequence.sub_batch for item in batch.items}
+            if batch.phase == "prefill":
+                self._prefill(batch)
+            else:
+                for number in range(2):
+                    part = batch.part(number)
+                    if part is not None:
+                        self._decode(part, number)
+            scheduler.advance(batch, [self.tokens[each.seq_id] for each in batch.sampled])
+            for sequence in batch.sampled:
+                if sequence.num_tokens == scheduler.token_limit(sequence):
+                    scheduler.finish(sequence, "length")
+            self.engine._move_kv(batch)
+
+    def _prefill(self, batch: Batch) -> None:
+        engine = self.engine
+        step = engine._decoder_step(batch, lambda logits: self._pick(batch, logits))
+        with torch.inference_mode():
+            engine._executor.run(engine._graphs["prefill"], step.perform, step.perform_run)
+
+    def _decode(self, part: Batch, number: int) -> None:
+        engine = self.engine
+        step = DecoderStep(
+            engine._decoder,
+            self.tiers[number],
+            engine._caches.decode[number],
+            part.tensors(),
+            lambda logits: self._pick(part, logits),
+        )
+        with torch.inference_mode():
+            engine._executor.run(self.graphs[number], step.perform, step.perform_run)
+
+    def _pick(self, batch: Batch, logits_LV: Tensor) -> None:
+        chosen = logits_LV.argmax(-1).tolist()
+        self.tokens |= dict(zip((each.seq_id for each in batch.sampled), chosen, strict=True))
+
+
+@pytest.mark.parametrize("chunk_tokens", [5, 64])
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        # none, some and many in the second; the longest needs 3 blocks
+        KVBlocks(first=20, second=20, prompts=6),
+        KVBlocks(first=4, second=20, prompts=6),
+        KVBlocks(first=3, second=4, prompts=3),
+        KVBlocks(first=1, second=4, prompts=4),
+    ],
+)
+@pytest.mark.parametrize("kv_on_cpu", [False, True])
+def test_both_sub_batches_give_the_tokens_of_all_cpu(
+    folder: Path,
+    expected: list[list[int]],
+    accelerator: EmulatedAccelerator,
+    kv_on_cpu: bool,
+    blocks: KVBlocks,
+    chunk_tokens: int,
+) -> None:
+    """Prompts in parts and whole; with few blocks some are prefilled again, some in the other."""
+    spec = read_model_spec(find_model(str(folder)))
+    placement = sub_batches(spec, kv_on_cpu=kv_on_cpu, chunk_tokens=chunk_tokens)
+    engine = make_engine(folder, spec, placement, accelerator, blocks)
+    on_cpu, on_gpu = strategies.cpu(spec, "decode"), strategies.gpu(spec, "decode")
+    runs = TwoSteps(engine, (on_cpu if kv_on_cpu else on_gpu, on_cpu))
+    sequences = [
+        engine.add_request(str(number), prompt, GREEDY) for number, prompt in enumerate(PROMPTS)
+    ]
+    runs.run()
+    assert [each.output_token_ids for each in sequences] == expected
+    assert any(each.num_preemptions for each in sequences) == (blocks.first < 4)
+    assert runs.seen == ({0} if blocks.first == 20 else {0, 1})
+    pools = engine.scheduler.pools
+    assert pools.prompts is not None
+    assert all(pool.num_free == pool.num_blocks for pool in (*pools.decode, pools.prompts))
+
+
+@pytest.mark.parametrize("kv_on_cpu", [False, True])
+def test_the_accelerator_holds_the_caches_that_were_planned(
+    folder: Path, accelerator: EmulatedAccelerator, kv_on_cpu: bool
+) -> None:
+    """Its bytes beside the weights are those of the planner's count."""
+    spec = read_model_spec(find_model(str(folder)))
+    machine: HardwareProfile = toy_machine().with_emulated_gpu(
+        memory_bytes=10**9, link_bytes_per_s=4e9
+    )
+    placement = sub_batches(spec, kv_on_cpu=kv_on_cpu, chunk_tokens=16)
+    blocks = kv_blocks(placement, WAVE)
+    engine = make_engine(folder, spec, placement, accelerator, blocks)
+    with_caches = accelerator.used_bytes
+    with Checkpoint.open(folder) as checkpoint:
+        load_weights(spec, checkpoint, placement, accelerator)
+    num_weight_bytes = accelerator.used_bytes - with_caches
+    need = needs(spec, placement, WAVE, machine)
+    assert with_caches - num_weight_bytes == need["gpu"].kv_bytes
+    assert len(engine.scheduler.pools.decode) == 2
