@@ -70,9 +70,14 @@ _ON_BOTH = (
 )
 # More than any step takes: of states that contradict themselves.
 _IMPOSSIBLE_S = 1e30
-# Seconds that are added up over modules: the longest path of ops, the same as if lanes did not slow
-# each other down, copies to the GPU, the CPU's work, and the GPU's.
-_SUMS = ("chain", "undisturbed", "h2d", "cpu", "gpu")
+# Seconds that are added up over modules: the longest path of ops, a path that the CPU's work is on
+# as if lanes did not slow each other down, copies to the GPU, the CPU's work that they may slow,
+# and all that the CPU and the GPU do.
+_SUMS = ("chain", "undisturbed", "h2d", "cpu", "cpu lane", "gpu lane")
+# Loads of a menu, in the order of how much copies to the GPU count in them.
+LOADS = ("chain", "chain beside copies", "copies beside chain", "copies")
+# Work that is short does not slow copies, nor is slowed by them, where there is no other.
+_LONG_KINDS: frozenset[OpKind] = frozenset({"attention", "attend", "experts", "dense"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,11 +110,12 @@ class Menu:
         Of each module, in the order of `states`.
     states : array (S,)
         The triple of choices that each column is of, as one number.
-    loads_s : array (3, 2, S)
-        Seconds of a workload in each phase: of the longest path of ops through the layer, of its
-        copies to the GPU, and of what both cost the memory that they share with the CPU
-        (`_loads_s`). In a phase of two sub-batches: of the GPU's work, of copies to it, and of the
-        CPU's work. A step takes no less than any, added up over layers.
+    loads_s : array (4, 2, S)
+        Seconds of a workload in each phase, by `LOADS`: of the longest path of ops through the
+        layer, of its copies to the GPU, and between them of what each costs the other where they
+        share the CPU's memory (`_loads_s`). Where a phase runs in two sub-batches: what the GPU
+        does, what the CPU does, half of both sub-batches' paths, copies. A step takes no less than
+        any, added up over layers.
     move_s : array (S,)
         Of moving its KV cache between the phases.
     bytes : array (2, S)
@@ -171,6 +177,10 @@ def _layer(picked: Sequence[Choice], phase: int) -> LayerPlacement:
     )
 
 
+# What an op is, its lane, and its seconds in each kind of step.
+_OpSeconds = tuple[OpKind, Lane, Floats]
+
+
 class _Prices:
     """Seconds of the ops of one layer, or outside of layers, in each kind of step of a phase."""
 
@@ -185,9 +195,10 @@ class _Prices:
         self.layer = layer
         self.has_gpu = has_gpu
         _, price = steps["decode"].steps[0]
-        found = price.costs.slowdowns
-        self.slowdowns = (found.get(("h2d", "cpu"), 1.0), found.get(("cpu", "h2d"), 1.0))
+        slowdowns = price.costs.slowdowns
+        self.slowdowns = (slowdowns.get(("h2d", "cpu"), 1.0), slowdowns.get(("cpu", "h2d"), 1.0))
         self._steps = steps
+        self._counts = {phase: found.counts for phase, found in steps.items()}
         self._known: dict[tuple[object, ...], Floats] = {}
 
     @property
@@ -253,7 +264,7 @@ class _Prices:
 
     def total(self, phase: Phase, seconds: Floats) -> float:
         """Over all steps of the workload."""
-        return float(seconds @ self._steps[phase].counts)
+        return float(seconds @ self._counts[phase])
 
 
 def layer_menu(
@@ -334,23 +345,29 @@ def layer_menu(
 
 
 def _loads_s(sums: Floats, prices: _Prices) -> Floats:
-    """The three loads of `Menu` from sums of seconds.
+    """The loads of `Menu` from sums of seconds.
 
-    Let copies to the GPU take h seconds and the CPU's work c of a step's chain g + c, and let them
-    work at the same time for o seconds, in which each gets 1 / slowdown as much done. Then the step
-    takes at least g + c + o (1 - 1 / slow_cpu), and at least h + c - o (1 / slow_copy + 1 /
-    slow_cpu - 1). The mix of both in which o cancels is the third load.
+    Let copies to the GPU take h seconds and the CPU's work c, and let both work at the same time
+    for o seconds, in which each gets 1 / slowdown as much done. A step then takes at least
+
+        chain + o (1 - 1 / slow_cpu)                        all work on the chain is in turn,
+        h + o (1 - 1 / slow_copy)                           so are copies, and
+        h + c - o (1 / slow_copy + 1 / slow_cpu - 1)        in all these seconds one of both works.
+
+    The loads beside the chain and the copies are the mixes of the third with each of the others in
+    which o cancels. Where the third rises with o, o = 0 is the least, and both mixes are h + c.
     """
-    chain_s, undisturbed_s, h2d_s, cpu_s, gpu_s = sums
+    chain_s, undisturbed_s, h2d_s, cpu_s, cpu_lane_s, gpu_lane_s = sums
     slow_copy, slow_cpu = prices.slowdowns
-    share = slow_copy * (1.0 - 1.0 / slow_cpu)
-    if not 0.0 < share < 1.0:
-        share = 0.0
-    shared_s = (1.0 - share) * undisturbed_s + share * (h2d_s + cpu_s)
-    found = np.stack([chain_s, h2d_s, shared_s])
+    of_copies = min(1.0, slow_copy * (1.0 - 1.0 / slow_cpu))
+    of_cpu = min(1.0, slow_cpu * (1.0 - 1.0 / slow_copy))
+    beside_copies_s = (1.0 - of_copies) * undisturbed_s + of_copies * (h2d_s + cpu_s)
+    found = np.stack([chain_s, beside_copies_s, h2d_s + of_cpu * cpu_s, h2d_s])
     for at, phase in enumerate(PHASES):
         if prices.is_in_two(phase):
-            found[:, at] = gpu_s[at], h2d_s[at], cpu_s[at]
+            # Of two paths one is at least as long as half of both; here they are added up.
+            paths_s = np.where(chain_s[at] < _IMPOSSIBLE_S, undisturbed_s[at] / 2, chain_s[at])
+            found[:, at] = gpu_lane_s[at], cpu_lane_s[at], paths_s, h2d_s[at]
     return found
 
 
@@ -367,13 +384,13 @@ def ends_menu(spec: ModelSpec, steps: dict[Phase, PricedSteps], *, has_gpu: bool
             at = (first, second)
             for row, phase in enumerate(PHASES):
                 embeds, heads = embedding[row].device, head[row].device
-                parts: list[tuple[Lane, Floats]] = [
-                    (embeds, prices.op(phase, "embed", embeds)),
-                    (heads, prices.op(phase, "head", heads, module="head")),
-                    ("cpu", prices.op(phase, "sample", "cpu")),
+                parts: list[_OpSeconds] = [
+                    ("embed", embeds, prices.op(phase, "embed", embeds)),
+                    ("head", heads, prices.op(phase, "head", heads, module="head")),
+                    ("sample", "cpu", prices.op(phase, "sample", "cpu")),
                 ]
                 if heads == "gpu":
-                    parts.append(("d2h", prices.move(phase, "logits", "cpu")))
+                    parts.append(("copy", "d2h", prices.move(phase, "logits", "cpu")))
                 sums[:, row][:, first, second] = _in_turn(prices, phase, parts)
                 on_gpu[row][at] = "gpu" in (embeds, heads)
             for row, device in enumerate(DEVICES):
@@ -394,13 +411,16 @@ def ends_menu(spec: ModelSpec, steps: dict[Phase, PricedSteps], *, has_gpu: bool
     )
 
 
-def _in_turn(prices: _Prices, phase: Phase, parts: Sequence[tuple[Lane, Floats]]) -> Floats:
+def _in_turn(prices: _Prices, phase: Phase, parts: Sequence[_OpSeconds]) -> Floats:
     """Sums (`_SUMS`) of ops that run one after the other."""
     by_lane: dict[Lane, float] = dict.fromkeys(LANES, 0.0)
-    for lane, seconds in parts:
-        by_lane[lane] += prices.total(phase, seconds)
+    long_s = 0.0
+    for kind, lane, seconds in parts:
+        total_s = prices.total(phase, seconds)
+        by_lane[lane] += total_s
+        long_s += total_s if lane == "cpu" and kind in _LONG_KINDS else 0.0
     chain_s = sum(by_lane.values())
-    return np.array([chain_s, chain_s, by_lane["h2d"], by_lane["cpu"], by_lane["gpu"]])
+    return np.array([chain_s, chain_s, by_lane["h2d"], long_s, by_lane["cpu"], by_lane["gpu"]])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -457,7 +477,7 @@ def _columns(
             elif module != "experts":
                 kind: OpKind = "router" if module == "router" else "dense"
                 seconds = prices.op(phase, kind, where.device, module=module)
-                sums[:, row, at] += _in_turn(prices, phase, [(where.device, seconds)])
+                sums[:, row, at] += _in_turn(prices, phase, [(kind, where.device, seconds)])
             if where.runs == "stream":
                 copy_s = prices.stream(phase, module, where.num_resident)
                 sums[_SUMS.index("h2d"), row, at] += prices.total(phase, copy_s)
@@ -474,13 +494,13 @@ def _columns(
 
 def _attention(prices: _Prices, phase: Phase, choice: Choice) -> Floats:
     """Sums of attention: of each sub-batch as its cache has it."""
-    device, parts = choice[PHASES.index(phase)].device, list[tuple[Lane, Floats]]()
+    device, parts = choice[PHASES.index(phase)].device, list[_OpSeconds]()
     is_in_two = prices.is_in_two(phase)
     for number in (0, 1) if is_in_two else (0,):
         only = (number,) if is_in_two else (0, 1)
         if number == 0 and choice.kv(phase) == device:
             op = prices.op(phase, "attention", device, module="attention", sub_batches=only)
-            parts.append((device, op))
+            parts.append(("attention", device, op))
             continue
         kinds: tuple[tuple[OpKind, Lane, Payload | None], ...] = (
             ("qkv", "gpu", None),
@@ -498,7 +518,7 @@ def _attention(prices: _Prices, phase: Phase, choice: Choice) -> Floats:
                 payload=payload,
                 sub_batches=only,
             )
-            parts.append((lane, op))
+            parts.append((kind, lane, op))
     return _in_turn(prices, phase, parts)
 
 
@@ -509,8 +529,8 @@ def _crossings(prices: _Prices, phase: Phase, attention: _Columns, second: _Colu
     found = np.zeros((len(_SUMS), len(before), len(after)))
     if not prices.has_gpu:
         return found
-    up = _in_turn(prices, phase, [("h2d", prices.move(phase, "hidden", "gpu"))])
-    down = _in_turn(prices, phase, [("d2h", prices.move(phase, "hidden", "cpu"))])
+    up = _in_turn(prices, phase, [("copy", "h2d", prices.move(phase, "hidden", "gpu"))])
+    down = _in_turn(prices, phase, [("copy", "d2h", prices.move(phase, "hidden", "cpu"))])
     found += up[:, None, None] * (~before[:, None] & after)
     found += down[:, None, None] * (before[:, None] & ~after)
     return found
@@ -521,15 +541,12 @@ def _experts(
 ) -> Floats:
     """Sums from the router's end to the combined output, (4, 1, R, X)."""
     at = PHASES.index(phase)
-    by_device = {
-        is_gpu: np.array(
-            [
-                _expert_block(prices, phase, "gpu" if is_gpu else "cpu", choice[at])
-                for choice in options
-            ]
-        )
-        for is_gpu in ((True, False) if prices.has_gpu else (False,))
-    }
+    by_device: dict[bool, Floats] = {}
+    for is_gpu in (True, False) if prices.has_gpu else (False,):
+        device: Device = "gpu" if is_gpu else "cpu"
+        places = dict.fromkeys(choice[at] for choice in options)
+        found_by_place = {where: _expert_block(prices, phase, device, where) for where in places}
+        by_device[is_gpu] = np.array([found_by_place[choice[at]] for choice in options])
     rows = np.array([by_device[bool(is_gpu)] for is_gpu in router.on_gpu[at]])
     found: Floats = np.moveaxis(rows, -1, 0)[:, None]
     return found
@@ -542,16 +559,16 @@ def _expert_block(prices: _Prices, phase: Phase, router: Device, where: ModulePl
             return np.full(len(_SUMS), _IMPOSSIBLE_S)
         return _mixed_block(prices, phase, where)
     device = where.device
-    parts: list[tuple[Lane, Floats]] = [
-        (device, prices.op(phase, "dispatch", device)),
-        (device, prices.op(phase, "experts", device, module="experts")),
-        (router, prices.op(phase, "combine", router)),
+    parts: list[_OpSeconds] = [
+        ("dispatch", device, prices.op(phase, "dispatch", device)),
+        ("experts", device, prices.op(phase, "experts", device, module="experts")),
+        ("combine", router, prices.op(phase, "combine", router)),
     ]
     if device != router:
         down: Payload = "routing" if router == "gpu" else "expert_output"
         up: Payload = "expert_output" if router == "gpu" else "routing"
-        parts.append(("d2h", prices.move(phase, down, "cpu")))
-        parts.append(("h2d", prices.move(phase, up, "gpu")))
+        parts.append(("copy", "d2h", prices.move(phase, down, "cpu")))
+        parts.append(("copy", "h2d", prices.move(phase, up, "gpu")))
     return _in_turn(prices, phase, parts)
 
 
@@ -572,7 +589,7 @@ def _mixed_block(prices: _Prices, phase: Phase, where: ModulePlacement) -> Float
         on_gpu = dispatch("gpu", "resident") + experts("gpu", "resident")
     if where.runs == "stream":
         on_gpu = on_gpu + dispatch("gpu", "missed") + experts("gpu", "missed")
-        return _in_turn(prices, phase, [("gpu", on_gpu + combine)])
+        return _in_turn(prices, phase, [("experts", "gpu", on_gpu + combine)])
     sort, work = dispatch("cpu", part), experts("cpu", part)
     routed = prices.move(phase, "routing", "cpu") + sort
     back = prices.move(phase, "expert_output", "gpu")
@@ -580,17 +597,26 @@ def _mixed_block(prices: _Prices, phase: Phase, where: ModulePlacement) -> Float
     if where.runs == "split":
         fetch = prices.stream(phase, "experts", where.num_resident, part="fetched")
         fetched = dispatch("gpu", "fetched") + experts("gpu", "fetched")
-    chains = []
-    for slowdowns in (prices.slowdowns, (1.0, 1.0)):
-        fetch_end, work_end = _side_by_side(fetch, work, slowdowns)
+
+    def paths(fetch_end: Floats, work_end: Floats) -> tuple[Floats, Floats]:
+        """To where the outputs are added up: past the CPU's work, and past all else."""
         gpu_end = on_gpu
         if where.runs == "split":
             gpu_end = np.maximum(on_gpu, routed + fetch_end) + fetched
-        cpu_end = routed + np.maximum(fetch_end, work_end) + back
-        chains.append(prices.total(phase, np.maximum(gpu_end, cpu_end) + combine))
-    cpu_s = prices.total(phase, sort + work)
-    gpu_s = prices.total(phase, on_gpu + fetched + combine)
-    return np.array([*chains, prices.total(phase, fetch + back), cpu_s, gpu_s])
+        others = np.maximum(gpu_end, routed + fetch_end + back)
+        return routed + work_end + back + combine, others + combine
+
+    chain = np.maximum(*paths(*_side_by_side(fetch, work, prices.slowdowns)))
+    past_work, others = paths(fetch, work)
+    slow_copy, slow_cpu = prices.slowdowns
+    if where.runs == "split" and slow_copy >= slow_cpu:
+        # Copies beside the work delay the fetched experts as much as they delay the work.
+        past_work = np.maximum(past_work, routed + fetch + np.maximum(fetched, back) + combine)
+    # The CPU's work may become so much longer before it is on the longest path.
+    undisturbed = np.maximum(past_work, others - (slow_cpu - 1.0) * work)
+    lanes = (sort + work, on_gpu + fetched + combine)
+    rows = (chain, undisturbed, fetch + back, work, *lanes)
+    return np.array([prices.total(phase, row) for row in rows])
 
 
 def _side_by_side(

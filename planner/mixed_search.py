@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise, product
+from heapq import heappop, heappush
+from itertools import count, product
+from typing import Any, Literal
 
 import numpy as np
 
-from planner.allocation import Allocation, Multipliers, Problem, Relaxation, allocate
+from planner.allocation import Allocation, Bound, Multipliers, Problem, Relaxation, allocate
 from planner.candidate import Candidate, Wave
 from planner.cost_model import Pricer
 from planner.layer_menu import (
     DEVICES,
+    LOADS,
     Bools,
+    Floats,
     Menu,
     PricedSteps,
     ends_menu,
@@ -33,17 +37,22 @@ from planner.placement import (
 from planner.step_graph import Op
 from planner.workload import PHASES, Phase
 
-# Parts of a layer's experts that limits on streamed bytes lie at.
-_STREAMED_SHARES = (0.25, 0.5, 1.0)
 # What a placement could gain at most and is not looked for: the share of its seconds that are left.
 _ENOUGH = 0.995
-# Allocations of one problem until one fits.
-_MAX_TRIES = 12
-# Neighbours of the best placement that are simulated: as many as have so many ops in all.
+# What is added up as if layers did not overlap may gain so much where they do.
+_MARGIN = 1.03
+# Parts of the space that are looked at, and allocations of each until one fits.
+_MAX_PARTS = 80
+_MAX_TRIES = 4
+# Bytes that need not be decided on, as a share of the GPU's.
+_FEW = 1e-3
+# Placements that are simulated in vain after the best, and then neighbours of it: as many as have
+# so many ops in all.
 _MAX_SIMULATED_OPS = 12_000
-_MIN_SIMULATED, _MAX_SIMULATED = 8, 300
-# Placements of a chunk that are all looked at where there are no more.
-_MAX_COMBINATIONS = 8000
+_MIN_SIMULATED, _MAX_SIMULATED = 12, 300
+# Placements of a chunk are all looked at where there are no more, if so many at most.
+_MAX_LOOKED_AT = 400
+_MAX_COMBINATIONS = 100_000
 # Parts of the sequences that a second sub-batch has.
 _SECOND_SHARES = (0.25, 0.5, 0.75)
 # Expert slots take no more of the GPU than this.
@@ -58,30 +67,49 @@ class Found:
     bound_s: float
 
 
+# In each phase: is it so in any layer? None: where it is not decided.
+_Either = tuple[bool | None, bool | None]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Limits:
-    """What all states of a problem keep to: its share of what competes for memory by maximum.
+    """A part of the space, by what competes for memory by its maximum.
 
-    `streamed_bytes` is what a layer streams at least and at most; `uses_gpu`, `streams` and
-    `is_split` are the phases in which any layer does.
+    In each phase: `streamed_bytes` is what the layer that streams most does, at least and at most;
+    does any layer stream beside the CPU's work, split its experts, compute on the GPU, keep its
+    cache there? What is denied no state may do, what is said takes its memory.
     """
 
-    streamed_bytes: tuple[float, float]
-    streams: tuple[bool, bool]
-    is_split: tuple[bool, bool]
-    uses_gpu: tuple[bool, bool]
+    streamed_bytes: tuple[tuple[float, float], tuple[float, float]]
+    mixes: _Either = (None, None)
+    is_split: _Either = (None, None)
+    uses_gpu: _Either = (None, None)
+    keeps_kv: _Either = (None, None)
 
-    def allows(self, menu: Menu) -> Bools:
-        """The columns of a menu that keep to them."""
-        allowed: Bools = np.asarray((menu.streamed_bytes <= self.streamed_bytes[1]).all(axis=0))
-        for phase in (0, 1):
-            if not self.streams[phase]:
-                allowed &= menu.streamed_bytes[phase] == 0
-            if not self.is_split[phase]:
-                allowed &= ~menu.is_split[phase]
-            if not self.uses_gpu[phase]:
-                allowed &= ~menu.uses_gpu[phase]
-        return allowed
+    def streaming(self, phase: int, least: float, most: float) -> _Limits:
+        """The same with so many bytes in a phase."""
+        first, second = self.streamed_bytes
+        bounds = (least, most)
+        return replace(self, streamed_bytes=(first, bounds) if phase else (bounds, second))
+
+    def saying(self, name: _Flag, phase: int, is_so: bool) -> _Limits:
+        """The same with one more said or denied."""
+        first, second = self.flags(name)
+        changed: dict[str, Any] = {name: (first, is_so) if phase else (is_so, second)}
+        return replace(self, **changed)
+
+    def flags(self, name: _Flag) -> _Either:
+        """What is said of each phase."""
+        return {
+            "mixes": self.mixes,
+            "is_split": self.is_split,
+            "uses_gpu": self.uses_gpu,
+            "keeps_kv": self.keeps_kv,
+        }[name]
+
+
+_Flag = Literal["mixes", "is_split", "uses_gpu", "keeps_kv"]
+_FLAGS: tuple[_Flag, ...] = ("mixes", "is_split", "uses_gpu", "keeps_kv")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +123,10 @@ class _SubBatches:
     first_on_cpu: bool = False
 
 
+# Tokens of a prefill step, and how decode steps are divided.
+_Key = tuple[int, _SubBatches]
+
+
 class _Space:
     """All placements of one wave and chunk: menus, and the limits that part them."""
 
@@ -102,7 +134,7 @@ class _Space:
         self, wave: Wave, chunk_tokens: int, sub_batches: _SubBatches = _SubBatches()
     ) -> None:
         spec, hardware = wave.spec, wave.costs.hardware
-        self.sub_batches = sub_batches
+        self.key = (chunk_tokens, sub_batches)
         self.wave = wave
         self.chunk_tokens = chunk_tokens
         self.has_gpu = hardware.gpu is not None
@@ -139,7 +171,30 @@ class _Space:
             for index in members
         }
         self.menus.append(ends_menu(spec, self.steps, has_gpu=self.has_gpu))
+        self._menus_apart = [
+            replace(menu, loads_s=np.repeat(menu.loads_s.max(axis=0)[None], len(LOADS), axis=0))
+            for menu in self.menus
+        ]
+        self._flags = [_flags(menu, is_end=menu is self.menus[-1]) for menu in self.menus]
+        self._levels = [
+            np.unique(np.concatenate([menu.streamed_bytes[at] for menu in self.menus]))
+            for at in (0, 1)
+        ]
+        sizes = [spec.expert_bytes(at) for at, layer in enumerate(spec.layers) if layer.is_moe]
+        self._slot_bytes = min(sizes, default=0)
+        self._most_but_experts = max(
+            sum(
+                float(spec.weight_bytes(module, index))
+                for module in layer.modules
+                if module != "experts"
+            )
+            for index, layer in enumerate(spec.layers)
+        )
         self.base_s = wave.num_waves * pricer.host_s
+        self._activations: dict[tuple[Device, tuple[bool, bool], tuple[bool, bool]], int] = {}
+        self._least_kv_bytes = min(
+            spec.kv_bytes_per_token(index) for index in range(spec.num_layers)
+        )
 
     def _max_fetched(self, prices: Sequence[Pricer]) -> int:
         """Experts that a step would copy at most: as the rule divides those that it expects."""
@@ -163,91 +218,168 @@ class _Space:
         # a step may miss more than it is expected to
         return min(most, math.ceil(1.25 * fetched)) if fetched >= 0.25 else 0
 
-    def limits(self) -> Iterator[_Limits]:
-        """Every placement keeps to the least of these that it keeps to."""
-        either = (False, True)
-        pairs = list(product(either, either))
-        # those first in which most placements worth having are
-        for uses_gpu, streams, is_split in product(reversed(pairs), pairs, pairs):
-            is_possible = all(
-                (
-                    (uses_gpu[at] and self.has_gpu)
-                    or not (uses_gpu[at] or streams[at] or is_split[at])
-                )
-                and (self.steps[phase].max_fetched or not is_split[at])
-                for at, phase in enumerate(PHASES)
-            )
-            if not is_possible:
-                continue
-            for streamed_bytes in (
-                pairwise((0.0, *self._levels())) if any(streams) else [(0.0, 0.0)]
-            ):
-                yield _Limits(
-                    streamed_bytes=streamed_bytes,
-                    streams=streams,
-                    is_split=is_split,
-                    uses_gpu=uses_gpu,
+    def everything(self) -> _Limits:
+        """All of the space."""
+        first, second = (float(levels[-1]) for levels in self._levels)
+        return _Limits(streamed_bytes=((0.0, first), (0.0, second)))
+
+    def simple_parts(self, used: _Limits) -> Iterator[_Limits]:
+        """Parts that are denied some of what is used, and costs more than sums know."""
+        everything = self.everything()
+        levels, flags = list[list[float]](), list[list[bool | None]]()
+        for phase in (0, 1):
+            most, streamed = everything.streamed_bytes[phase][1], used.streamed_bytes[phase][1]
+            denied = (0.0, self._most_but_experts) if phase == 0 else (0.0,)
+            levels.append([most, *(level for level in denied if level < streamed)])
+            flags.append([None, False] if used.is_split[phase] else [None])
+        for prefill, decode in product(*levels):
+            for is_split in product(*flags):
+                yield replace(
+                    everything,
+                    streamed_bytes=((0.0, prefill), (0.0, decode)),
+                    is_split=(is_split[0], is_split[1]),
                 )
 
-    def _levels(self) -> list[float]:
-        """Most bytes of a layer that are streamed: all but experts, and parts of the experts."""
-        spec = self.wave.spec
-        whole, experts = 0.0, 0.0
-        for members in self.layers:
-            layer = spec.layers[members[0]]
-            others = sum(
-                spec.weight_bytes(module, members[0])
-                for module in layer.modules
-                if module != "experts"
-            )
-            whole = max(whole, others)
-            if layer.is_moe:
-                experts = max(experts, spec.weight_bytes("experts", members[0]))
-        levels = {whole}
-        if experts:
-            levels |= {whole + share * experts for share in _STREAMED_SHARES}
-        return sorted(levels)
+    def allowed(self, kind: int, limits: _Limits) -> Bools:
+        """The columns of a menu that keep to limits."""
+        most = np.array([[most] for _, most in limits.streamed_bytes])
+        allowed = np.asarray((self.menus[kind].streamed_bytes <= most).all(axis=0))
+        for name in _FLAGS:
+            for phase, is_so in enumerate(limits.flags(name)):
+                if is_so is False:
+                    allowed &= ~self._flags[kind][name][phase]
+        return allowed
+
+    def problem(self, limits: _Limits, *, is_apart: bool) -> Problem | None:
+        """The choice of states within limits; None where a kind of layer has none.
+
+        With `is_apart` no layer works while another does: a step then takes each layer's largest
+        load, where else it may take the largest sum.
+        """
+        wanted = [self.allowed(kind, limits) for kind in range(len(self.menus))]
+        if not all(allowed.any() for allowed in wanted):
+            return None
+        return Problem(
+            counts=(*(len(members) for members in self.layers), 1),
+            menus=tuple(
+                menu.only(allowed)
+                for menu, allowed in zip(
+                    self._menus_apart if is_apart else self.menus, wanted, strict=True
+                )
+            ),
+            base_s=self.base_s,
+        )
+
+    def used(self, problem: Problem, columns: Sequence[Iterable[int]]) -> _Limits:
+        """The limits that say all that some states of a problem do, and deny all else."""
+        most, flags = np.zeros(2), {name: np.zeros(2, bool) for name in _FLAGS}
+        for kind, (menu, picked) in enumerate(zip(problem.menus, columns, strict=True)):
+            for column in picked:
+                most = np.maximum(most, menu.streamed_bytes[:, column])
+                at = self.menus[kind].column_of(menu, column)
+                for name in _FLAGS:
+                    flags[name] |= self._flags[kind][name][:, at]
+        either: dict[str, Any] = {
+            name: (bool(found[0]), bool(found[1])) for name, found in flags.items()
+        }
+        first, second = most.tolist()
+        return _Limits(streamed_bytes=((first, first), (second, second)), **either)
+
+    def parts(self, limits: _Limits, used: _Limits) -> list[_Limits]:
+        """Two parts of a part, by what takes most memory of what is used and it does not say.
+
+        Where nothing takes memory, by what else is used: sums know too little of some.
+        """
+        left = self.budgets(limits)[0]
+        most_bytes, found, others = _FEW * abs(left), list[_Limits](), list[_Limits]()
+
+        def weigh(said: _Limits, either: list[_Limits]) -> None:
+            nonlocal most_bytes, found, others
+            taken = left - self.budgets(said)[0]
+            if taken > most_bytes:
+                most_bytes, found = taken, either
+            others = others or either
+
+        for name in _FLAGS:
+            for phase in (1, 0):
+                if limits.flags(name)[phase] is None and used.flags(name)[phase]:
+                    either = [limits.saying(name, phase, is_so) for is_so in (True, False)]
+                    weigh(either[0], either)
+        for phase in (1, 0):
+            least, most = limits.streamed_bytes[phase]
+            top = used.streamed_bytes[phase][1]
+            if top > least:
+                levels = self._levels[phase]
+                at = int(np.searchsorted(levels, (least + top) / 2, side="right"))
+                weigh(
+                    limits.streaming(phase, top, most),
+                    [
+                        limits.streaming(phase, least, float(levels[at - 1])),
+                        limits.streaming(phase, float(levels[at]), most),
+                    ],
+                )
+        return found or others
 
     def budgets(self, limits: _Limits) -> tuple[float, float]:
         """Bytes that any placement within limits leaves for weights and KV at most, by device."""
-        spec, hardware, wave = self.wave.spec, self.wave.costs.hardware, self.wave.sequences
+        hardware = self.wave.costs.hardware
+        gpu = float(available_bytes(hardware, "gpu"))
+        if self.has_gpu:
+            keeps_kv = (limits.keeps_kv[0] is True, limits.keeps_kv[1] is True)
+            computes = (
+                keeps_kv[0] or limits.uses_gpu[0] is True,
+                keeps_kv[1] or limits.uses_gpu[1] is True,
+            )
+            gpu -= self._least_staging_bytes(limits)
+            gpu -= self._activation_bytes("gpu", computes, keeps_kv)
+        nowhere = (False, False)
+        cpu = float(available_bytes(hardware, "cpu"))
+        return gpu, cpu - self._activation_bytes("cpu", nowhere, nowhere)
 
-        def activations(device: Device) -> int:
-            return max(
+    def _activation_bytes(
+        self, device: Device, computes: tuple[bool, bool], keeps_kv: tuple[bool, bool]
+    ) -> int:
+        """What activations of both phases take at least."""
+        key = (device, computes, keeps_kv)
+        if key not in self._activations:
+            self._activations[key] = max(
                 step_activation_bytes(
-                    spec,
-                    wave,
+                    self.wave.spec,
+                    self.wave.sequences,
                     device,
                     phase,
                     self.chunk_tokens,
-                    computes=device == "gpu" and limits.uses_gpu[at],
-                    widest_kv_bytes=0,
+                    computes=computes[at],
+                    widest_kv_bytes=self._least_kv_bytes if keeps_kv[at] else 0,
+                    num_second_seqs=self.steps[phase].num_second,
                 )
                 for at, phase in enumerate(PHASES)
             )
+        return self._activations[key]
 
-        gpu = float(available_bytes(hardware, "gpu"))
-        if self.has_gpu:
-            gpu -= self._least_staging_bytes(limits) + activations("gpu")
-        return gpu, float(available_bytes(hardware, "cpu")) - activations("cpu")
+    def staging_bytes(self, draft: _Draft, place: int, menu: Menu) -> Floats:
+        """What buffers and slots take with each column of a menu in one place of a draft."""
+        streamed, is_split = np.zeros(2), np.zeros(2, bool)
+        for index, column in enumerate(draft.layers):
+            if index != place:
+                streamed = np.maximum(streamed, self.menu_of[index].streamed_bytes[:, column])
+                is_split |= self.menu_of[index].is_split[:, column]
+        slots = np.array([self.steps[phase].max_fetched for phase in PHASES]) * self._slot_bytes
+        buffers = np.maximum(streamed[:, None], menu.streamed_bytes)
+        taken = buffers + slots[:, None] * (is_split[:, None] | menu.is_split)
+        found: Floats = NUM_STREAM_BUFFERS * taken.max(axis=0)
+        return found
 
     def _least_staging_bytes(self, limits: _Limits) -> float:
         """What buffers and slots of any placement within limits take at least.
 
-        The phases share the memory, so that the larger need counts: of one that splits its slots,
-        of one that streams its buffers beside its slots.
+        The phases share the memory, so that the larger need counts.
         """
-        spec = self.wave.spec
-        sizes = [spec.expert_bytes(at) for at, layer in enumerate(spec.layers) if layer.is_moe]
-        slots = [
-            limits.is_split[at] * NUM_STREAM_BUFFERS * self.steps[phase].max_fetched * min(sizes)
-            if sizes
-            else 0
+        return NUM_STREAM_BUFFERS * max(
+            limits.streamed_bytes[at][0]
+            + (limits.is_split[at] is True) * self.steps[phase].max_fetched * self._slot_bytes
             for at, phase in enumerate(PHASES)
-        ]
-        buffers = NUM_STREAM_BUFFERS * limits.streamed_bytes[0]
-        beside = min((slots[at] for at in (0, 1) if limits.streams[at]), default=0)
-        return max(*slots, buffers + beside)
+        )
 
 
 def mixed_search(wave: Wave, chunks: Sequence[int], known_s: float) -> Found:
@@ -262,48 +394,240 @@ def mixed_search(wave: Wave, chunks: Sequence[int], known_s: float) -> Found:
 
     Notes
     -----
-    What competes for memory by its maximum (staging, slots, activations) and the chunk are
-    enumerated; for each the layers' states are chosen by prices of memory (`allocation.py`), which
-    give a lower bound too, and simulated, unless the bound shows that little is to be gained. The
-    bound of all is the least of the bounds.
+    Branch and bound. A part of the space is a chunk and limits of what competes for memory by its
+    maximum (staging, slots, activations). The linear relaxation (`allocation.py`) gives each part a
+    lower bound and states, which are made whole and simulated. The part of the least bound is
+    divided by what takes most memory and is not decided, until none promises more than little. The
+    bound of all is the least of the bounds of the parts that are left.
+
+    Sums know nothing of what lanes wait for. Of each part those states are tried too that would be
+    best if no layer worked while another does, and first of all parts that do without streaming or
+    without splitting experts.
     """
-    bound_s, best_s = math.inf, known_s
-    hint: Multipliers | None = None
-    candidates: list[Candidate] = []
-    best: tuple[_Space, _Draft, Candidate] | None = None
-    for chunk_tokens, sub_batches in product(chunks, _divisions(wave)):
-        space = _Space(wave, chunk_tokens, sub_batches)
-        for limits in space.limits():
-            menus = [menu.only(limits.allows(menu)) for menu in space.menus]
-            if any(not len(menu.states) for menu in menus):
-                continue
-            problem = Problem(
-                counts=(*(len(members) for members in space.layers), 1),
-                menus=tuple(menus),
-                base_s=space.base_s,
+    spaces = [
+        _Space(wave, chunk_tokens, sub_batches)
+        for sub_batches in _divisions(wave)
+        for chunk_tokens in chunks
+    ]
+    best = _Best(known_s)
+    queue: list[tuple[float, int, _Part]] = []
+    numbers, hint = count(), None
+
+    def push(space: _Space, limits: _Limits) -> None:
+        nonlocal hint
+        part = _Part.of(space, limits, hint, _ENOUGH * best.seconds)
+        if part is not None:
+            hint = part.bound.multipliers
+            heappush(queue, (part.bound.bound_s, next(numbers), part))
+
+    for space in spaces:
+        push(space, space.everything())
+    for least_s, _, part in sorted(queue):
+        for limits in part.space.simple_parts(part.used):
+            if least_s >= _ENOUGH * best.seconds:
+                break
+            within = _Part.of(part.space, limits, part.bound.multipliers, _ENOUGH * best.seconds)
+            if within is not None:
+                best.look(within)
+    bound_s = math.inf
+    for _ in range(_MAX_PARTS):
+        if not queue or queue[0][0] >= _ENOUGH * best.seconds:
+            break
+        least_s, _, part = heappop(queue)
+        best.look(part)
+        parts = part.space.parts(part.limits, part.used)
+        if not parts:
+            bound_s = min(bound_s, least_s)
+        hint = part.bound.multipliers
+        for limits in parts:
+            push(part.space, limits)
+    bound_s = min([bound_s, *(least_s for least_s, *_ in queue)])
+    for space in spaces:
+        for draft, candidate in _all(space, best.seconds):
+            best.add(space, draft, candidate)
+    best.polish()
+    return Found(candidates=tuple(best.candidates), bound_s=float(min(bound_s, best.seconds)))
+
+
+class _Best:
+    """The fastest placement so far, and those before it. Mutable."""
+
+    def __init__(self, known_s: float) -> None:
+        self.seconds = known_s
+        self.candidates: list[Candidate] = []
+        self._found: tuple[_Space, _Draft, Candidate] | None = None
+        self._num_left = _MAX_SIMULATED
+        self._seen: set[tuple[_Key, _Draft]] = set()
+        self._tried: set[_Tried] = set()
+        # of what a placement uses, the least that one took over its sums
+        self._excess: dict[tuple[_Key, bool, _Limits], float] = {}
+
+    def add(self, space: _Space, draft: _Draft, candidate: Candidate) -> None:
+        """Keep a faster one."""
+        self.seconds, self._found = candidate.times.e2e_s, (space, draft, candidate)
+        self.candidates.append(candidate)
+        self._num_left = _num_simulated(candidate)
+
+    def look(self, part: _Part) -> None:
+        """Simulate what a part's sums promise, unless others like it kept too little."""
+        known_s = self.seconds * (_MARGIN if part.is_apart else _ENOUGH)
+        if not self._num_left or part.bound.bound_s >= known_s:
+            return
+        if (part.space.key, part.is_apart, part.taken, part.used) in self._tried:
+            return
+        if not part.is_apart and part.taken == (0.0, 0.0):
+            apart = _Part.of(
+                part.space,
+                part.limits,
+                part.bound.multipliers,
+                _MARGIN * self.seconds,
+                is_apart=True,
             )
-            budgets = space.budgets(limits)
-            if problem.least_bytes > sum(budgets):
+            if apart is not None:
+                self.look(apart)
+        promise = part.promise(known_s, self._tried)
+        if promise is None:
+            return
+        key = part.space.key
+        pattern = (key, part.is_apart, promise.used)
+        for draft in promise.drafts:
+            if promise.seconds * self._excess.get(pattern, 1.0) >= known_s:
+                break
+            if (key, draft) in self._seen:
                 continue
-            relaxation = Relaxation(problem, budgets, hint)
-            answer = relaxation.solve(_ENOUGH * best_s)
-            if answer is None:
-                continue
-            hint = answer.multipliers
-            bound_s = min(bound_s, answer.bound_s)
-            if answer.bound_s >= _ENOUGH * best_s:
-                continue
-            for draft, candidate in _candidates(space, problem, relaxation, budgets, best_s):
-                candidates.append(candidate)
-                if candidate.times.e2e_s < best_s:
-                    best_s, best = candidate.times.e2e_s, (space, draft, candidate)
-        for draft, candidate in _all(space, best_s):
-            candidates.append(candidate)
-            best_s, best = candidate.times.e2e_s, (space, draft, candidate)
-    if best is not None:
-        candidates += _polished(*best)
-        best_s = min(best_s, candidates[-1].times.e2e_s)
-    return Found(candidates=tuple(candidates), bound_s=float(min(bound_s, best_s)))
+            self._seen.add((key, draft))
+            candidate = Candidate(_placement(part.space, draft), part.space.wave)
+            if candidate.lacking_bytes:
+                self._look_within(part, promise, candidate)
+                break
+            self._num_left -= 1
+            found = candidate.times.e2e_s / promise.seconds
+            self._excess[pattern] = min(found, self._excess.get(pattern, math.inf))
+            if candidate.times.e2e_s >= self.seconds:
+                break
+            self.add(part.space, draft, candidate)
+
+    def _look_within(self, part: _Part, promise: _Promise, lacking: Candidate) -> None:
+        """The same with fewer bytes where one lacks some: what a device does takes memory too."""
+        most = part.space.budgets(promise.used)
+        taken = list(part.taken)
+        for row, device in enumerate(DEVICES):
+            lacking_bytes = lacking.lacking_on(device)
+            if lacking_bytes:
+                taken[row] = most[row] - (float(promise.bytes[row]) - lacking_bytes)
+        for limits in dict.fromkeys((promise.used, part.used)):
+            within = _Part.of(
+                part.space,
+                limits,
+                part.bound.multipliers,
+                _MARGIN * self.seconds,
+                is_apart=part.is_apart,
+                taken=(taken[0], taken[1]),
+            )
+            if within is not None:
+                self.look(within)
+
+    def polish(self) -> None:
+        """Look beside the best for ever faster ones."""
+        if self._found is not None:
+            self.candidates += _polished(*self._found)
+            self.seconds = min(self.seconds, self.candidates[-1].times.e2e_s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """A part of the space and its relaxation."""
+
+    space: _Space
+    limits: _Limits
+    problem: Problem
+    relaxation: Relaxation
+    bound: Bound
+    budgets: tuple[float, float]
+    used: _Limits
+    is_apart: bool
+    taken: tuple[float, float]
+
+    @staticmethod
+    def of(
+        space: _Space,
+        limits: _Limits,
+        hint: Multipliers | None,
+        stop_s: float,
+        *,
+        is_apart: bool = False,
+        taken: tuple[float, float] = (0.0, 0.0),
+    ) -> _Part | None:
+        """None where nothing fits in what limits leave of the memory, less what is taken.
+
+        `is_apart`: `_Space.problem`. Then, and where more is taken, its bound is none.
+        """
+        problem = space.problem(limits, is_apart=is_apart)
+        gpu_bytes, cpu_bytes = space.budgets(limits)
+        budgets = (gpu_bytes - taken[0], cpu_bytes - taken[1])
+        if problem is None or problem.least_bytes > sum(budgets):
+            return None
+        relaxation = Relaxation(problem, budgets)
+        bound = relaxation.solve(hint, stop_s)
+        if bound is None:
+            return None
+        return _Part(
+            space=space,
+            limits=limits,
+            problem=problem,
+            relaxation=relaxation,
+            bound=bound,
+            budgets=budgets,
+            used=space.used(problem, bound.shares) if bound.shares else limits,
+            is_apart=is_apart,
+            taken=taken,
+        )
+
+    def promise(self, known_s: float, tried: set[_Tried]) -> _Promise | None:
+        """What its states give in whole layers, where its sums promise less than `known_s`.
+
+        What does not leave the memory that it uses is looked for again within what is left.
+        """
+        part, used = self, self.used
+        for _ in range(_MAX_TRIES):
+            key = (self.space.key, self.is_apart, self.taken, used)
+            if key in tried:
+                return None
+            tried.add(key)
+            if (np.array(self.space.budgets(used)) - self.taken < part.budgets).any():
+                within = _Part.of(
+                    self.space,
+                    used,
+                    part.bound.multipliers,
+                    known_s,
+                    is_apart=self.is_apart,
+                    taken=self.taken,
+                )
+                if within is None or within.bound.bound_s >= known_s:
+                    return None
+                part = within
+            found = allocate(part.problem, part.relaxation, part.bound, part.budgets)
+            if found is None or found.seconds >= known_s:
+                return None
+            used = self.space.used(part.problem, found.counts)
+            if (found.bytes <= np.array(self.space.budgets(used)) - self.taken).all():
+                drafts = _drafts(self.space, found, part.problem.menus)
+                return _Promise(seconds=found.seconds, bytes=found.bytes, drafts=drafts, used=used)
+        return None
+
+
+# Chunk, whether apart, bytes taken, and what is used.
+_Tried = tuple[_Key, bool, tuple[float, float], _Limits]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Promise:
+    """Drafts of one allocation, the seconds of their sums, their bytes, and what they use."""
+
+    seconds: float
+    bytes: Floats
+    drafts: Iterator[_Draft]
+    used: _Limits
 
 
 def _divisions(wave: Wave) -> Iterator[_SubBatches]:
@@ -318,8 +642,8 @@ def _divisions(wave: Wave) -> Iterator[_SubBatches]:
     if wave.costs.hardware.gpu is None or not is_ordinary or wave.workload.output_len == 1:
         return
     counts = {round(share * num_seqs) for share in _SECOND_SHARES}
-    for count in sorted(counts - {0, num_seqs}):
-        yield _SubBatches(num_second=count)
+    for num_second in sorted(counts - {0, num_seqs}):
+        yield _SubBatches(num_second=num_second)
     if num_seqs > 1:
         yield _SubBatches(num_second=num_seqs // 2, first_on_cpu=True)
 
@@ -332,39 +656,35 @@ class _Draft:
     ends: int
 
 
-def _candidates(
-    space: _Space,
-    problem: Problem,
-    relaxation: Relaxation,
-    most: tuple[float, float],
-    known_s: float,
-) -> Iterator[tuple[_Draft, Candidate]]:
-    """Placements that fit and may be faster than `known_s`.
-
-    What competes for memory by its maximum is known once there is a placement: budgets begin with
-    the most that any leaves, and shrink by what then lacks.
-    """
-    budgets = np.array(most)
-    for _ in range(_MAX_TRIES):
-        found = allocate(problem, relaxation, (float(budgets[0]), float(budgets[1])))
-        if found is None or found.seconds >= known_s:
-            return
-        lacking = np.zeros(2)
-        for draft in _drafts(space, found, problem.menus):
-            candidate = Candidate(_placement(space, draft), space.wave)
-            lacking = np.array([candidate.lacking_on(device) for device in DEVICES], float)
-            if lacking.any():
-                break
-            yield draft, candidate
-        if not lacking.any():
-            return
-        budgets -= lacking
+def _flags(menu: Menu, *, is_end: bool) -> dict[str, Bools]:
+    """Of each name of `_FLAGS`, (2, S)."""
+    picked = np.unravel_index(menu.states, [len(options) for options in menu.choices])
+    uses_cpu, keeps_kv = np.zeros((2, 2, len(menu.states)), bool)
+    phases = list(enumerate(PHASES))
+    for options, at in zip(menu.choices, picked, strict=True):
+        on_cpu = np.array(
+            [
+                ["cpu" in each[row].devices or each.kv(phase) == "cpu" for row, phase in phases]
+                for each in options
+            ]
+        )
+        uses_cpu |= on_cpu[at].T
+    if not is_end:
+        for choice in np.unique(picked[0]):
+            layers = layer_placements(menu, int(np.argmax(picked[0] == choice)))
+            keeps_kv[:, picked[0] == choice] = [[layer.kv == "gpu"] for layer in layers]
+    return {
+        "mixes": (menu.streamed_bytes > 0) & uses_cpu,
+        "is_split": menu.is_split,
+        "uses_gpu": menu.uses_gpu,
+        "keeps_kv": keeps_kv,
+    }
 
 
 def _drafts(space: _Space, allocation: Allocation, menus: Sequence[Menu]) -> Iterator[_Draft]:
-    """An allocation's layers in order: like beside like, and what is streamed spread evenly."""
+    """An allocation's layers in order: what is streamed spread evenly, or like beside like."""
     together: dict[int, int] = {}
-    spread: dict[int, int] = {}
+    left: dict[int, dict[int, int]] = {}
     streams = False
     for counts, menu, whole, members in zip(
         allocation.counts, menus, space.menus, space.layers, strict=False
@@ -373,14 +693,37 @@ def _drafts(space: _Space, allocation: Allocation, menus: Sequence[Menu]) -> Ite
         streams |= any(whole.streamed_bytes[:, column].any() for column in columns)
         listed = [column for column, count in columns.items() for _ in range(count)]
         together |= zip(members, sorted(listed, key=partial(_depth, whole)), strict=True)
-        places = sorted(
-            ((at + 0.5) / count, column) for column, count in columns.items() for at in range(count)
-        )
-        spread |= zip(members, (column for _, column in places), strict=True)
+        left |= dict.fromkeys(members, columns)
     (ends,) = allocation.counts[-1]
     ends = space.menus[-1].column_of(menus[-1], ends)
-    for layers in (together, spread) if streams else (together,):
-        yield _Draft(layers=tuple(layers[index] for index in sorted(layers)), ends=ends)
+    in_order = [together[index] for index in sorted(together)]
+    for layers in (_evenly(space, left), in_order) if streams else (in_order,):
+        yield _Draft(layers=tuple(layers), ends=ends)
+
+
+def _evenly(space: _Space, left: dict[int, dict[int, int]]) -> list[int]:
+    """Layers in an order in which chains and copies grow together, as copies run little ahead."""
+    rows = [LOADS.index("chain"), LOADS.index("copies")]
+    loads_s = {
+        index: {column: space.menu_of[index].loads_s[rows, :, column].ravel() for column in columns}
+        for index, columns in left.items()
+    }
+    total_s = sum(
+        count * loads_s[members[0]][column]
+        for members in space.layers
+        for column, count in left[members[0]].items()
+    )
+    layers, sum_s = list[int](), np.zeros(2 * len(rows))
+    for index in sorted(left):
+        wanted_s = (index + 1) / len(left) * total_s
+        column = min(
+            (column for column, count in left[index].items() if count),
+            key=lambda column: float(((sum_s + loads_s[index][column] - wanted_s) ** 2).sum()),
+        )
+        left[index][column] -= 1
+        sum_s = sum_s + loads_s[index][column]
+        layers.append(column)
+    return layers
 
 
 def _all(space: _Space, known_s: float) -> Iterator[tuple[_Draft, Candidate]]:
@@ -389,13 +732,17 @@ def _all(space: _Space, known_s: float) -> Iterator[tuple[_Draft, Candidate]]:
     if math.prod(len(menu.states) for menu in menus) > _MAX_COMBINATIONS:
         return
     columns = np.indices([len(menu.states) for menu in menus]).reshape(len(menus), -1)
-    loads_s = np.zeros((3, 2, columns.shape[1]))
+    held = np.zeros((2, columns.shape[1]))
+    for menu, at in zip(menus, columns, strict=True):
+        held += menu.bytes[:, at]
+    columns = columns[:, (held <= np.array([space.budgets(space.everything())]).T).all(axis=0)]
+    loads_s = np.zeros((len(LOADS), 2, columns.shape[1]))
     moves_s = np.zeros(columns.shape[1])
     for menu, at in zip(menus, columns, strict=True):
         loads_s += menu.loads_s[:, :, at]
         moves_s += menu.move_s[at]
     seconds = loads_s.max(axis=0).sum(axis=0) + moves_s + space.base_s
-    for index in np.argsort(seconds, kind="stable"):
+    for index in np.argsort(seconds, kind="stable")[:_MAX_LOOKED_AT]:
         if seconds[index] >= known_s:
             return
         *layers, ends = columns[:, index].tolist()
@@ -412,8 +759,7 @@ def _polished(space: _Space, draft: _Draft, candidate: Candidate) -> Iterator[Ca
     Of all neighbours those are simulated whose sums promise most; sums know nothing of what lanes
     wait for, and allocations nothing of what competes for memory by its maximum.
     """
-    num_ops = sum(len(candidate.graphs.of(phase).ops) for phase in PHASES)
-    num_left = min(_MAX_SIMULATED, max(_MIN_SIMULATED, _MAX_SIMULATED_OPS // num_ops))
+    num_left = _num_simulated(candidate)
     found: Candidate | None = candidate
     while found is not None:
         found = None
@@ -428,6 +774,12 @@ def _polished(space: _Space, draft: _Draft, candidate: Candidate) -> Iterator[Ca
                 break
 
 
+def _num_simulated(candidate: Candidate) -> int:
+    """How many placements like this one are worth simulating in search of a faster one."""
+    num_ops = sum(len(candidate.graphs.of(phase).ops) for phase in PHASES)
+    return min(_MAX_SIMULATED, max(_MIN_SIMULATED, _MAX_SIMULATED_OPS // num_ops))
+
+
 def _neighbours(space: _Space, draft: _Draft, candidate: Candidate) -> list[_Draft]:
     """Drafts with one state changed whose sums are below a placement's seconds, the least first.
 
@@ -438,8 +790,7 @@ def _neighbours(space: _Space, draft: _Draft, candidate: Candidate) -> list[_Dra
         memory[device].available_bytes - memory[device].needed_bytes if device in memory else 0
         for device in DEVICES
     ]
-    # another state may need less of it
-    free[0] += memory["gpu"].staging_bytes if "gpu" in memory else 0
+    free[0] += memory["gpu"].staging_bytes
     slack = np.array(free, float)[:, None]
     menus = [space.menu_of[index] for index in range(len(draft.layers))]
     loads_s = space.menus[-1].loads_s[:, :, draft.ends]
@@ -460,7 +811,9 @@ def _neighbours(space: _Space, draft: _Draft, candidate: Candidate) -> list[_Dra
         seconds = changed_s.max(axis=0).sum(axis=0) + menu.move_s + space.base_s
         seconds = seconds + moves_s - menu.move_s[old]
         seconds[old] = np.inf
-        seconds[(menu.bytes - menu.bytes[:, [old]] > slack).any(axis=0)] = np.inf
+        more = menu.bytes - menu.bytes[:, [old]]
+        more[0] += space.staging_bytes(draft, place, menu)
+        seconds[(more > slack).any(axis=0)] = np.inf
         order = np.argsort(seconds, kind="stable")[:_MAX_SIMULATED]
         found += [
             (float(seconds[column]), place, int(column))

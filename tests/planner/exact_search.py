@@ -17,7 +17,7 @@ import numpy as np
 from planner.candidate import Candidate, Wave
 from planner.cost_model import CostModel
 from planner.hardware import HardwareProfile
-from planner.layer_menu import Floats, Menu
+from planner.layer_menu import LOADS, Floats, Menu
 from planner.memory import available_bytes
 from planner.mixed_search import _Draft, _placement, _Space
 from planner.model_spec import LayerSpec, ModelSpec
@@ -86,7 +86,7 @@ def fastest(case: Case, known_s: float = math.inf, max_simulated: int = 4000) ->
     space = _Space(wave, CHUNK_TOKENS)
     menus = [space.menu_of[index] for index in range(case.spec.num_layers)]
     menus.append(space.menus[-1])
-    left_s, left_bytes = [np.zeros((3, 2))], [np.zeros(2)]
+    left_s, left_bytes = [np.zeros((len(LOADS), 2))], [np.zeros(2)]
     for menu in reversed(menus):
         left_s.insert(0, left_s[0] + menu.loads_s.min(axis=2))
         left_bytes.insert(0, left_bytes[0] + menu.bytes.min(axis=1))
@@ -117,5 +117,5 @@ def fastest(case: Case, known_s: float = math.inf, max_simulated: int = 4000) ->
                 rest = (all_s[:, :, column], all_bytes[:, column], float(moves_s[column]))
                 look(at + 1, *rest, [*chosen, column])
 
-    look(0, np.zeros((3, 2)), np.zeros(2), 0.0, [])
+    look(0, np.zeros((len(LOADS), 2)), np.zeros(2), 0.0, [])
     return found

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from itertools import product
 from random import Random
 
+import highspy
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from planner import search
+from planner.allocation import Problem, Relaxation
 from planner.candidate import Candidate, Wave
 from planner.cost_model import CostModel
-from planner.layer_menu import DEVICES
-from planner.mixed_search import _Draft, _placement, _Space
+from planner.layer_menu import DEVICES, LOADS
+from planner.mixed_search import _FLAGS, _Draft, _Limits, _placement, _Space
 from planner.placement import check_matches
 from tests.planner.exact_search import CHUNK_TOKENS, fastest, random_case
 
@@ -49,39 +50,137 @@ def test_no_placement_is_faster_than_its_sums_or_holds_fewer_bytes(seed: int) ->
             assert memory.weights_bytes + memory.kv_bytes == held[row]
 
 
-@pytest.mark.parametrize("seed", range(30))
-def test_no_placement_leaves_more_memory_than_the_bound_of_its_limits_assumes(seed: int) -> None:
-    """Where one phase streams and the other splits, buffers and slots are the same memory."""
+@pytest.mark.parametrize("seed", range(60))
+def test_layers_of_one_state_are_not_faster_than_their_sums(seed: int) -> None:
+    """Where all layers stream beside the same work lanes slow each other down most."""
     draw = Random(seed)
     case = random_case(draw)
     wave = Wave(case.spec, CostModel(case.machine), case.workload, case.workload.num_seqs)
     space = _Space(wave, CHUNK_TOKENS)
-    all_limits = list(space.limits())
-    for _ in range(40):
-        menus = [space.menu_of[index] for index in range(case.spec.num_layers)]
-        columns = [draw.randrange(len(menu.states)) for menu in menus]
-        ends = draw.randrange(len(space.menus[-1].states))
-        draft = _Draft(layers=tuple(columns), ends=ends)
+    for _ in range(20):
+        columns = [draw.randrange(len(menu.states)) for menu in space.menus]
+        counts = [*(len(members) for members in space.layers), 1]
+        layers = {
+            index: column
+            for members, column in zip(space.layers, columns, strict=False)
+            for index in members
+        }
+        draft = _Draft(layers=tuple(layers[index] for index in sorted(layers)), ends=columns[-1])
         candidate = Candidate(_placement(space, draft), wave)
-        pairs = [*zip(menus, columns, strict=True), (space.menus[-1], ends)]
-        streamed = max(float(menu.streamed_bytes[:, at].max()) for menu, at in pairs)
-        (limits,) = (
-            each
-            for each in all_limits
-            if each.streams == in_phases((m.streamed_bytes[:, at] > 0) for m, at in pairs)
-            and each.is_split == in_phases(m.is_split[:, at] for m, at in pairs)
-            and each.uses_gpu == in_phases(m.uses_gpu[:, at] for m, at in pairs)
-            and (each.streamed_bytes[0] < streamed <= each.streamed_bytes[1] or not streamed)
+        least_s = space.base_s
+        loads_s = np.zeros((len(LOADS), 2))
+        for menu, count, column in zip(space.menus, counts, columns, strict=True):
+            loads_s += count * menu.loads_s[:, :, column]
+            least_s += count * float(menu.move_s[column])
+
+        assert candidate.times.e2e_s >= (least_s + loads_s.max(axis=0).sum()) * (1 - 1e-9)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_each_placement_is_in_one_part_and_leaves_no_more_memory_than_that_assumes(
+    seed: int,
+) -> None:
+    """However far the space is divided by what the placement, or another one, uses."""
+    draw = Random(seed)
+    case = random_case(draw)
+    wave = Wave(case.spec, CostModel(case.machine), case.workload, case.workload.num_seqs)
+    space = _Space(wave, CHUNK_TOKENS)
+    for _ in range(20):
+        draft, other = random_draft(space, draw), random_draft(space, draw)
+        used, limits = limits_of(space, draft), space.everything()
+        candidate = Candidate(_placement(space, draft), wave)
+        others = limits_of(space, other)
+        while True:
+            for left, device in zip(space.budgets(limits), DEVICES, strict=True):
+                memory = candidate.memory[device]
+                taken = memory.activation_bytes + memory.staging_bytes
+                assert memory.available_bytes - taken <= left
+            parts = space.parts(limits, draw.choice((used, others)))
+            if not parts:
+                break
+            (limits,) = (each for each in parts if is_within(used, each))
+            for kind, columns in enumerate(columns_of(space, draft)):
+                assert space.allowed(kind, limits)[list(columns)].all()
+
+
+def random_draft(space: _Space, draw: Random) -> _Draft:
+    """Any state for each layer."""
+    menus = [space.menu_of[index] for index in range(len(space.menu_of))]
+    layers = tuple(draw.randrange(len(menu.states)) for menu in menus)
+    return _Draft(layers=layers, ends=draw.randrange(len(space.menus[-1].states)))
+
+
+def columns_of(space: _Space, draft: _Draft) -> list[set[int]]:
+    """The columns of each menu that a draft has."""
+    return [*({draft.layers[at] for at in members} for members in space.layers), {draft.ends}]
+
+
+def limits_of(space: _Space, draft: _Draft) -> _Limits:
+    """What a draft uses."""
+    problem = space.problem(space.everything(), is_apart=False)
+    assert problem is not None
+    return space.used(problem, columns_of(space, draft))
+
+
+def is_within(used: _Limits, limits: _Limits) -> bool:
+    """Does what uses this belong to a part?"""
+    bytes_fit = all(
+        least <= streamed <= most
+        for (streamed, _), (least, most) in zip(
+            used.streamed_bytes, limits.streamed_bytes, strict=True
         )
-        for left, device in zip(space.budgets(limits), DEVICES, strict=True):
-            memory = candidate.memory[device]
-            others = memory.activation_bytes + memory.staging_bytes
-            assert memory.available_bytes - others <= left
+    )
+    return bytes_fit and all(
+        said in (None, is_so)
+        for name in _FLAGS
+        for is_so, said in zip(used.flags(name), limits.flags(name), strict=True)
+    )
 
 
-def in_phases(flags: Iterable[NDArray[np.bool_]]) -> tuple[bool, ...]:
-    """Of each phase, whether any layer's flag is set."""
-    return tuple(np.any(list(flags), axis=0).tolist())
+@pytest.mark.parametrize("seed", range(24))
+def test_the_bound_is_that_of_the_linear_relaxation(seed: int) -> None:
+    """Against an exact solver that knows all states at once."""
+    case = random_case(Random(seed))
+    wave = Wave(case.spec, CostModel(case.machine), case.workload, case.workload.num_seqs)
+    space = _Space(wave, CHUNK_TOKENS)
+    limits = space.everything()
+    problem, budgets = space.problem(limits, is_apart=False), space.budgets(limits)
+    assert problem is not None
+    bound = Relaxation(problem, budgets).solve()
+    expected_s = linear_relaxation_s(problem, budgets)
+
+    assert (bound is None) == (expected_s is None)
+    if bound is not None and expected_s is not None:
+        assert expected_s * (1 - 1e-3) <= bound.bound_s <= expected_s * (1 + 1e-6)
+
+
+def linear_relaxation_s(problem: Problem, budgets: tuple[float, float]) -> float | None:
+    """Seconds where layers may be divided between states; None where nothing fits."""
+    lp = highspy.Highs()
+    lp.silent()
+    phases_s = [lp.addVariable(obj=1.0) for _ in range(2)]
+    loads_s = [[-phases_s[phase] for phase in range(2)] for _ in LOADS]
+    held = [0.0 * phases_s[0] for _ in range(2)]
+    for count, menu in zip(problem.counts, problem.menus, strict=True):
+        layers = [lp.addVariable(obj=float(move_s)) for move_s in menu.move_s]
+        lp.addConstr(lp.qsum(layers) == count)
+        for load, phase in product(range(len(LOADS)), range(2)):
+            seconds = menu.loads_s[load, phase].tolist()
+            loads_s[load][phase] += lp.qsum(
+                each * layer for each, layer in zip(seconds, layers, strict=True)
+            )
+        for device in range(2):
+            size = menu.bytes[device].tolist()
+            held[device] += lp.qsum(each * layer for each, layer in zip(size, layers, strict=True))
+    for row in loads_s:
+        for less_s in row:
+            lp.addConstr(less_s <= 0.0)
+    for taken, budget in zip(held, budgets, strict=True):
+        lp.addConstr(taken <= budget)
+    lp.minimize()
+    if lp.getModelStatus() != highspy.HighsModelStatus.kOptimal:
+        return None
+    return problem.base_s + float(lp.getInfo().objective_function_value)
 
 
 @pytest.mark.parametrize("seed", range(24))
