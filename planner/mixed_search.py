@@ -404,12 +404,18 @@ def mixed_search(wave: Wave, chunks: Sequence[int], known_s: float) -> Found:
     best if no layer worked while another does, and first of all parts that do without streaming or
     without splitting experts.
     """
-    spaces = [
-        _Space(wave, chunk_tokens, sub_batches)
-        for sub_batches in _divisions(wave)
-        for chunk_tokens in chunks
-    ]
-    best = _Best(known_s)
+    divisions = list(_divisions(wave))
+    best, bound_s = _Best(known_s), math.inf
+    # What runs in one batch first: most placements worth having are there.
+    for some in (divisions[:1], divisions[1:]):
+        spaces = [_Space(wave, chunk_tokens, each) for each in some for chunk_tokens in chunks]
+        bound_s = min(bound_s, _searched(spaces, best))
+    best.polish()
+    return Found(candidates=tuple(best.candidates), bound_s=float(min(bound_s, best.seconds)))
+
+
+def _searched(spaces: Sequence[_Space], best: _Best) -> float:
+    """Look for a faster placement in some spaces; returns the least of their bounds."""
     queue: list[tuple[float, int, _Part]] = []
     numbers, hint = count(), None
 
@@ -420,6 +426,7 @@ def mixed_search(wave: Wave, chunks: Sequence[int], known_s: float) -> Found:
             hint = part.bound.multipliers
             heappush(queue, (part.bound.bound_s, next(numbers), part))
 
+    best.try_again()
     for space in spaces:
         push(space, space.everything())
     for least_s, _, part in sorted(queue):
@@ -441,12 +448,10 @@ def mixed_search(wave: Wave, chunks: Sequence[int], known_s: float) -> Found:
         hint = part.bound.multipliers
         for limits in parts:
             push(part.space, limits)
-    bound_s = min([bound_s, *(least_s for least_s, *_ in queue)])
     for space in spaces:
         for draft, candidate in _all(space, best.seconds):
             best.add(space, draft, candidate)
-    best.polish()
-    return Found(candidates=tuple(best.candidates), bound_s=float(min(bound_s, best.seconds)))
+    return min([bound_s, *(least_s for least_s, *_ in queue)])
 
 
 class _Best:
@@ -461,6 +466,10 @@ class _Best:
         self._tried: set[_Tried] = set()
         # of what a placement uses, the least that one took over its sums
         self._excess: dict[tuple[_Key, bool, _Limits], float] = {}
+
+    def try_again(self) -> None:
+        """Simulate as many as at first."""
+        self._num_left = _MAX_SIMULATED
 
     def add(self, space: _Space, draft: _Draft, candidate: Candidate) -> None:
         """Keep a faster one."""
@@ -728,7 +737,7 @@ def _evenly(space: _Space, left: dict[int, dict[int, int]]) -> list[int]:
 
 def _all(space: _Space, known_s: float) -> Iterator[tuple[_Draft, Candidate]]:
     """Ever faster placements of a model of so few layers that each can be looked at."""
-    menus = [*space.menu_of.values(), space.menus[-1]]
+    menus = [*(space.menu_of[index] for index in sorted(space.menu_of)), space.menus[-1]]
     if math.prod(len(menu.states) for menu in menus) > _MAX_COMBINATIONS:
         return
     columns = np.indices([len(menu.states) for menu in menus]).reshape(len(menus), -1)
