@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hetero.errors import MemoryBudgetError, RequestError
 from hetero.kv_cache import BlockPools, Caches, moved_layers
-from hetero.model.decoder import Decoder, DecoderStep, KVMove
+from hetero.model.decoder import Decoder, DecoderStep, KVMove, SubBatchSteps
 from hetero.runtime.devices import Accelerator
 from hetero.runtime.executor import Executor
 from hetero.runtime.lanes import InlineLane
@@ -28,8 +28,9 @@ from hetero.sequence import Sequence
 from hetero.tokenizer import IncrementalDetokenizer, StopChecker, Tokenizer
 from planner.kv_blocks import KVBlocks
 from planner.model_spec import ModelSpec
-from planner.placement import Device, Placement
-from planner.step_graph import StepGraph, build, build_kv_move
+from planner.placement import Device, Placement, TierPlacement
+from planner.step_graph import StepGraph, build_kv_move
+from planner.tier_graphs import TierGraphs
 from planner.timeline import Timeline
 from planner.workload import PHASES, Phase
 
@@ -116,7 +117,7 @@ class Engine:
         self._accelerator = accelerator
         self._tokenizer = tokenizer
         self._eos_token_ids = eos_token_ids
-        self._graphs = {phase: build(decoder.spec, placement.tier(phase)) for phase in PHASES}
+        self._graphs = TierGraphs(decoder.spec, placement)
         moved = moved_layers(placement, kv_blocks)
         self._prompt_layers = frozenset(index for layers in moved for index in layers)
         self._kv_moves = [
@@ -217,14 +218,11 @@ class Engine:
         batch = self.scheduler.schedule()
         if batch is None:
             return None
-        sampled: list[SampledToken] = []
-        rows = [self._sampling_row(sequence) for sequence in batch.sampled]
-
-        def pick(logits_LV: Tensor) -> None:
-            sampled.extend(sample(logits_LV, rows))
-
-        graph = self._graphs[batch.phase]
-        step = self._decoder_step(batch, pick)
+        parts = self._parts(batch)
+        tier, graph = self._graphs.find(batch.phase, batch.shape.num_tokens, tuple(parts))
+        tokens: dict[str, SampledToken] = {}
+        steps = [self._step_of(number, part, tier, tokens) for number, part in parts.items()]
+        step = steps[0] if len(steps) == 1 else SubBatchSteps(*steps)
         with torch.inference_mode():
             try:
                 timeline = self._executor.run(graph, step.perform, step.perform_run)
@@ -234,6 +232,7 @@ class Engine:
                     f"({error}); plan with a smaller --gpu-mem-gb, or fewer or shorter sequences"
                 ) from None
         # First tokens are there now; moving the cache is the beginning of decode.
+        sampled = [tokens[sequence.seq_id] for sequence in batch.sampled]
         self.scheduler.advance(batch, [token.token_id for token in sampled])
         finished = self._settle(batch, sampled)
         self._move_kv(batch)
@@ -245,6 +244,36 @@ class Engine:
             batch=batch, graph=graph, timeline=timeline, finished=tuple(finished)
         )
         return self.last_step
+
+    def _parts(self, batch: Batch) -> Mapping[int, Batch]:
+        """What each sub-batch computes in a step, by its number; a prefill step has but one."""
+        if batch.phase == "prefill":
+            return {0: batch}
+        parts = {number: batch.part(number) for number in _sub_batches(self._placement)}
+        return {number: part for number, part in parts.items() if part is not None}
+
+    def _step_of(
+        self, sub_batch: int, batch: Batch, tier: TierPlacement, tokens: dict[str, SampledToken]
+    ) -> DecoderStep:
+        """What performs the ops of a sub-batch; its tokens are added to `tokens` by sequence."""
+        rows = [self._sampling_row(sequence) for sequence in batch.sampled]
+        names = [sequence.seq_id for sequence in batch.sampled]
+
+        def pick(logits_LV: Tensor) -> None:
+            tokens.update(zip(names, sample(logits_LV, rows), strict=True))
+
+        is_prefill = batch.phase == "prefill"
+        has_prompt_pages = is_prefill and bool(self._prompt_layers)
+        return DecoderStep(
+            self._decoder,
+            tier,
+            self._caches.prefill if is_prefill else self._caches.decode[sub_batch],
+            batch.tensors(),
+            pick,
+            sub_batch,
+            prompt_layers=self._prompt_layers if has_prompt_pages else frozenset(),
+            prompts=batch.prompt_tensors() if has_prompt_pages else None,
+        )
 
     def _check_tokens(self, token_ids: Collection[int]) -> None:
         for token_id in token_ids:
@@ -261,19 +290,6 @@ class Engine:
             generator=request.generator,
             num_output_tokens=sequence.num_output_tokens,
             eos_token_ids=request.eos_token_ids,
-        )
-
-    def _decoder_step(self, batch: Batch, pick: Callable[[Tensor], None]) -> DecoderStep:
-        is_prefill = batch.phase == "prefill"
-        has_prompt_pages = is_prefill and bool(self._prompt_layers)
-        return DecoderStep(
-            self._decoder,
-            self._placement.tier(batch.phase),
-            self._caches.prefill if is_prefill else self._caches.decode[0],
-            batch.tensors(),
-            pick,
-            prompt_layers=self._prompt_layers if has_prompt_pages else frozenset(),
-            prompts=batch.prompt_tensors() if has_prompt_pages else None,
         )
 
     def _move_kv(self, batch: Batch) -> None:
@@ -343,6 +359,11 @@ class Engine:
                 layer.value[sequence.prompt_table] = 0
         if self._accelerator is not None:
             self._accelerator.synchronize()
+
+
+def _sub_batches(placement: Placement) -> tuple[int, ...]:
+    """Numbers of the sub-batches that a placement's decode steps may have."""
+    return (0, 1) if placement.decode.num_second_seqs else (0,)
 
 
 def _allocate_kv(

@@ -254,6 +254,16 @@ def plan_lines(plan: Plan, hardware: HardwareProfile, spec: ModelSpec | None = N
     return [one_line(line) for line in lines]
 
 
+def _smaller(placement: Placement, phase: Phase) -> list[tuple[str, TierPlacement]]:
+    """Tiers for a phase's smaller steps, the largest first, with what these are."""
+    units = {"prefill": "tokens", "decode": "sequences"}
+    found = [tier for tier in placement.smaller if tier.phase == phase]
+    return [
+        (f"{phase} of up to {tier.max_num_tokens} {units[phase]}", tier)
+        for tier in sorted(found, key=lambda tier: -tier.max_num_tokens)
+    ]
+
+
 def _bands_text(est: Estimate) -> str:
     names: tuple[tuple[TimeMetric, str], ...] = (("ttft_s", "first token"), ("tpot_s", "a token"))
     parts = []

@@ -53,12 +53,15 @@ class Batch:
         num_tokens = sum(item.num_tokens for item in self.items)
         # Weighted by the tokens that see it, as in planner.workload.prefill_shapes.
         past = sum(item.num_tokens * item.num_past_tokens for item in self.items)
+        is_decode = self.phase == "decode"
+        num_second_seqs = sum(item.sequence.sub_batch for item in self.items if is_decode)
         return BatchShape(
             phase=self.phase,
             num_tokens=num_tokens,
             num_seqs=len(self.items),
             num_past_tokens=past / num_tokens,
             num_logits=sum(item.has_logits for item in self.items),
+            num_second_seqs=num_second_seqs or None,
         )
 
     def part(self, number: int) -> Batch | None:

@@ -9,8 +9,9 @@ from statistics import fmean, median
 from typing import Literal
 
 from planner.calibration import CalibrationRecord, CorrectedLane, CorrectedTerm, TermSeconds
+from planner.kv_blocks import moves_prompts
 from planner.plan import Plan
-from planner.step_graph import StepGraph, moved_kv_layers
+from planner.step_graph import StepGraph
 from planner.timeline import Timeline
 from planner.workload import PHASES, BatchShape, Phase
 
@@ -58,8 +59,8 @@ class StepSamples:
         self._num_steps: dict[Phase, int] = dict.fromkeys(PHASES, 0)
         self._samples: dict[Phase, list[StepSample]] = {phase: [] for phase in PHASES}
         # The move of a cache between the devices is a part of its step, and no op of it.
-        moved = moved_kv_layers(plan.placement.prefill, plan.placement.decode)
-        self._has_known_host: dict[Phase, bool] = {"prefill": not moved, "decode": True}
+        moves = moves_prompts(plan.placement, plan.wave)
+        self._has_known_host: dict[Phase, bool] = {"prefill": not moves, "decode": True}
 
     def watch(self, graph: StepGraph, shape: BatchShape, timeline: Timeline, step_s: float) -> None:
         """Be told of a step, and keep it if it is one of those that are kept."""

@@ -11,8 +11,8 @@ from planner.estimate import Latency, PhaseTerms, PrefillCost, WavePricer, laten
 from planner.memory import DeviceMemory, needs
 from planner.model_spec import ModelSpec
 from planner.placement import Device, Placement
-from planner.placement_graphs import PlacementGraphs
 from planner.strategies import STRATEGIES
+from planner.tier_graphs import TierGraphs
 from planner.workload import PHASES, Phase, Workload
 
 
@@ -76,8 +76,8 @@ class Candidate:
         return self.wave.pricer(self.placement.prefill.max_num_tokens)
 
     @cached_property
-    def graphs(self) -> PlacementGraphs:
-        return PlacementGraphs(self.wave.spec, self.placement)
+    def graphs(self) -> TierGraphs:
+        return TierGraphs(self.wave.spec, self.placement)
 
     @cached_property
     def prefill(self) -> PrefillCost:

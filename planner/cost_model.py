@@ -35,7 +35,7 @@ OWN_BACKENDS: Backends = MappingProxyType({})
 NUM_TORCH_PASSES: dict[OpKind, int] = {
     "embed": 1,
     "attention": 14,
-    "qkv": 11,
+    "qkv": 10,
     "attend": 2,
     "attention_output": 1,
     "router": 7,
@@ -478,7 +478,12 @@ def _passes(op: Op, spec: ModelSpec, rows: int) -> _Calls:
     if op.kind == "experts":
         return []  # which were measured with what is around their products
     if op.kind == "attend":
-        return [(_rowwise("elementwise", spec.kv_size, rows, "torch"), count)]
+        # to float32 and back by torch; our kernel writes keys and values into the cache
+        qkv = spec.q_size + 2 * spec.kv_size
+        return [
+            (_rowwise("elementwise", qkv, rows, "torch"), count),
+            (_rowwise("rotary", qkv, rows, "numba"), 1.0),
+        ]
     if op.kind != "dispatch":
         return [(_rowwise("elementwise", width, rows, "torch"), count)]
     assert op.layer is not None
@@ -492,6 +497,8 @@ def _passes(op: Op, spec: ModelSpec, rows: int) -> _Calls:
 
 def _is_of_its_own(op: Op, shape: BatchShape, backend: Backend) -> bool:
     """Is an op called from Python? Chains of a decode step go through layers, others do not."""
+    if op.kind == "attend":
+        return True  # what it reads is copied to the CPU for it: it is in no chain
     if op.kind in ("embed", "dispatch", "sample"):
         return False  # nothing is done for our experts, others have their own Python
     return backend == "numba" and shape.phase == "prefill"
@@ -605,7 +612,8 @@ def _experts_call(op: Op, spec: ModelSpec, backend: Backend, load: ExpertLoad) -
 
 def sub_batch_shape(op: Op, shape: BatchShape) -> BatchShape:
     """The part of a decode step that an op of a sub-batch is for."""
-    second = min(op.num_second_seqs, shape.num_seqs - 1)
+    planned, known = op.num_second_seqs, shape.num_second_seqs
+    second = min(planned, shape.num_seqs - 1) if known is None else known
     num_seqs = second if op.sub_batch else shape.num_seqs - second
     return decode_shape(num_seqs, shape.num_past_tokens)
 

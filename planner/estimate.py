@@ -13,11 +13,11 @@ from planner.kv_blocks import num_second_seqs
 from planner.memory import DeviceMemory
 from planner.model_spec import ModelSpec
 from planner.placement import Device, Placement
-from planner.placement_graphs import PlacementGraphs
 from planner.plan import Estimate, TimeMetric
 from planner.priors import P90_SIGMAS
 from planner.simulate import makespan_s, simulate
 from planner.step_graph import Lane, Op, StepGraph, build_kv_move
+from planner.tier_graphs import TierGraphs
 from planner.timeline import TERMS, TimelineTerm
 from planner.workload import PHASES, BatchShape, Phase, Workload, decode_shape, prefill_shapes
 
@@ -169,19 +169,19 @@ class WavePricer:
         op = Op(index=0, kind="copy", lane=lane, layer=layer, payload="kv")
         return self.kv_move_s(StepGraph(phase="prefill", ops=(op,)))
 
-    def prefill(self, graphs: PlacementGraphs) -> PrefillCost:
+    def prefill(self, graphs: TierGraphs) -> PrefillCost:
         """Price the prefill of all sequences."""
         seconds, awaited_s = 0.0, 0.0
         for step, price in self._steps:
-            graph = graphs.of("prefill", step.shape.num_tokens)
+            graph = graphs.of(step.shape)
             step_s = makespan_s(graph, price, self._slowdowns) + price.host_s
             seconds += step.num_steps * step_s
             awaited_s += step.num_awaiting * step_s
         return PrefillCost(seconds=seconds, mean_first_s=awaited_s / self._wave.num_seqs)
 
-    def decode_step_s(self, graphs: PlacementGraphs) -> float:
+    def decode_step_s(self, graphs: TierGraphs) -> float:
         """Price one decode step at mean context."""
-        graph = graphs.of("decode", self._wave.num_seqs)
+        graph = graphs.of(self._decode.shape)
         return makespan_s(graph, self._decode, self._slowdowns) + self._decode.host_s
 
     def placement_move_s(self, placement: Placement) -> float:
@@ -206,15 +206,15 @@ class WavePricer:
         each = sum(self._costs.op_cost(op, self._spec, shape).seconds for op in graph.ops)
         return self._wave.num_seqs * each
 
-    def prefill_terms(self, graphs: PlacementGraphs) -> PhaseTerms:
+    def prefill_terms(self, graphs: TierGraphs) -> PhaseTerms:
         """What the seconds of `prefill` are made of."""
         return self._terms(graphs, [(step.num_steps, price) for step, price in self._steps])
 
-    def decode_terms(self, graphs: PlacementGraphs) -> PhaseTerms:
+    def decode_terms(self, graphs: TierGraphs) -> PhaseTerms:
         """What the seconds of `decode_step_s` are made of."""
         return self._terms(graphs, [(1.0, self._decode)])
 
-    def _terms(self, graphs: PlacementGraphs, steps: list[tuple[float, Pricer]]) -> PhaseTerms:
+    def _terms(self, graphs: TierGraphs, steps: list[tuple[float, Pricer]]) -> PhaseTerms:
         """Add up steps, each so many times; the bottleneck is the costliest one's."""
         terms: dict[TimelineTerm, float] = dict.fromkeys(TERMS, 0.0)
         found: dict[str, float] = {}
@@ -222,7 +222,7 @@ class WavePricer:
         sources: dict[Source, float] = dict.fromkeys(SOURCES, 0.0)
         costliest_s, bottleneck = -1.0, "none"
         for num_steps, price in steps:
-            graph = graphs.of(price.shape.phase, price.shape.num_tokens)
+            graph = graphs.of(price.shape)
             timeline = simulate(graph, price, self._slowdowns)
             for term, seconds in timeline.by_term().items():
                 terms[term] += num_steps * seconds
@@ -295,7 +295,7 @@ def estimate(
     wave = Workload(
         prompt_len=workload.prompt_len, output_len=workload.output_len, num_seqs=concurrent
     )
-    graphs = PlacementGraphs(spec, placement)
+    graphs = TierGraphs(spec, placement)
     pricer = WavePricer(spec, costs, wave, placement.prefill.max_num_tokens, backends)
     prefill = pricer.prefill(graphs)
     decode_step_s = pricer.decode_step_s(graphs)

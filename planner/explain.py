@@ -176,7 +176,7 @@ def _critical_parts(
     graphs, slowdowns = candidate.graphs, candidate.wave.costs.slowdowns
     for count, price in candidate.pricer.steps(phase):
         num_steps = 1.0 if phase == "decode" else count
-        graph = graphs.of(phase, price.shape.num_tokens)
+        graph = graphs.of(price.shape)
         for span in simulate(graph, price, slowdowns).critical_path():
             cost = price.cost(span.op)
             for resource, part_s in cost.by_resource.items():
@@ -202,7 +202,7 @@ def step_timelines(plan: Plan, question: Question) -> dict[Phase, Timeline]:
     return {
         phase: max(
             (
-                simulate(candidate.graphs.of(phase, price.shape.num_tokens), price, slowdowns)
+                simulate(candidate.graphs.of(price.shape), price, slowdowns)
                 for _, price in candidate.pricer.steps(phase)
             ),
             key=lambda timeline: timeline.makespan_s,

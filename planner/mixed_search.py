@@ -785,7 +785,9 @@ def _polished(space: _Space, draft: _Draft, candidate: Candidate) -> Iterator[Ca
 
 def _num_simulated(candidate: Candidate) -> int:
     """How many placements like this one are worth simulating in search of a faster one."""
-    num_ops = sum(len(candidate.graphs.of(phase).ops) for phase in PHASES)
+    num_ops = sum(
+        len(candidate.graphs.of(candidate.pricer.steps(phase)[0][1].shape).ops) for phase in PHASES
+    )
     return min(_MAX_SIMULATED, max(_MIN_SIMULATED, _MAX_SIMULATED_OPS // num_ops))
 
 

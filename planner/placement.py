@@ -16,6 +16,8 @@ Device = Literal["gpu", "cpu"]
 NUM_STREAM_BUFFERS = 2
 
 Runs = Literal["gpu", "cpu", "stream", "split"]
+# What tells a tier from the others of its placement: `TierPlacement.key`.
+TierKey = tuple[Phase, int]
 
 # What a tier of no named strategy (`strategies.py`) is called.
 MIXED = "mixed"
@@ -195,6 +197,24 @@ class TierPlacement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         places += [where for layer in self.layers for _, where in layer.modules()]
         return any(device in where.devices for where in places)
 
+    @property
+    def key(self) -> TierKey:
+        """What tells it from the other tiers of its placement."""
+        return (self.phase, self.max_num_tokens)
+
+    def alone(self, sub_batch: int) -> TierPlacement:
+        """The tier of steps in which all sequences are of one sub-batch, by its number.
+
+        Of the second one (1), all caches are on the CPU.
+        """
+        if sub_batch == 0:
+            return msgspec.structs.replace(self, num_second_seqs=0)
+        layers = tuple(
+            msgspec.structs.replace(layer, kv_on_cpu=layer.attention.device == "gpu")
+            for layer in self.layers
+        )
+        return msgspec.structs.replace(self, layers=layers, num_second_seqs=0)
+
     def streamed(self, layer: int) -> tuple[Module, ...]:
         """Modules of a layer that are copied to the GPU for each use: experts but the residents."""
         return tuple(n for n, where in self.layers[layer].modules() if where.runs == "stream")
@@ -239,6 +259,8 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             reason = _why_not_beside(tier, self.tier(tier.phase))
             if reason:
                 raise ValueError(f"tier {at} of smaller {reason}")
+        if len({tier.key for tier in self.tiers}) < len(self.tiers):
+            raise ValueError("two tiers of one phase are for steps of the same number of tokens")
 
     def _check_sub_batches(self) -> None:
         if any(layer.kv == "cpu" for layer in self.prefill.layers):
@@ -279,6 +301,17 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         found = [each for each in found if num_tokens <= each.max_num_tokens]
         return min(found, key=lambda each: each.max_num_tokens, default=whole)
 
+    def step_tier(
+        self, phase: Phase, num_tokens: int, sub_batches: tuple[int, ...] = (0,)
+    ) -> TierPlacement:
+        """What a step of so many tokens runs, of sequences of these sub-batches.
+
+        Where it has both, the decode tier: the only one that runs two.
+        """
+        if len(sub_batches) > 1:
+            return self.tier(phase)
+        return self.tier(phase, num_tokens).alone(sub_batches[0])
+
     @property
     def tiers(self) -> tuple[TierPlacement, ...]:
         """All tiers."""
@@ -295,13 +328,13 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         return self.prefill.lives_on(device) | self.decode.lives_on(device)
 
     def uses(self, device: Device) -> bool:
-        return self.prefill.uses(device) or self.decode.uses(device)
+        return any(tier.uses(device) for tier in self.tiers)
 
 
 def _why_not_beside(tier: TierPlacement, whole: TierPlacement) -> str:
     """What a tier for smaller steps does not share with the phase's own; empty where it does."""
-    if tier.num_second_seqs or whole.num_second_seqs:
-        return f"cannot be beside two sub-batches of the {tier.phase} tier, nor have any"
+    if tier.num_second_seqs:
+        return "has two sub-batches, which only the largest decode tier can have"
     if tier.max_num_tokens >= whole.max_num_tokens:
         return (
             f"is for steps of {tier.max_num_tokens} tokens, no fewer than the {tier.phase} tier's "

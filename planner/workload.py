@@ -45,7 +45,8 @@ class BatchShape:
 
     `num_tokens` new tokens of `num_seqs` sequences, each with `num_past_tokens` (mean) already in
     the cache. `num_logits` is how many rows reach the output head: sequences whose prompt ends in
-    this step, or all of them in decode.
+    this step, or all of them in decode. `num_second_seqs` of them are the second sub-batch of a
+    decode step that has two; None: as many as the placement says.
     """
 
     phase: Phase
@@ -53,6 +54,7 @@ class BatchShape:
     num_seqs: int
     num_past_tokens: float
     num_logits: int
+    num_second_seqs: int | None = None
 
 
 def decode_shape(num_seqs: int, num_past_tokens: float) -> BatchShape:

@@ -19,8 +19,8 @@ from cpu_kernels.attention import decode_attention
 from cpu_kernels.scratch import Scratch
 from hetero.model.batch import BatchTensors
 from hetero.model.norm import rms_norm
-from hetero.model.rotary import apply_rotary, rotary_rows
-from planner.model_spec import QkNorm
+from hetero.model.rotary import apply_rotary
+from planner.model_spec import ModelSpec
 from planner.workload import Phase
 
 AttentionKernel = Literal["numba", "torch"]
@@ -61,12 +61,10 @@ class PageReads:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionStep:
-    """What the attention of all layers shares in a step on one device: made once, read by each."""
+    """What layers share in a step on the device that attends: made once, read by each."""
 
     phase: Phase
     kernel: AttentionKernel
-    cos_TK: Tensor
-    sin_TK: Tensor
     blocks_T: Tensor
     offsets_T: Tensor
     block_tables_SB: Tensor
@@ -79,14 +77,12 @@ class AttentionStep:
 def attention_step(
     batch: BatchTensors,
     *,
-    inv_freq_F: Tensor,
     dtype: torch.dtype,
     block_size: int,
     windows: Collection[int | None],
     kernel: AttentionKernel,
 ) -> AttentionStep:
-    """Rotary rows, page indices and masks of a step, for layers with any of `windows`."""
-    cos_TK, sin_TK = rotary_rows(batch.positions_T, inv_freq_F, dtype)
+    """Page indices and masks of a step, for layers with any of `windows`."""
     prompts: dict[int | None, tuple[PromptReads, ...]] = {}
     pages: dict[int | None, PageReads] = {}
     for window in set(windows):
@@ -100,8 +96,6 @@ def attention_step(
     return AttentionStep(
         phase=batch.phase,
         kernel=kernel,
-        cos_TK=cos_TK,
-        sin_TK=sin_TK,
         blocks_T=batch.slots_T // block_size,
         offsets_T=batch.slots_T % block_size,
         block_tables_SB=batch.block_tables_SB,
@@ -116,47 +110,72 @@ def attention_layer(
     x_TD: Tensor,
     weights: Mapping[str, Tensor],
     kv: LayerKV,
+    cos_TK: Tensor,
+    sin_TK: Tensor,
     step: AttentionStep,
+    spec: ModelSpec,
     *,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    norm_eps: float,
-    qk_norm: QkNorm,
-    clip_qkv: float | None,
     window: int | None,
     num_threads: int,
 ) -> Tensor:
     """x + attention of the normed x; writes the new keys and values into their pages."""
-    num_tokens = x_TD.shape[0]
+    q_THK, k_TGK, v_TGK = project(x_TD, weights, cos_TK, sin_TK, spec)
+    attended = attend(q_THK, k_TGK, v_TGK, kv, step, window=window, num_threads=num_threads)
+    return attention_output(attended, x_TD, weights)
+
+
+def project(
+    x_TD: Tensor,
+    weights: Mapping[str, Tensor],
+    cos_TK: Tensor,
+    sin_TK: Tensor,
+    spec: ModelSpec,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotated queries and keys, and values, of the normed x."""
+    num_tokens, norm_eps, head_dim = x_TD.shape[0], spec.norm_eps, spec.head_dim
     normed_TD = rms_norm(x_TD, weights["input_norm"], norm_eps)
     qkv = F.linear(normed_TD, weights["qkv"], weights.get("qkv_bias"))
-    if qk_norm == "full":
-        q_size, kv_size = num_heads * head_dim, num_kv_heads * head_dim
-        q, k = qkv[:, :q_size], qkv[:, q_size : q_size + kv_size]
+    if spec.qk_norm == "full":
+        q, k, _ = qkv.split((spec.q_size, spec.kv_size, spec.kv_size), dim=1)
         q.copy_(rms_norm(q, weights["q_norm"], norm_eps))
         k.copy_(rms_norm(k, weights["k_norm"], norm_eps))
-    if clip_qkv is not None:
-        qkv.clamp_(-clip_qkv, clip_qkv)
+    if spec.clip_qkv is not None:
+        qkv.clamp_(-spec.clip_qkv, spec.clip_qkv)
     # Queries and keys are heads of one tensor as long as they can be: half the number of ops, which
     # cost 4 us each however small.
     heads_THK = qkv.view(num_tokens, -1, head_dim)
-    qk_THK, v_TGK = heads_THK[:, :-num_kv_heads], heads_THK[:, -num_kv_heads:]
-    if qk_norm == "head":
+    qk_THK, v_TGK = heads_THK.split((spec.num_heads + spec.num_kv_heads, spec.num_kv_heads), dim=1)
+    if spec.qk_norm == "head":
         qk_THK = F.rms_norm(qk_THK, (head_dim,), None, norm_eps)
-        qk_THK[:, :num_heads].mul_(weights["q_norm"])
-        qk_THK[:, num_heads:].mul_(weights["k_norm"])
-    rotated_THK = apply_rotary(qk_THK, step.cos_TK, step.sin_TK)
-    q_THK, k_TGK = rotated_THK[:, :num_heads], rotated_THK[:, num_heads:]
+        qk_THK[:, : spec.num_heads].mul_(weights["q_norm"])
+        qk_THK[:, spec.num_heads :].mul_(weights["k_norm"])
+    rotated_THK = apply_rotary(qk_THK, cos_TK, sin_TK)
+    return rotated_THK[:, : spec.num_heads], rotated_THK[:, spec.num_heads :], v_TGK
+
+
+def attend(
+    q_THK: Tensor,
+    k_TGK: Tensor,
+    v_TGK: Tensor,
+    kv: LayerKV,
+    step: AttentionStep,
+    *,
+    window: int | None,
+    num_threads: int,
+) -> Tensor:
+    """Values by their scores, heads joined; writes the new keys and values into their pages."""
     kv.key[step.blocks_T, :, step.offsets_T] = k_TGK
     kv.value[step.blocks_T, :, step.offsets_T] = v_TGK
     if step.phase == "prefill":
         parts = [_attend_prompt(q_THK, k_TGK, v_TGK, kv, part) for part in step.prompts[window]]
-        attended = parts[0] if len(parts) == 1 else torch.cat(parts)
-    elif step.kernel == "numba":
-        attended = _decode_numba(q_THK, kv, step, window, num_threads)
-    else:
-        attended = decode_torch(q_THK, kv, step.pages[window])
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+    if step.kernel == "numba":
+        return _decode_numba(q_THK, kv, step, window, num_threads)
+    return decode_torch(q_THK, kv, step.pages[window])
+
+
+def attention_output(attended: Tensor, x_TD: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+    """x + the output product of what `attend` gave."""
     return F.linear(attended, weights["o"], weights.get("o_bias")).add_(x_TD)
 
 

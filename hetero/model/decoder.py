@@ -21,7 +21,9 @@ from hetero.model.attention import (
     AttentionStep,
     as_array,
     attention_layer,
+    attention_output,
     attention_step,
+    project,
 )
 from hetero.model.batch import BatchTensors
 from hetero.model.cpu_layers import CpuAttentionStep, as_tensor
@@ -33,7 +35,7 @@ from hetero.model.head import embed, head
 from hetero.model.mlp import dense_layer
 from hetero.model.moe import ExpertMethod, combine, expert_method, route
 from hetero.model.packed import PackedModule, embedding_rows
-from hetero.model.rotary import rotary_frequencies
+from hetero.model.rotary import rotary_frequencies, rotary_rows
 from hetero.runtime.devices import Accelerator
 from hetero.runtime.host_copies import ModuleWeights
 from hetero.runtime.weights import Weights
@@ -56,14 +58,16 @@ class DeviceKernels:
 class Decoder:
     """A loaded model: weights, and how each device computes; `cpu_kernels` on packed weights.
 
-    `expert_times` say what split layers fetch; None where there are none.
+    Each sub-batch has CPU kernels of its own: what one left in their memory may still be on its way
+    to the GPU while the other's run. `expert_times` say what split layers fetch; None where there
+    are none.
     """
 
     spec: ModelSpec
     weights: Weights
     accelerator: Accelerator | None
     kernels: dict[Device, DeviceKernels]
-    cpu_kernels: CpuKernels
+    cpu_kernels: tuple[CpuKernels, CpuKernels]
     expert_times: ExpertTimes | None
     _runs: dict[int, tuple[tuple[Op, ...], tuple[tuple[Op, ...], ...]]] = field(
         default_factory=dict
@@ -75,15 +79,14 @@ class Decoder:
             self._runs[id(ops)] = (ops, split_runs(ops, find_packed))
         return self._runs[id(ops)][1]
 
-    @property
-    def expert_devices(self) -> ExpertDevices:
+    def expert_devices(self, sub_batch: int) -> ExpertDevices:
         """What the ops of expert layers need of it."""
         return ExpertDevices(
             spec=self.spec,
             weights=self.weights,
             accelerator=self.accelerator,
             methods={device: kernels.experts for device, kernels in self.kernels.items()},
-            cpu_kernels=self.cpu_kernels,
+            cpu_kernels=self.cpu_kernels[sub_batch],
             times=self.expert_times,
         )
 
@@ -114,13 +117,15 @@ class Decoder:
                 num_threads=1,
                 inv_freq_F=rotary_frequencies(spec.rope, spec.head_dim, accelerator.device),
             )
+        frequencies_F = kernels["cpu"].inv_freq_F.numpy()
         return cls(
             spec=spec,
             weights=weights,
             accelerator=accelerator,
             kernels=kernels,
-            cpu_kernels=CpuKernels(
-                num_threads=num_threads, inv_freq_F=kernels["cpu"].inv_freq_F.numpy()
+            cpu_kernels=(
+                CpuKernels(num_threads=num_threads, inv_freq_F=frequencies_F),
+                CpuKernels(num_threads=num_threads, inv_freq_F=frequencies_F),
             ),
             expert_times=expert_times,
         )
@@ -132,7 +137,7 @@ def _expert_method(spec: ModelSpec, accelerator: Accelerator) -> ExpertMethod:
 
 
 class DecoderStep:
-    """The values that flow through one step. Mutable: each op reads some and sets some.
+    """The values that flow through one step, or through one of its sub-batches. Mutable.
 
     One value travels along the chain of ops (`hidden_TD`; what expert layers add to it has its own
     place), so that ops on different lanes never write what another still reads.
@@ -144,11 +149,13 @@ class DecoderStep:
     tier : TierPlacement
         The tier whose graph is run.
     kv : PagedKV
-        The cache of this tier's phase.
+        The cache that the sequences are in.
     batch : BatchTensors
         The step's indices, on the CPU.
     sample : callable
         Given logits_LV on the CPU; its result is kept by the caller.
+    sub_batch : int
+        Which sub-batch's.
     prompt_layers, prompts : frozenset of int, BatchTensors, optional
         Layers with pages of their own for prompts, and the step's indices there.
     """
@@ -160,6 +167,7 @@ class DecoderStep:
         kv: PagedKV,
         batch: BatchTensors,
         sample: Callable[[Tensor], None],
+        sub_batch: int = 0,
         *,
         prompt_layers: frozenset[int] = frozenset(),
         prompts: BatchTensors | None = None,
@@ -171,13 +179,18 @@ class DecoderStep:
         self._batches: dict[Device, BatchTensors] = {"cpu": batch}
         self._prompt_layers = prompt_layers
         self._prompts: dict[Device, BatchTensors] = {} if prompts is None else {"cpu": prompts}
+        self._cpu_kernels = decoder.cpu_kernels[sub_batch]
+        self._rotations: dict[Device, tuple[Tensor, Tensor]] = {}
         # By device and by whether the layer is one of `prompt_layers`.
         self._attention: dict[tuple[Device, bool], AttentionStep] = {}
         self._cpu_attention: dict[bool, CpuAttentionStep] = {}
         # Arrays between ops of the CPU's kernels, tensors elsewhere: from one to the other takes
         # 10 us, as long as a kernel.
         self._hidden_TD: Tensor | NDArray[Any] | None = None
-        self._experts = ExpertStep(decoder.expert_devices, tier)
+        # Queries, keys and values on their way to the CPU, and what it gives for them.
+        self._qkv_THK: Tensor | None = None
+        self._attended: Tensor | None = None
+        self._experts = ExpertStep(decoder.expert_devices(sub_batch), tier)
         self._logits_LV: Tensor | None = None
 
     def perform(self, op: Op) -> None:
@@ -187,7 +200,14 @@ class DecoderStep:
         elif op.kind == "embed":
             self._embed(op)
         elif op.kind == "attention":
-            self._hidden_TD = self._attend(op)
+            self._hidden_TD = self._attention_layer(op)
+        elif op.kind == "qkv":
+            self._qkv_THK = self._project(op)
+        elif op.kind == "attend":
+            self._attended = self._attend(op)
+        elif op.kind == "attention_output":
+            assert self._attended is not None
+            self._hidden_TD = attention_output(self._attended, self._hidden(), self._weights(op))
         elif op.kind == "dense":
             self._dense(op)
         elif op.kind == "router":
@@ -223,7 +243,7 @@ class DecoderStep:
 
     def _perform_chain(self, ops: tuple[Op, ...]) -> list[float]:
         decoder, step = self._decoder, self._cpu_step()
-        kernels, x_TD = decoder.cpu_kernels, self._hidden_array()
+        kernels, x_TD = self._cpu_kernels, self._hidden_array()
         run = kernels.workspace(len(x_TD)).kept(
             (ops[0].index, len(ops), x_TD.dtype.num),
             (ops, self._kv, *step.places, *step.contexts),
@@ -256,7 +276,7 @@ class DecoderStep:
         weights = self._decoder.weights
         if op.module in self._tier.streamed(op.layer):
             assert op.buffer is not None
-            return weights.staging(self._tier.phase).weights(op.module, op.layer, op.buffer)
+            return weights.staging(self._tier).weights(op.module, op.layer, op.buffer)
         return weights.resident(op.device, op.module, op.layer)
 
     def _packed(self, op: Op, module: Module) -> PackedModule | None:
@@ -284,45 +304,73 @@ class DecoderStep:
     def _dense(self, op: Op) -> None:
         spec, packed = self._decoder.spec, self._packed(op, "dense")
         if packed is not None:
-            kernels = self._decoder.cpu_kernels
-            self._hidden_TD = cpu_layers.dense_layer(self._hidden_array(), packed, kernels, spec)
+            x_TD = self._hidden_array()
+            self._hidden_TD = cpu_layers.dense_layer(x_TD, packed, self._cpu_kernels, spec)
         else:
             self._hidden_TD = dense_layer(self._hidden(), self._weights(op), spec.norm_eps)
 
-    def _attend(self, op: Op) -> Tensor | NDArray[Any]:
+    def _attention_layer(self, op: Op) -> Tensor | NDArray[Any]:
         assert op.layer is not None
         packed = self._packed(op, "attention")
         if packed is not None:
             return self._attend_packed(op.layer, packed)
-        spec, kernels = self._decoder.spec, self._decoder.kernels[op.device]
-        in_prompts = op.layer in self._prompt_layers
-        step = self._attention.get((op.device, in_prompts))
-        if step is None:
-            step = self._attention[op.device, in_prompts] = attention_step(
-                (self._prompts if in_prompts else self._batches)[op.device],
-                inv_freq_F=kernels.inv_freq_F,
-                dtype=self._hidden().dtype,
-                block_size=BLOCK_SIZE,
-                windows={layer.window for layer in spec.layers},
-                kernel=kernels.attention,
-            )
+        spec = self._decoder.spec
         return attention_layer(
             self._hidden(),
             self._weights(op),
             self._kv.layer(op.layer),
-            step,
-            num_heads=spec.num_heads,
-            num_kv_heads=spec.num_kv_heads,
-            head_dim=spec.head_dim,
-            norm_eps=spec.norm_eps,
-            qk_norm=spec.qk_norm,
-            clip_qkv=spec.clip_qkv,
+            *self._rotation(op.device),
+            self._attention_step(op.device, in_prompts=op.layer in self._prompt_layers),
+            spec,
             window=spec.layers[op.layer].window,
-            num_threads=kernels.num_threads,
+            num_threads=self._decoder.kernels[op.device].num_threads,
         )
 
+    def _project(self, op: Op) -> Tensor:
+        """Queries, keys and values side by side: one copy takes them to the CPU."""
+        rotation = self._rotation(op.device)
+        parts = project(self._hidden(), self._weights(op), *rotation, self._decoder.spec)
+        return torch.cat(parts, dim=1)
+
+    def _attend(self, op: Op) -> Tensor:
+        assert op.layer is not None and self._qkv_THK is not None
+        spec = self._decoder.spec
+        return cpu_layers.attend_projected(
+            self._qkv_THK,
+            self._kv.layer(op.layer),
+            self._cpu_step(),
+            self._cpu_kernels,
+            spec,
+            spec.layers[op.layer].window,
+        )
+
+    def _rotation(self, device: Device) -> tuple[Tensor, Tensor]:
+        """Rotary rows of the step's positions."""
+        if device not in self._rotations:
+            self._rotations[device] = rotary_rows(
+                self._batches[device].positions_T,
+                self._decoder.kernels[device].inv_freq_F,
+                self._dtype,
+            )
+        return self._rotations[device]
+
+    def _attention_step(self, device: Device, *, in_prompts: bool) -> AttentionStep:
+        if (device, in_prompts) not in self._attention:
+            self._attention[device, in_prompts] = attention_step(
+                (self._prompts if in_prompts else self._batches)[device],
+                dtype=self._dtype,
+                block_size=BLOCK_SIZE,
+                windows={layer.window for layer in self._decoder.spec.layers},
+                kernel=self._decoder.kernels[device].attention,
+            )
+        return self._attention[device, in_prompts]
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return TORCH_DTYPES[self._decoder.spec.dtype]
+
     def _attend_packed(self, layer: int, weights: PackedModule) -> NDArray[Any]:
-        spec, kernels = self._decoder.spec, self._decoder.cpu_kernels
+        spec, kernels = self._decoder.spec, self._cpu_kernels
         return cpu_layers.attention_layer(
             self._hidden_array(),
             weights,
@@ -337,7 +385,7 @@ class DecoderStep:
         if in_prompts not in self._cpu_attention:
             self._cpu_attention[in_prompts] = cpu_layers.cpu_attention_step(
                 (self._prompts if in_prompts else self._batches)["cpu"],
-                self._decoder.cpu_kernels,
+                self._cpu_kernels,
                 block_size=BLOCK_SIZE,
                 windows={each.window for each in self._decoder.spec.layers},
                 slots="prompt slots" if in_prompts else "slots",
@@ -349,7 +397,7 @@ class DecoderStep:
         spec, packed = self._decoder.spec, self._packed(op, "router")
         top_k = spec.layers[op.layer].num_experts_per_token
         if packed is not None:
-            kernels, x_TD = self._decoder.cpu_kernels, self._hidden_array()
+            kernels, x_TD = self._cpu_kernels, self._hidden_array()
             self._experts.set_routing(
                 op.device, cpu_layers.route_layer(x_TD, packed, kernels, spec, top_k)
             )
@@ -369,8 +417,8 @@ class DecoderStep:
         assert op.layer is not None
         first, *others = self._experts.take_outputs(op.layer)
         if isinstance(first, np.ndarray) and op.device == "cpu":
-            kernels = self._decoder.cpu_kernels
-            self._hidden_TD = cpu_layers.combine(self._hidden_array(), first, kernels)
+            x_TD = self._hidden_array()
+            self._hidden_TD = cpu_layers.combine(x_TD, first, self._cpu_kernels)
             return
         y_TD = self._experts.as_tensor(first)
         for each in others:
@@ -384,7 +432,7 @@ class DecoderStep:
             x_LD = self._hidden_array()
             if len(x_LD) == batch.num_tokens:
                 x_LD = x_LD[batch.logit_rows_L.numpy()]
-            kernels = self._decoder.cpu_kernels
+            kernels = self._cpu_kernels
             self._logits_LV = cpu_layers.head_layer(x_LD, packed, kernels, spec.norm_eps)
         else:
             rows_LD = self._hidden()
@@ -410,7 +458,7 @@ class DecoderStep:
             self._experts.fetch(op)
         elif op.payload == "weights":
             assert op.module is not None and op.layer is not None and op.buffer is not None
-            staging = self._decoder.weights.staging(self._tier.phase)
+            staging = self._decoder.weights.staging(self._tier)
             target = staging.target(op.module, op.layer, op.buffer)
             accelerator.copy_into(target, staging.source(op.module, op.layer))
         elif op.payload == "hidden":
@@ -420,6 +468,12 @@ class DecoderStep:
                 source: Device = "cpu" if op.lane == "h2d" else "gpu"
                 hidden = hidden.index_select(0, self._batches[source].logit_rows_L)
             self._hidden_TD = move(hidden)
+        elif op.payload == "qkv":
+            assert self._qkv_THK is not None
+            self._qkv_THK = move(self._qkv_THK)
+        elif op.payload == "attended":
+            assert self._attended is not None
+            self._attended = move(self._attended)
         elif op.payload == "routing":
             self._experts.copy_routing(op.device, move)
         elif op.payload == "expert_output":
@@ -428,6 +482,24 @@ class DecoderStep:
         else:
             assert op.payload == "logits" and self._logits_LV is not None
             self._logits_LV = move(self._logits_LV)
+
+
+class SubBatchSteps:
+    """Gives every op of a step with two sub-batches to the DecoderStep of its own.
+
+    Copies of weights are of both: whichever performs one, both read them.
+    """
+
+    def __init__(self, first: DecoderStep, second: DecoderStep) -> None:
+        self._steps = (first, second)
+
+    def perform(self, op: Op) -> None:
+        """Do one op; called on its lane once its dependencies have ended."""
+        self._steps[op.sub_batch or 0].perform(op)
+
+    def perform_run(self, ops: tuple[Op, ...]) -> list[float]:
+        """Do neighbouring ops of the `cpu` lane, all of one sub-batch."""
+        return self._steps[ops[0].sub_batch or 0].perform_run(ops)
 
 
 class KVMove:

@@ -157,7 +157,7 @@ class ExpertStep:
         """Copy the experts that the step has chosen into their slots, and their slots' numbers."""
         accelerator, layer, buffer = self._devices.accelerator, op.layer, op.buffer
         assert accelerator is not None and layer is not None and buffer is not None
-        staging = self._devices.weights.staging(self._tier.phase)
+        staging = self._devices.weights.staging(self._tier)
         on_cpu_E = self._local(op, "cpu").numbers_E
         for slot, expert in enumerate(self._fetched):
             source = staging.expert_source(layer, int(on_cpu_E[expert]))
@@ -236,10 +236,10 @@ class ExpertStep:
         assert layer is not None
         if op.part == "fetched":
             assert buffer is not None
-            return weights.staging(self._tier.phase).fetched(layer, buffer, len(self._fetched))
+            return weights.staging(self._tier).fetched(layer, buffer, len(self._fetched))
         if self._place(op) == "staging":
             assert buffer is not None
-            return weights.staging(self._tier.phase).weights("experts", layer, buffer)
+            return weights.staging(self._tier).weights("experts", layer, buffer)
         return weights.resident(op.device, "experts", layer)
 
     def _without_fetched(self, op: Op, local: LocalExperts) -> LocalExperts:

@@ -44,13 +44,14 @@ def issue_order(graph: StepGraph) -> tuple[Op, ...]:
 def lane_runs(order: tuple[Op, ...]) -> tuple[tuple[Op, ...], ...]:
     """Cut an order of submission into ops that may be handed over together.
 
-    Those are neighbours on the `cpu` lane of which only the first waits for other lanes: nothing
-    could be submitted between them, and none starts later than alone.
+    Those are neighbours on the `cpu` lane, of one sub-batch, of which only the first waits for
+    other lanes: nothing could be submitted between them, and none starts later than alone.
     """
     runs: list[list[Op]] = []
     on_cpu = {op.index for op in order if op.lane == "cpu"}
     for op in order:
         follows = bool(runs) and runs[-1][-1].lane == op.lane == "cpu"
+        follows = follows and runs[-1][-1].sub_batch == op.sub_batch
         if follows and on_cpu.issuperset(op.deps):
             runs[-1].append(op)
         else:

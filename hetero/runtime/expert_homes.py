@@ -16,7 +16,6 @@ from cpu_kernels.experts import NO_EXPERT
 from planner.model_spec import ModelSpec
 from planner.placement import Placement
 from planner.step_graph import Part
-from planner.workload import PHASES
 
 # Memories that hold experts; `staging` has those that are streamed, all that are not resident.
 ExpertPlace = Literal["gpu", "cpu", "staging"]
@@ -33,8 +32,7 @@ class ExpertHomes:
     @classmethod
     def of(cls, spec: ModelSpec, placement: Placement, layer: int) -> ExpertHomes:
         """As a placement has it; layers without residents keep the order of the model."""
-        tiers = [placement.tier(phase) for phase in PHASES]
-        has_residents = any(tier.layers[layer].ffn.num_resident for tier in tiers)
+        has_residents = any(tier.layers[layer].ffn.num_resident for tier in placement.tiers)
         order = placement.order_of_experts(spec, layer) if has_residents else None
         return cls(
             order=order or tuple(range(spec.layers[layer].num_experts)),

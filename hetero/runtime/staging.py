@@ -1,7 +1,7 @@
 """Staging: the accelerator's memory for weights on their way to it.
 
-A streamed layer lies in one of two buffers, a fetched expert in a slot behind them. Prefill and
-decode use the same memory: no two steps run at once.
+A streamed layer lies in one of two buffers, a fetched expert in a slot behind them. All tiers use
+the same memory: no two steps run at once.
 """
 
 # B bytes, S slots
@@ -60,6 +60,8 @@ class Staging:
         self._memory: Tensor | None = None
         # Filled as steps run: views take longer to make than to use.
         self._views: dict[tuple[Module, int, int], ModuleWeights] = {}
+        # By buffer, the rows that a packed module was turned into since it was last copied there.
+        self._rows: dict[tuple[Module, int], ModuleWeights] = {}
 
     def use(self, memory_B: Tensor) -> None:
         """Stage in this memory from now on; it holds what `sizes` says."""
@@ -70,7 +72,11 @@ class Staging:
         return self._streamed[layer][module].flat_B
 
     def target(self, module: Module, layer: int, buffer: int) -> Tensor:
-        """Where a streamed module is copied to."""
+        """Where a streamed module is to be copied to; what was copied there before is over."""
+        self._rows.pop((module, buffer), None)
+        return self._place(module, layer, buffer)
+
+    def _place(self, module: Module, layer: int, buffer: int) -> Tensor:
         assert self._memory is not None
         start = buffer * self.sizes.buffer_bytes
         for name, copy in self._streamed[layer].items():
@@ -80,12 +86,15 @@ class Staging:
         raise AssertionError(f"{module} of layer {layer} is not streamed")
 
     def weights(self, module: Module, layer: int, buffer: int) -> ModuleWeights:
-        """The tensors of a streamed module whose copy has ended, for its one use."""
-        key, copy = (module, layer, buffer), self._streamed[layer][module]
+        """The tensors of a streamed module whose copy has ended, until the next into its buffer."""
+        copy = self._streamed[layer][module]
         if copy.is_packed:
-            return copy.weights(self.target(module, layer, buffer))
+            if (module, buffer) not in self._rows:
+                self._rows[module, buffer] = copy.weights(self._place(module, layer, buffer))
+            return self._rows[module, buffer]
+        key = (module, layer, buffer)
         if key not in self._views:
-            self._views[key] = copy.weights(self.target(module, layer, buffer))
+            self._views[key] = copy.weights(self._place(module, layer, buffer))
         return self._views[key]
 
     def expert_source(self, layer: int, local: int) -> Tensor:

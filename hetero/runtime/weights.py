@@ -29,9 +29,8 @@ from hetero.runtime.host_copies import (
 from hetero.runtime.staging import Staging, allocate_staging
 from planner.cost_model import OWN_BACKENDS, Backends
 from planner.model_spec import ModelSpec, Module
-from planner.placement import Device, Placement, TierPlacement
+from planner.placement import Device, Placement, TierKey, TierPlacement
 from planner.step_graph import Part
-from planner.workload import PHASES, Phase
 
 _STORED_DTYPES = {
     "F32": torch.float32,
@@ -58,7 +57,7 @@ class Weights:
         homes: Homes,
         resident: Mapping[Device, Mapping[ModuleKey, Tensor]],
         packed: Mapping[ModuleKey, PackedModule],
-        staging: Mapping[Phase, Staging],
+        staging: Mapping[TierKey, Staging],
         accelerator: Accelerator | None,
     ) -> None:
         self._spec = spec
@@ -84,9 +83,9 @@ class Weights:
         """A module on the CPU as its kernels read it; None where torch computes it, or nobody."""
         return self._packed.get((module, layer))
 
-    def staging(self, phase: Phase) -> Staging:
-        """What the tier of a phase copies to the accelerator."""
-        return self._staging[phase]
+    def staging(self, tier: TierPlacement) -> Staging:
+        """What a tier copies to the accelerator."""
+        return self._staging[tier.key]
 
     def host_flat(self, module: Module, layer: int) -> Tensor:
         """The host copy of a module in rows as one flat tensor."""
@@ -216,7 +215,7 @@ def load_weights(
             if progress is not None:
                 progress(done, total)
     copies = HostCopies(spec, homes, resident["cpu"], packed)
-    staging = {phase: _staging(copies, placement.tier(phase)) for phase in PHASES}
+    staging = {tier.key: _staging(copies, tier) for tier in placement.tiers}
     allocate_staging(list(staging.values()), accelerator)
     return Weights(spec, homes, resident, packed, staging, accelerator)
 
@@ -232,8 +231,7 @@ class _CpuUses:
     def of(cls, placement: Placement) -> _CpuUses:
         computed: set[ModuleKey] = set()
         copied: set[ModuleKey] = set()
-        for phase in PHASES:
-            tier = placement.tier(phase)
+        for tier in placement.tiers:
             ends: tuple[Module, Module] = ("embedding", "head")
             computed.update((name, None) for name in ends if getattr(tier, name).runs == "cpu")
             for index, layer in enumerate(tier.layers):

@@ -1,7 +1,9 @@
-"""Whatever the search may emit gives all-CPU's tokens: states of layers drawn at random."""
+"""Whatever the search may emit gives all-CPU's tokens: states of layers drawn at random, and of
+them tiers for smaller steps and two sub-batches."""
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -20,11 +22,22 @@ from planner.cost_model import CostModel
 from planner.kv_blocks import KVBlocks
 from planner.mixed_search import _Draft, _placement, _Space
 from planner.model_spec import ModelSpec
-from planner.placement import Device, Placement, TierPlacement
+from planner.placement import (
+    ON_CPU,
+    ON_GPU,
+    STREAMED,
+    Device,
+    LayerPlacement,
+    Placement,
+    TierPlacement,
+)
 from planner.workload import Phase, Workload
 from tests.hetero.test_mixed_experts import GREEDY, PROMPTS, placed, tokens_of
+from tests.hetero.test_sub_batches import many_blocks, sub_batches_by_hand
 from tests.machines import toy_machine
 from tests.tiny_models import save_tiny_model
+
+__all__ = ["many_blocks"]
 
 MODELS = ("llama", "olmoe", "qwen3-moe")
 
@@ -175,3 +188,76 @@ def assert_all_free(pools: BlockPools) -> None:
 def ragged(three_layers: Path) -> list[tuple[int, ...]]:
     with LLM(three_layers, profile=toy_machine(), accelerator="none") as llm:
         return [out.outputs[0].token_ids for out in llm.generate(RAGGED, GREEDY)]
+
+
+def otherwise(layer: LayerPlacement, phase: Phase, draw: Random) -> LayerPlacement:
+    """A layer with its weights and its cache where they are, whose modules may run otherwise."""
+    streams = phase == "decode" and layer.kv == "cpu"
+    attention, kv_on_cpu = layer.attention, layer.kv_on_cpu
+    if attention.lives == "cpu" and streams:
+        kv_on_cpu = draw.random() < 0.5
+        attention = STREAMED if kv_on_cpu else ON_CPU
+    if layer.router is None:
+        ffn = layer.ffn if layer.ffn.lives == "gpu" else draw.choice((ON_CPU, STREAMED))
+        return LayerPlacement(attention=attention, ffn=ffn, kv_on_cpu=kv_on_cpu)
+    router, ffn = layer.router, layer.ffn
+    if ffn.lives == "cpu":
+        ffn = replace(ffn, runs=draw.choice(("cpu", "stream", "split")))
+    if router.lives == "cpu":
+        router = STREAMED if ffn.is_mixed else draw.choice((ON_CPU, STREAMED))
+    return LayerPlacement(attention=attention, ffn=ffn, router=router, kv_on_cpu=kv_on_cpu)
+
+
+def smaller(tier: TierPlacement, max_num_tokens: int, draw: Random) -> TierPlacement:
+    """A tier for smaller steps beside another."""
+    layers = tuple(otherwise(layer, tier.phase, draw) for layer in tier.layers)
+    return replace(
+        tier,
+        layers=layers,
+        max_num_tokens=max_num_tokens,
+        num_expert_slots=2 * draw.randint(1, 3),
+        num_second_seqs=0,
+    )
+
+
+def in_two(placement: Placement, draw: Random) -> Placement:
+    """The same with two sub-batches, and all attention on the GPU, as these need it."""
+    decode_kv_on_cpu = draw.random() < 0.5
+
+    def attending(tier: TierPlacement, kv_on_cpu: bool) -> TierPlacement:
+        layers = tuple(
+            replace(
+                layer,
+                attention=ON_GPU if layer.attention.lives == "gpu" else STREAMED,
+                kv_on_cpu=kv_on_cpu,
+            )
+            for layer in tier.layers
+        )
+        return replace(tier, layers=layers)
+
+    decode = replace(attending(placement.decode, decode_kv_on_cpu), num_second_seqs=1)
+    return replace(placement, prefill=attending(placement.prefill, False), decode=decode)
+
+
+@pytest.mark.usefixtures("many_blocks")
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("name", MODELS)
+def test_random_tiers_give_the_tokens_of_all_cpu(
+    models: dict[str, Path], expected: dict[str, list[tuple[int, ...]]], name: str, seed: int
+) -> None:
+    """For a step of one token, of two, and of more; half of them with two sub-batches."""
+
+    def place(spec: ModelSpec) -> Placement:
+        draw = Random(seed)
+        whole = random_placement(spec, seed)
+        if seed % 2:
+            whole = in_two(whole, draw)
+        tiers = ((whole.decode, 1), (whole.decode, 2), (whole.prefill, 3))
+        return replace(whole, smaller=tuple(smaller(tier, size, draw) for tier, size in tiers))
+
+    with placed(models[name], place) as llm:
+        for split in itertools.product((0, 1), repeat=3) if seed % 2 else [(0, 0, 0)]:
+            with sub_batches_by_hand(split):
+                assert tokens_of(llm) == expected[name]
+                one = llm.generate(PROMPTS[2], GREEDY)
+                assert one[0].outputs[0].token_ids == expected[name][2]

@@ -17,7 +17,7 @@ from hetero.model.cpu_layers import as_tensor
 from hetero.model.cpu_workspace import CpuKernels
 from hetero.model.families import module_layout
 from hetero.model.packed import PackedModule, pack_module
-from hetero.model.rotary import rotary_frequencies
+from hetero.model.rotary import rotary_frequencies, rotary_rows
 from planner.model_spec import ModelSpec, Module
 from tests.hetero.model.packed import checkpoint_tensors, packed
 from tests.hetero.model.paged import (
@@ -192,20 +192,15 @@ class Attention:
             x_TD.to(self.dtype),
             self.weights,
             self.pages,
+            *rotary_rows(batch.positions_T, self.twins.inv_freq_F, self.dtype),
             attention.attention_step(
                 batch,
-                inv_freq_F=self.twins.inv_freq_F,
                 dtype=self.dtype,
                 block_size=BLOCK_SIZE,
                 windows=windows,
                 kernel="torch",
             ),
-            num_heads=spec.num_heads,
-            num_kv_heads=spec.num_kv_heads,
-            head_dim=spec.head_dim,
-            norm_eps=spec.norm_eps,
-            qk_norm=spec.qk_norm,
-            clip_qkv=spec.clip_qkv,
+            spec,
             window=self.window,
             num_threads=1,
         )

@@ -126,9 +126,18 @@ def placed(
     }
     workload = Workload(prompt_len=16, output_len=8, num_seqs=len(PROMPTS))
     with LLM(folder, accelerator=accelerator, strategy="gpu", workload=workload, **common) as llm:
-        plan = msgspec.structs.replace(llm.plan, placement=place(llm.spec))
+        plan = msgspec.structs.replace(llm.plan, placement=unnamed(place(llm.spec)))
     with LLM(folder, plan=plan, **common) as llm:
         yield llm
+
+
+def unnamed(placement: Placement) -> Placement:
+    """The same as no named strategy: a plan's tier that is called one must be it."""
+    tiers = [msgspec.structs.replace(tier, strategy="mixed", cut=0) for tier in placement.tiers]
+    prefill, decode, *smaller = tiers
+    return msgspec.structs.replace(
+        placement, prefill=prefill, decode=decode, smaller=tuple(smaller)
+    )
 
 
 MIXES = [Mix(runs=runs, num_resident=n) for runs in ("cpu", "stream", "split") for n in (0, 1, 4)]

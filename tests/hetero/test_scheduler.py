@@ -299,6 +299,20 @@ def test_a_batch_says_where_every_token_goes() -> None:
     assert str(tensors.block_tables_SB.dtype) == str(tensors.context_lens_S.dtype) == "torch.int32"
 
 
+def test_a_batch_has_a_part_for_each_sub_batch_that_it_has() -> None:
+    """Their items in the order of the batch; the planner is told how many are of the second."""
+    machine = Machine()
+    sequences = [machine.add(name, 5) for name in "abc"]
+    for sequence in sequences[1:]:
+        sequence.sub_batch = 1
+    _, batch = itertools.islice(machine.steps(), 2)
+    first, second = batch.part(0), batch.part(1)
+    assert first is not None and first.items == batch.items[:1]
+    assert second is not None and second.items == batch.items[1:]
+    assert (batch.shape.num_second_seqs, first.shape.num_second_seqs) == (2, None)
+    assert first.part(1) is None
+
+
 def test_the_last_token_needs_no_slot() -> None:
     """A prompt of 16 with one token to generate lives in one block."""
     machine = Machine(num_blocks=1)

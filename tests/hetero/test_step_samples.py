@@ -114,6 +114,14 @@ def test_a_prefill_that_moves_its_cache_says_nothing_of_the_host() -> None:
     assert "host" in lanes[1]
 
 
+def test_a_prefill_that_moves_some_sequences_says_nothing_of_the_host() -> None:
+    """Those of a second sub-batch go to the CPU, though the first one's cache stays."""
+    gpu = placement(SPEC, "gpu", 0)
+    decode = replace(gpu.decode, num_second_seqs=1)
+    plan = replace(plan_of(gpu, gpu), placement=replace(gpu, decode=decode))
+    assert "host" not in {term.lane for term in run(plan, "prefill", [1.0])[0].terms}
+
+
 def test_a_run_without_sampled_steps_has_no_record() -> None:
     assert run(plan_of(ON_CPU, ON_CPU), "decode", [1.0]) == ()
 

@@ -6,25 +6,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from msgspec.structs import replace
-from torch import Tensor
 
 from hetero import LLM, SamplingParams
 from hetero.checkpoint import Checkpoint
 from hetero.engine import Engine
-from hetero.model.decoder import Decoder, DecoderStep
+from hetero.model.decoder import Decoder
 from hetero.model_lookup import find_model, read_model_spec
 from hetero.runtime.devices import EmulatedAccelerator
 from hetero.runtime.weights import load_weights
-from hetero.scheduler import Batch
 from planner import strategies
 from planner.hardware import HardwareProfile
 from planner.kv_blocks import KVBlocks, kv_blocks
 from planner.memory import needs
 from planner.model_spec import ModelSpec
-from planner.placement import Placement, TierPlacement
-from planner.step_graph import build
+from planner.placement import Placement
 from planner.workload import Workload
 from tests.machines import toy_machine
 from tests.tiny_models import save_tiny_model
@@ -74,12 +70,8 @@ def make_engine(
     accelerator: EmulatedAccelerator,
     blocks: KVBlocks,
 ) -> Engine:
-    """An engine with all weights on both devices."""
-    everywhere = Placement(
-        prefill=strategies.gpu(spec, "prefill"), decode=strategies.cpu(spec, "decode")
-    )
     with Checkpoint.open(folder) as checkpoint:
-        weights = load_weights(spec, checkpoint, everywhere, accelerator)
+        weights = load_weights(spec, checkpoint, placement, accelerator)
     return Engine(
         decoder=Decoder.create(spec, weights, accelerator, num_threads=1),
         placement=placement,
@@ -90,56 +82,6 @@ def make_engine(
         max_num_seqs=len(PROMPTS),
         max_model_len=64,
     )
-
-
-class TwoSteps:
-    """Decodes each sub-batch in a step of its own, where its cache lies."""
-
-    def __init__(self, engine: Engine, tiers: tuple[TierPlacement, TierPlacement]) -> None:
-        self.engine = engine
-        self.tiers = tiers
-        self.graphs = [build(engine.spec, tier) for tier in tiers]
-        self.tokens: dict[str, int] = {}
-        self.seen: set[int] = set()
-
-    def run(self) -> None:
-        scheduler = self.engine.scheduler
-        while (batch := scheduler.schedule()) is not None:
-            self.seen |= {item.sequence.sub_batch for item in batch.items}
-            if batch.phase == "prefill":
-                self._prefill(batch)
-            else:
-                for number in range(2):
-                    part = batch.part(number)
-                    if part is not None:
-                        self._decode(part, number)
-            scheduler.advance(batch, [self.tokens[each.seq_id] for each in batch.sampled])
-            for sequence in batch.sampled:
-                if sequence.num_tokens == scheduler.token_limit(sequence):
-                    scheduler.finish(sequence, "length")
-            self.engine._move_kv(batch)
-
-    def _prefill(self, batch: Batch) -> None:
-        engine = self.engine
-        step = engine._decoder_step(batch, lambda logits: self._pick(batch, logits))
-        with torch.inference_mode():
-            engine._executor.run(engine._graphs["prefill"], step.perform, step.perform_run)
-
-    def _decode(self, part: Batch, number: int) -> None:
-        engine = self.engine
-        step = DecoderStep(
-            engine._decoder,
-            self.tiers[number],
-            engine._caches.decode[number],
-            part.tensors(),
-            lambda logits: self._pick(part, logits),
-        )
-        with torch.inference_mode():
-            engine._executor.run(self.graphs[number], step.perform, step.perform_run)
-
-    def _pick(self, batch: Batch, logits_LV: Tensor) -> None:
-        chosen = logits_LV.argmax(-1).tolist()
-        self.tokens |= dict(zip((each.seq_id for each in batch.sampled), chosen, strict=True))
 
 
 @pytest.mark.parametrize("chunk_tokens", [5, 64])
@@ -166,15 +108,15 @@ def test_both_sub_batches_give_the_tokens_of_all_cpu(
     spec = read_model_spec(find_model(str(folder)))
     placement = sub_batches(spec, kv_on_cpu=kv_on_cpu, chunk_tokens=chunk_tokens)
     engine = make_engine(folder, spec, placement, accelerator, blocks)
-    on_cpu, on_gpu = strategies.cpu(spec, "decode"), strategies.gpu(spec, "decode")
-    runs = TwoSteps(engine, (on_cpu if kv_on_cpu else on_gpu, on_cpu))
+    seen: set[int] = set()
     sequences = [
         engine.add_request(str(number), prompt, GREEDY) for number, prompt in enumerate(PROMPTS)
     ]
-    runs.run()
+    while (result := engine.step()) is not None:
+        seen |= {item.sequence.sub_batch for item in result.batch.items}
     assert [each.output_token_ids for each in sequences] == expected
     assert any(each.num_preemptions for each in sequences) == (blocks.first < 4)
-    assert runs.seen == ({0} if blocks.first == 20 else {0, 1})
+    assert seen == ({0} if blocks.first == 20 else {0, 1})
     pools = engine.scheduler.pools
     assert pools.prompts is not None
     assert all(pool.num_free == pool.num_blocks for pool in (*pools.decode, pools.prompts))

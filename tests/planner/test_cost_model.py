@@ -9,7 +9,7 @@ import pytest
 from msgspec.structs import replace
 
 from planner.calibration import Correction, Corrections
-from planner.cost_model import CostModel, OpCost, Pricer, copy_bytes, predict
+from planner.cost_model import CostModel, OpCost, Pricer, copy_bytes, predict, sub_batch_shape
 from planner.device import Sample
 from planner.errors import ProfileError
 from planner.hardware import HardwareProfile
@@ -608,3 +608,14 @@ def windowed(window: int) -> ModelSpec:
 def tiny_moe(width: int) -> ModelSpec:
     layer = LayerSpec(intermediate_size=width, num_experts=4, num_experts_per_token=2)
     return dataclasses.replace(tiny_spec("m"), layers=(layer,))
+
+
+def test_a_step_that_ran_says_how_many_sequences_were_the_second_sub_batch() -> None:
+    """5 of them; where that is not known, as many as were planned, but not all."""
+    op = Op(index=0, kind="attend", lane="cpu", layer=0, sub_batch=1, num_second_seqs=6)
+    planned = decode_shape(8, 100)
+    ran = dataclasses.replace(planned, num_second_seqs=5)
+    assert [sub_batch_shape(op, shape).num_seqs for shape in (planned, ran)] == [6, 5]
+    assert sub_batch_shape(op, decode_shape(4, 100)).num_seqs == 3
+    first = dataclasses.replace(op, kind="attention", lane="gpu", sub_batch=0)
+    assert [sub_batch_shape(first, shape).num_seqs for shape in (planned, ran)] == [2, 3]

@@ -12,13 +12,17 @@ import numpy as np
 import pytest
 import torch
 from msgspec.structs import replace
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hetero import LLM, SamplingParams
 from hetero.model.cpu_run import CpuRun, build_run
 from hetero.model.decoder import DecoderStep
-from planner.cost_model import NUM_TORCH_PASSES, CostModel
-from planner.step_graph import Op, OpKind
+from hetero.runtime.devices import EmulatedAccelerator
+from planner.cost_model import NUM_COPIES, NUM_TORCH_PASSES, CostModel
+from planner.placement import ON_CPU, ON_GPU, ModulePlacement
+from planner.plan import Plan
+from planner.step_graph import Op, OpKind, Payload
 from planner.workload import decode_shape
 from tests.machines import toy_machine
 from tests.planner.tiny import tiny_device, tiny_machine, tiny_spec
@@ -44,35 +48,87 @@ class PassCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.split("::")[1]
-        self.num_passes += name not in _FREE | _PRODUCTS
-        return func(*args, **(kwargs or {}))
+        found = func(*args, **(kwargs or {}))
+        # What is converted to the format that it has is not touched.
+        is_same = name == "to" and found is args[0]
+        self.num_passes += name not in _FREE | _PRODUCTS and not is_same
+        return found
 
 
-@pytest.mark.parametrize("phase", ["prefill", "decode"])
-def test_the_passes_of_torch_are_counted_in_the_model(phase: str, tmp_path: Path) -> None:
+ON_BOTH: tuple[OpKind, ...] = ("qkv", "attend", "attention_output")
+
+
+@pytest.mark.parametrize("case", ["prefill", "decode", "decode, the cpu attends"])
+def test_the_passes_of_torch_are_counted_in_the_model(case: str, tmp_path: Path) -> None:
     """One sequence on the emulated accelerator, within two of what runs beside its products.
 
     The first attention of a step also makes what its layers share, so the fewest count.
     """
-    counts: dict[str, list[int]] = defaultdict(list)
+    counts: dict[OpKind, list[int]] = defaultdict(list)
     perform = DecoderStep.perform
 
     def counted(step: DecoderStep, op: Op) -> None:
         with PassCounter() as counter:
             perform(step, op)
-        if step._tier.phase == phase and op.kind not in ("copy", "sample"):
+        if step._tier.phase == case.split(",")[0] and op.kind not in ("copy", "sample"):
             counts[op.kind].append(counter.num_passes)
 
     save_tiny_model("qwen3-moe", tmp_path, dtype=torch.bfloat16)
-    greedy = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
-    with (
-        mock.patch.object(DecoderStep, "perform", counted),
-        LLM(tmp_path, profile=toy_machine(), accelerator="emulated", strategy="gpu") as llm,
-    ):
-        llm.generate([{"prompt_token_ids": [3, 14, 15]}], greedy)
+    plan = plan_of(tmp_path, kv_on_cpu=case.endswith("attends"))
+    with mock.patch.object(DecoderStep, "perform", counted):
+        run(tmp_path, plan)
 
     actual = {kind: min(found) for kind, found in counts.items()}
-    assert actual == pytest.approx(NUM_TORCH_PASSES, abs=2)
+    others = ("attention",) if case.endswith("attends") else ON_BOTH
+    expected = {kind: num for kind, num in NUM_TORCH_PASSES.items() if kind not in others}
+    assert actual == pytest.approx(expected, abs=2)
+
+
+def test_the_copies_of_a_payload_are_counted_in_the_model(tmp_path: Path) -> None:
+    """Uploads and downloads of a decode step in which the CPU attends and has the experts."""
+    counts: dict[Payload, set[int]] = defaultdict(set)
+    num_copies: list[int] = []
+    perform, upload = DecoderStep.perform, EmulatedAccelerator.upload
+
+    def counted_upload(accelerator: EmulatedAccelerator, source: Tensor) -> Tensor:
+        num_copies.append(1)
+        return upload(accelerator, source)
+
+    def counted(step: DecoderStep, op: Op) -> None:
+        num_copies.clear()
+        perform(step, op)
+        if op.payload is not None:
+            counts[op.payload].add(len(num_copies))
+
+    save_tiny_model("olmoe", tmp_path)
+    plan = plan_of(tmp_path, kv_on_cpu=True, ffn=ON_CPU)
+    with (
+        mock.patch.object(DecoderStep, "perform", counted),
+        mock.patch.object(EmulatedAccelerator, "upload", counted_upload),
+    ):
+        run(tmp_path, plan)
+
+    assert counts == {
+        payload: {num}
+        for payload, num in NUM_COPIES.items()
+        if payload not in ("weights", "hidden", "kv")
+    }
+
+
+def plan_of(folder: Path, *, kv_on_cpu: bool, ffn: ModulePlacement = ON_GPU) -> Plan:
+    """A plan with all but the feed-forward on the GPU, and in decode perhaps the caches."""
+    with LLM(folder, profile=toy_machine(), accelerator="emulated", strategy="gpu") as llm:
+        plan, decode = llm.plan, llm.plan.placement.decode
+    layers = tuple(replace(layer, kv_on_cpu=kv_on_cpu, ffn=ffn) for layer in decode.layers)
+    placement = replace(plan.placement, decode=replace(decode, layers=layers))
+    return replace(plan, placement=placement)
+
+
+def run(folder: Path, plan: Plan) -> None:
+    """Generate two tokens of one sequence, an op at a time."""
+    greedy = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
+    with LLM(folder, plan=plan, profile=toy_machine(), overlap=False) as llm:
+        llm.generate([{"prompt_token_ids": [3, 14, 15]}], greedy)
 
 
 def test_the_links_of_an_op_on_the_cpu_are_counted_in_its_layers(tmp_path: Path) -> None:

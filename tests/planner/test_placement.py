@@ -238,3 +238,33 @@ def test_a_streaming_prefill_shares_its_resident_weights_with_decode_on_the_cpu(
     decode = STRATEGIES[pair[1]](spec, "decode", 2)
 
     assert prefill.lives_on("gpu") <= decode.lives_on("gpu")
+
+
+def test_tiers_of_one_size_are_refused() -> None:
+    """A step would not say which of them it runs."""
+    spec = tiny_spec("dm")
+    gpu = strategies.placement(spec, "gpu", 0)
+    few = replace(gpu.decode, max_num_tokens=4)
+    with pytest.raises(ValueError, match="two tiers of one phase are for steps of the same"):
+        replace(gpu, smaller=(few, replace(few, strategy="mixed")))
+    assert replace(gpu, smaller=(few, replace(gpu.prefill, max_num_tokens=4))).smaller
+
+
+def test_a_step_runs_the_smallest_tier_that_holds_it() -> None:
+    """Of both sub-batches the one that has two; a device that only a smaller tier uses is used."""
+    spec = tiny_spec("dd")
+    offload = strategies.placement(spec, "offload", 2)
+    two = replace(offload.decode, embedding=ON_GPU, num_second_seqs=3)
+    layers = tuple(replace(layer, ffn=ON_CPU) for layer in two.layers)
+    one = replace(two, layers=layers, max_num_tokens=1, num_second_seqs=0)
+    placement = Placement(
+        prefill=replace(offload.prefill, embedding=ON_GPU), decode=two, smaller=(one,)
+    )
+
+    assert placement.step_tier("decode", 1) == one
+    assert placement.step_tier("decode", 1, (1,)) == one.alone(1)
+    assert placement.step_tier("decode", 2) == two.alone(0)
+    assert placement.step_tier("decode", 2, (0, 1)) == two
+    assert placement.uses("cpu") and not replace(placement, decode=two.alone(0), smaller=()).uses(
+        "cpu"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
@@ -380,3 +381,160 @@ def test_experts_beside_residents_are_streamed_ahead() -> None:
     assert copy.deps == ()
     assert copy.index in by_name["experts missed[0]"].deps
     assert copy.index not in by_name["experts resident[0]"].deps
+
+
+def both_tiers() -> Iterator[tuple[ModelSpec, TierPlacement]]:
+    """Attention on both devices in all, some or no layers, in one chain and in two, over modules of
+    every kind."""
+    places = itertools.product((ON_GPU, STREAMED), (ON_GPU, STREAMED, ON_CPU), (ON_GPU, ON_CPU))
+    for layers, (attention, ffn, router) in itertools.product(LAYERS, places):
+        spec = tiny_spec(layers)
+        for every, num_second_seqs in ((1, 0), (2, 0), (1, 3), (None, 3)):
+            found = tuple(
+                LayerPlacement(
+                    attention=attention,
+                    ffn=ffn,
+                    router=router if layer.is_moe else None,
+                    kv_on_cpu=every is not None and index % every == 0,
+                )
+                for index, layer in enumerate(spec.layers)
+            )
+            yield (
+                spec,
+                TierPlacement(
+                    phase="decode",
+                    strategy="both",
+                    cut=0,
+                    embedding=router,
+                    layers=found,
+                    head=router,
+                    num_second_seqs=num_second_seqs,
+                ),
+            )
+
+
+BOTH_GRAPHS = [(spec, tier, build(spec, tier)) for spec, tier in both_tiers()]
+
+
+def chains(graph: StepGraph) -> list[list[Op]]:
+    """The ops of each sub-batch; of all sequences where there is one."""
+    found = {op.sub_batch for op in graph.ops if op.payload != "weights"}
+    return [
+        [op for op in graph.ops if op.payload != "weights" and op.sub_batch == number]
+        for number in sorted(found, key=str)
+    ]
+
+
+def test_attention_on_both_devices_has_ops_in_an_order_that_can_run() -> None:
+    """Dependencies come before; names differ; a chain of ops for each sub-batch, its own batch."""
+    for _, tier, graph in BOTH_GRAPHS:
+        assert all(dep < op.index for op in graph.ops for dep in op.deps)
+        assert [op.index for op in graph.ops] == list(range(len(graph.ops)))
+        assert max(Counter(op.name for op in graph.ops).values()) == 1
+        before, found = ancestors(graph), chains(graph)
+        assert len(found) == (2 if tier.num_second_seqs else 1)
+        for chain in found:
+            computing = [op.index for op in chain if op.kind != "copy"]
+            assert all(early in before[late] for early, late in pairwise(computing))
+            (batch,) = (op for op in chain if op.payload == "batch")
+            assert all(batch.index in before[op.index] for op in chain if op.lane == "gpu")
+        # only copies of weights are of both, and nothing else ties one chain to the other
+        own = {op.index: number for number, chain in enumerate(found) for op in chain}
+        for op in graph.ops:
+            if op.index in own:
+                assert {own[dep] for dep in op.deps if dep in own} <= {own[op.index]}
+
+
+BOTH_PAYLOADS = ("qkv", "attended")
+
+
+def test_projections_scores_and_output_follow_each_other() -> None:
+    """From the GPU to the CPU and back; the weights are read by the first and the last."""
+    for _, tier, graph in BOTH_GRAPHS:
+        copied = {(op.module, op.layer): op.index for op in copies(graph, "weights")}
+        for chain in chains(graph):
+            for index, layer in enumerate(tier.layers):
+                of_layer = [
+                    op
+                    for op in chain
+                    if op.layer == index and (op.term == "attention" or op.payload in BOTH_PAYLOADS)
+                ]
+                kinds = [op.payload or op.kind for op in of_layer]
+                if layer.kv == "gpu" and not chain[0].sub_batch:
+                    assert kinds == ["attention"]
+                    continue
+                assert kinds == ["qkv", "qkv", "attend", "attended", "attention_output"]
+                assert [op.lane for op in of_layer] == ["gpu", "d2h", "cpu", "h2d", "gpu"]
+                first, down, attend, up, last = of_layer
+                assert down.deps == (first.index,)
+                assert attend.deps == (down.index,)
+                assert up.deps == (attend.index,)
+                assert {first.index, up.index} == set(last.deps)
+                assert first.buffer == last.buffer == (index % 2 if tier.streamed(index) else None)
+                if layer.attention == STREAMED:
+                    assert copied["attention", index] in first.deps
+
+
+def test_weights_are_copied_once_for_both_sub_batches() -> None:
+    """And into a buffer that all ops of both have read, which no copy is filling."""
+    for spec, tier, graph in BOTH_GRAPHS:
+        expected = [
+            (module, index) for index in range(spec.num_layers) for module in tier.streamed(index)
+        ]
+        assert [(op.module, op.layer) for op in copies(graph, "weights")] == expected
+        assert {op.sub_batch for op in copies(graph, "weights")} <= {None}
+        before = ancestors(graph)
+        for copy in copies(graph, "weights"):
+            assert copy.layer is not None
+            readers = [
+                op
+                for op in graph.ops
+                if op.kind != "copy"
+                and op.buffer == copy.buffer
+                and op.layer is not None
+                and op.layer < copy.layer
+                and op.module in tier.streamed(op.layer)
+            ]
+            assert all(op.index in before[copy.index] for op in readers)
+            users = [op for op in graph.ops if (op.module, op.layer) == (copy.module, copy.layer)]
+            for op in users[1:]:
+                assert copy.index in before[op.index]
+
+
+def test_the_lanes_of_two_sub_batches_written_out() -> None:
+    """Two dense layers, streamed; the CPU attends for the second while the first has the GPU."""
+    spec = tiny_spec("dd")
+    whole = msgspec_replace(strategies.offload(spec, "decode", 2), num_second_seqs=3)
+    graph = build(spec, msgspec_replace(whole, embedding=ON_GPU))
+
+    assert names(graph, "gpu") == [
+        *("embed#1", "qkv[0]#1", "embed#0"),
+        *("attention_output[0]#1", "dense[0]#1", "qkv[1]#1", "attention[0]#0", "dense[0]#0"),
+        *("attention_output[1]#1", "dense[1]#1", "head#1", "attention[1]#0", "dense[1]#0"),
+        "head#0",
+    ]
+    assert names(graph, "cpu") == ["attend[0]#1", "attend[1]#1", "sample#1", "sample#0"]
+    assert names(graph, "d2h") == [
+        *("copy qkv[0]#1 d2h", "copy qkv[1]#1 d2h", "copy logits#1 d2h", "copy logits#0 d2h"),
+    ]
+    assert names(graph, "h2d") == [
+        *("copy batch#1 h2d", "copy batch#0 h2d"),
+        *("copy weights attention[0] h2d", "copy weights dense[0] h2d"),
+        "copy attended[0]#1 h2d",
+        *("copy weights attention[1] h2d", "copy weights dense[1] h2d"),
+        "copy attended[1]#1 h2d",
+    ]
+
+
+def test_a_sub_batch_alone_is_the_step_of_its_cache() -> None:
+    """Of the first one, as if there were no second; of the second, all caches on the CPU."""
+    spec = tiny_spec("dmd")
+    gpu = strategies.gpu(spec, "decode")
+    on_cpu = tuple(msgspec_replace(layer, kv_on_cpu=True) for layer in gpu.layers)
+    both = msgspec_replace(gpu, num_second_seqs=2)
+
+    assert both.alone(0) == gpu
+    assert both.alone(1) == msgspec_replace(gpu, layers=on_cpu)
+    assert {op.sub_batch for op in build(spec, both.alone(1)).ops} == {None}
+    # attention that the CPU does whole keeps its cache there as it is
+    assert strategies.cpu(spec, "decode").alone(1) == strategies.cpu(spec, "decode")

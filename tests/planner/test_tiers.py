@@ -23,9 +23,9 @@ from planner.placement import (
     Runs,
     TierPlacement,
 )
-from planner.placement_graphs import PlacementGraphs
 from planner.simulate import makespan_s
 from planner.step_graph import build
+from planner.tier_graphs import TierGraphs
 from planner.tiers import DECODE_TIERS, with_smaller_tiers
 from planner.workload import Phase, Workload, decode_shape
 from tests.planner.tiny import real_machine, tiny_spec
@@ -116,9 +116,10 @@ def test_a_workload_is_priced_by_the_tiers_that_its_steps_run_in() -> None:
         layers=tuple(replace(layer, ffn=ON_CPU) for layer in plain.prefill.layers),
     )
     tiered = replace(plain, smaller=(on_cpu,))
-    graphs = PlacementGraphs(SPEC, tiered)
-    assert graphs.of("prefill", 520) is graphs.of("prefill", 1024)
-    assert graphs.of("prefill", 1025) is graphs.of("prefill")
+    graphs = TierGraphs(SPEC, tiered)
+    assert graphs.find("prefill", 520) is graphs.find("prefill", 1024)
+    assert graphs.find("prefill", 1025) is graphs.find("prefill", 2048)
+    assert graphs.find("prefill", 1025) is not graphs.find("prefill", 1024)
 
     by_step = {}
     for step, price in whole.pricer._steps:
@@ -148,7 +149,7 @@ def smaller_tier(**changes: object) -> TierPlacement:
         (smaller_tier(attention=ON_CPU), "keeps other caches"),
         (smaller_tier(kv_on_cpu=True), "keeps other caches"),
         (replace(smaller_tier(), layers=smaller_tier().layers[:2]), "has 2 layers"),
-        (replace(smaller_tier(), num_second_seqs=2), "cannot be beside two sub-batches"),
+        (replace(smaller_tier(), num_second_seqs=2), "has two sub-batches"),
     ],
 )
 def test_a_smaller_tier_shares_weights_and_caches(tier: TierPlacement, reason: str) -> None:

@@ -10,9 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from hetero.model.attention import AttentionKernel, AttentionStep, attention_layer, attention_step
+from hetero.model.attention import (
+    AttentionKernel,
+    AttentionStep,
+    attention_layer,
+    attention_output,
+    attention_step,
+    project,
+)
 from hetero.model.batch import BatchTensors
-from hetero.model.rotary import rotary_frequencies
+from hetero.model.cpu_layers import attend_projected, cpu_attention_step
+from hetero.model.cpu_workspace import CpuKernels
+from hetero.model.rotary import rotary_frequencies, rotary_rows
 from planner.model_spec import ModelSpec
 from tests.hetero.model.packed import checkpoint_tensors, packed
 from tests.hetero.model.paged import (
@@ -49,31 +58,28 @@ class Layer:
     def run(
         self, x_TD: Tensor, pages: Pages, batch: BatchTensors, kernel: AttentionKernel
     ) -> Tensor:
-        return self.attend(x_TD, pages, self.step(batch, kernel))
+        return self.attend(x_TD, pages, batch, self.step(batch, kernel))
 
     def step(self, batch: BatchTensors, kernel: AttentionKernel) -> AttentionStep:
-        device = batch.positions_T.device
         return attention_step(
             batch,
-            inv_freq_F=rotary_frequencies(self.spec.rope, self.spec.head_dim, device),
             dtype=self.dtype,
             block_size=BLOCK_SIZE,
             windows={layer.window for layer in self.spec.layers},
             kernel=kernel,
         )
 
-    def attend(self, x_TD: Tensor, pages: Pages, step: AttentionStep) -> Tensor:
+    def attend(
+        self, x_TD: Tensor, pages: Pages, batch: BatchTensors, step: AttentionStep
+    ) -> Tensor:
+        frequencies_F = rotary_frequencies(self.spec.rope, self.spec.head_dim, x_TD.device)
         return attention_layer(
             x_TD,
             self.weights,
             pages,
+            *rotary_rows(batch.positions_T, frequencies_F, self.dtype),
             step,
-            num_heads=self.spec.num_heads,
-            num_kv_heads=self.spec.num_kv_heads,
-            head_dim=self.spec.head_dim,
-            norm_eps=self.spec.norm_eps,
-            qk_norm=self.spec.qk_norm,
-            clip_qkv=self.spec.clip_qkv,
+            self.spec,
             window=self.window,
             num_threads=2,
         )
@@ -227,7 +233,6 @@ def test_step_reads_only_blocks_inside_the_window() -> None:
     batch = make_batch("decode", zeros([1]), [63], shuffled_tables(1, 16, num_blocks=16, seed=0))
     step = attention_step(
         batch,
-        inv_freq_F=torch.ones(7),
         dtype=torch.float32,
         block_size=BLOCK_SIZE,
         windows={None, 7},
@@ -246,7 +251,35 @@ def test_layers_of_a_decode_step_share_scratch() -> None:
     step = layer.step(batch, "numba")
     found = []
     for _ in range(2):
-        layer.attend(torch.stack([x[-1] for x in sequences]), pages, step)
+        layer.attend(torch.stack([x[-1] for x in sequences]), pages, batch, step)
         found.append((step.scratch.num_bytes, step.scratch.address(1)))
     assert found[0][0] > 0
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_the_parts_of_attention_on_two_devices_give_the_whole(
+    name: str, dtype: torch.dtype
+) -> None:
+    """To the last bit, in the pages too: projected, attended by the CPU's kernels, and put out."""
+    layer = Layer(name, dtype)
+    sequences = hidden_states(LENGTHS, dtype)
+    whole_pages, part_pages = layer.pages(), layer.pages()
+    for pages in (whole_pages, part_pages):
+        prefill(layer, sequences, pages, [[len(x) - 1] for x in sequences])
+    x_TD = torch.stack([x[-1] for x in sequences])
+    batch = make_batch("decode", zeros([1] * 3), [n - 1 for n in LENGTHS], tables())
+    expected = layer.run(x_TD, whole_pages, batch, "numba")
+
+    frequencies_F = rotary_frequencies(layer.spec.rope, layer.spec.head_dim, x_TD.device)
+    kernels = CpuKernels(num_threads=2, inv_freq_F=frequencies_F.numpy())
+    step = cpu_attention_step(batch, kernels, block_size=BLOCK_SIZE, windows={layer.window})
+    rotation = rotary_rows(batch.positions_T, frequencies_F, dtype)
+    qkv_THK = torch.cat(project(x_TD, layer.weights, *rotation, layer.spec), dim=1)
+    attended = attend_projected(qkv_THK, part_pages, step, kernels, layer.spec, layer.window)
+    actual = attention_output(attended, x_TD, layer.weights)
+
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    torch.testing.assert_close(part_pages.key, whole_pages.key, rtol=0, atol=0)
+    torch.testing.assert_close(part_pages.value, whole_pages.value, rtol=0, atol=0)

@@ -17,7 +17,7 @@ from hetero.model.batch import BatchTensors
 from hetero.model.head import embed, head
 from hetero.model.mlp import dense_layer
 from hetero.model.moe import combine, dispatch, experts, route
-from hetero.model.rotary import rotary_frequencies
+from hetero.model.rotary import rotary_frequencies, rotary_rows
 from planner.model_spec import ModelSpec, Module
 from tests.hetero.model.packed import packed
 from tests.hetero.model.paged import BLOCK_SIZE, Pages, make_batch, model_pages, shuffled_tables
@@ -46,9 +46,10 @@ def forward(
 ) -> Tensor:
     """Float32 logits_LV of one step."""
     x = embed(batch.token_ids_T, weights["embedding", None])
+    frequencies_F = rotary_frequencies(spec.rope, spec.head_dim, x.device)
+    cos_TK, sin_TK = rotary_rows(batch.positions_T, frequencies_F, x.dtype)
     step = attention_step(
         batch,
-        inv_freq_F=rotary_frequencies(spec.rope, spec.head_dim, x.device),
         dtype=x.dtype,
         block_size=BLOCK_SIZE,
         windows={layer.window for layer in spec.layers},
@@ -59,13 +60,10 @@ def forward(
             x,
             weights["attention", index],
             kv[index],
+            cos_TK,
+            sin_TK,
             step,
-            num_heads=spec.num_heads,
-            num_kv_heads=spec.num_kv_heads,
-            head_dim=spec.head_dim,
-            norm_eps=spec.norm_eps,
-            qk_norm=spec.qk_norm,
-            clip_qkv=spec.clip_qkv,
+            spec,
             window=layer.window,
             num_threads=2,
         )

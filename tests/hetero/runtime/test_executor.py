@@ -154,6 +154,15 @@ def test_neighbours_on_the_cpu_lane_are_handed_over_together() -> None:
     assert runs == ((copy,), chain[:3], (waiting, after))
 
 
+def test_a_run_is_of_one_sub_batch() -> None:
+    """Each has values of its own, of which another thing performs the ops."""
+    ops = tuple(
+        Op(index=index, kind="dense", lane="cpu", layer=0, sub_batch=sub_batch)
+        for index, sub_batch in enumerate((1, 1, 0, 0, 1))
+    )
+    assert lane_runs(ops) == (ops[:2], ops[2:4], ops[4:])
+
+
 def test_a_run_has_the_times_that_it_tells(lanes: dict[Lane, LaneRunner]) -> None:
     """Each op begins where the one before it ended; its dependencies on other lanes are done."""
     graph = StepGraph(

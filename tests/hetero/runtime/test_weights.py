@@ -173,7 +173,7 @@ def test_the_accelerator_counts_its_weights_and_buffers(tmp_path: Path) -> None:
 
     expected = module_layout(spec, "head").num_elements + layer_elements(0) + 2 * layer_elements(1)
     assert accelerator.used_bytes == 4 * expected
-    staging = weights.staging("decode")
+    staging = weights.staging(strategies.offload(spec, "decode", 1))
     target = staging.target("dense", 0, 1)
     assert target.nbytes == 4 * module_layout(spec, "dense", 0).num_elements
     assert staging.weights("dense", 0, 1)["down"].shape == (60, 44)
@@ -259,7 +259,9 @@ def test_nothing_is_staged_over_anything_else(tmp_path: Path) -> None:
     spec = tiny_spec(save_tiny_model("olmoe", tmp_path, num_hidden_layers=4))
     accelerator = emulated()
     with Checkpoint.open(tmp_path) as checkpoint:
-        staging = load_weights(spec, checkpoint, place(spec), accelerator).staging("decode")
+        placement = place(spec)
+        weights = load_weights(spec, checkpoint, placement, accelerator)
+    staging = weights.staging(placement.decode)
     accelerator.close()
     targets = [
         staging.target(module, layer, layer)
