@@ -312,7 +312,8 @@ class _Chain:
             if self._kv(layer) == layer.attention.device:
                 # After the hidden states, which would else wait behind weights not due yet.
                 self._builder.arrive(index)
-                if self._sub_batch is not None:
+                # Its first layer is what the GPU does while the CPU attends for the other one.
+                if self._sub_batch is not None and index > 0:
                     yield index
                 readers.append(self._module("attention", self._where, index))
             else:

@@ -508,14 +508,13 @@ def test_the_lanes_of_two_sub_batches_written_out() -> None:
     graph = build(spec, msgspec_replace(whole, embedding=ON_GPU))
 
     assert names(graph, "gpu") == [
-        *("embed#1", "qkv[0]#1", "embed#0"),
-        *("attention_output[0]#1", "dense[0]#1", "qkv[1]#1", "attention[0]#0", "dense[0]#0"),
-        *("attention_output[1]#1", "dense[1]#1", "head#1", "attention[1]#0", "dense[1]#0"),
-        "head#0",
+        *("embed#1", "qkv[0]#1", "embed#0", "attention[0]#0", "dense[0]#0"),
+        *("attention_output[0]#1", "dense[0]#1", "qkv[1]#1", "attention[1]#0", "dense[1]#0"),
+        *("head#0", "attention_output[1]#1", "dense[1]#1", "head#1"),
     ]
-    assert names(graph, "cpu") == ["attend[0]#1", "attend[1]#1", "sample#1", "sample#0"]
+    assert names(graph, "cpu") == ["attend[0]#1", "attend[1]#1", "sample#0", "sample#1"]
     assert names(graph, "d2h") == [
-        *("copy qkv[0]#1 d2h", "copy qkv[1]#1 d2h", "copy logits#1 d2h", "copy logits#0 d2h"),
+        *("copy qkv[0]#1 d2h", "copy qkv[1]#1 d2h", "copy logits#0 d2h", "copy logits#1 d2h"),
     ]
     assert names(graph, "h2d") == [
         *("copy batch#1 h2d", "copy batch#0 h2d"),
