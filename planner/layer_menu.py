@@ -277,6 +277,7 @@ def layer_menu(
     kv_move_s: Callable[[Lane], float],
     num_waves: int,
     chunk_tokens: int,
+    has_large_caches: bool = True,
     first_on_cpu: bool = False,
 ) -> Menu:
     """Price every state of a layer.
@@ -293,6 +294,8 @@ def layer_menu(
         Seconds of moving the layer's cache of a wave in a direction.
     chunk_tokens : int
         New tokens of a prefill step.
+    has_large_caches : bool
+        Is it worth trying to keep a cache on the CPU whose attention's projections are on the GPU?
     first_on_cpu : bool
         Where decode runs in two sub-batches: is the first one's cache on the CPU too?
     """
@@ -302,7 +305,7 @@ def layer_menu(
     attention = whole
     if steps["decode"].num_second:
         attention = tuple(Choice(where, where, first_on_cpu) for where in (ON_GPU, STREAMED))
-    elif has_gpu and this.attention is None:
+    elif has_gpu and has_large_caches and this.attention is None:
         attention = (*whole, *_ON_BOTH)
     second: Module = "router" if this.is_moe else "dense"
     modules: list[tuple[Module, tuple[Choice, ...]]] = [("attention", attention), (second, whole)]

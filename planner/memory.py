@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from planner.hardware import HardwareProfile
 from planner.kv_blocks import KV_BLOCK_TOKENS, KVBlocks, bytes_per_block, kv_blocks, kv_bytes
-from planner.model_spec import LayerSpec, ModelSpec
+from planner.model_spec import LayerSpec, ModelSpec, Module
 from planner.placement import NUM_STREAM_BUFFERS, Device, Placement, TierPlacement
 from planner.workload import Phase, Workload
 
@@ -75,16 +75,27 @@ def _largest_split_expert(spec: ModelSpec, tier: TierPlacement) -> int:
 
 
 def weight_bytes(spec: ModelSpec, placement: Placement, device: Device) -> int:
-    """Bytes of the weights on a device, for both tiers; a tied matrix is stored once."""
-    lives = placement.lives_on(device)
-    total = sum(spec.weight_bytes(*key) for key in lives if key[0] != "experts")
-    if ("embedding", None) in lives and ("head", None) in lives:
+    """Bytes of the weights on a device, for all tiers; a tied matrix is stored once.
+
+    Those that prefill or decode wants there: smaller tiers want the same.
+    """
+    prefill, decode = placement.prefill, placement.decode
+    ends: tuple[tuple[Module, bool], ...] = (
+        ("embedding", device in (prefill.embedding.lives, decode.embedding.lives)),
+        ("head", device in (prefill.head.lives, decode.head.lives)),
+    )
+    total = sum(spec.weight_bytes(module) for module, is_here in ends if is_here)
+    if all(is_here for _, is_here in ends):
         total -= spec.tied_bytes
-    for index, layer in enumerate(spec.layers):
-        if layer.is_moe:
-            on_gpu = placement.num_resident(spec, index)
-            count = on_gpu if device == "gpu" else placement.num_on_cpu(spec, index)
-            total += count * spec.expert_bytes(index)
+    for index, (before, after) in enumerate(zip(prefill.layers, decode.layers, strict=True)):
+        pairs = zip(before.modules(), after.modules(), strict=True)
+        for (module, first), (_, second) in pairs:
+            if module == "experts":
+                on_gpu = placement.num_resident(spec, index)
+                count = on_gpu if device == "gpu" else placement.num_on_cpu(spec, index)
+                total += count * spec.expert_bytes(index)
+            elif device in (first.lives, second.lives):
+                total += spec.weight_bytes(module, index)
     return total
 
 

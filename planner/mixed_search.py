@@ -15,6 +15,7 @@ import numpy as np
 from planner.allocation import Allocation, Bound, Multipliers, Problem, Relaxation, allocate
 from planner.candidate import Candidate, Wave
 from planner.cost_model import Pricer
+from planner.kv_blocks import layer_kv_bytes
 from planner.layer_menu import (
     DEVICES,
     LOADS,
@@ -53,6 +54,8 @@ _MIN_SIMULATED, _MAX_SIMULATED = 12, 300
 # Placements of a chunk are all looked at where there are no more, if so many at most.
 _MAX_LOOKED_AT = 400
 _MAX_COMBINATIONS = 100_000
+# Caches that take less of the GPU's memory stay with the projections.
+_LARGE_CACHES = 0.02
 # Parts of the sequences that a second sub-batch has.
 _SECOND_SHARES = (0.25, 0.5, 0.75)
 # Expert slots take no more of the GPU than this.
@@ -161,6 +164,7 @@ class _Space:
                 kv_move_s=partial(pricer.kv_layer_move_s, members[0]),
                 num_waves=wave.num_waves,
                 chunk_tokens=chunk_tokens,
+                has_large_caches=_has_large_caches(wave),
                 first_on_cpu=sub_batches.first_on_cpu,
             )
             for members in self.layers
@@ -639,6 +643,18 @@ class _Promise:
     used: _Limits
 
 
+def _has_large_caches(wave: Wave) -> bool:
+    """Do the caches take so much of the GPU that they are worth keeping elsewhere?"""
+    spec, hardware = wave.spec, wave.costs.hardware
+    num_bytes = sum(
+        layer_kv_bytes(
+            spec, wave.sequences, index, "gpu", prefill="gpu", decode="gpu", chunk_tokens=1
+        )
+        for index in range(spec.num_layers)
+    )
+    return num_bytes > _LARGE_CACHES * available_bytes(hardware, "gpu") > 0.0
+
+
 def _divisions(wave: Wave) -> Iterator[_SubBatches]:
     """Ways to divide decode steps that are tried: not at all, and some in two.
 
@@ -648,7 +664,7 @@ def _divisions(wave: Wave) -> Iterator[_SubBatches]:
     yield _SubBatches()
     num_seqs, spec = wave.num_concurrent, wave.spec
     is_ordinary = all(layer.attention is None for layer in spec.layers)
-    if wave.costs.hardware.gpu is None or not is_ordinary or wave.workload.output_len == 1:
+    if not _has_large_caches(wave) or not is_ordinary or wave.workload.output_len == 1:
         return
     counts = {round(share * num_seqs) for share in _SECOND_SHARES}
     for num_second in sorted(counts - {0, num_seqs}):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Mapping
 
 from planner.step_graph import LANES, Lane, Op, OpKind, StepGraph
@@ -54,29 +53,36 @@ def _shared_times(
     graph: StepGraph, seconds: Callable[[Op], float], slowdowns: Slowdowns
 ) -> list[tuple[float, float]]:
     """The same where lanes slow each other down: from event to event at constant speeds."""
-    queues = {lane: deque(graph.lane(lane)) for lane in graph.lanes}
-    starts: dict[int, float] = {}
-    ends: dict[int, float] = {}
-    left_s: dict[Lane, float] = {}  # of what each lane works on, at full speed
-    clock = 0.0
-    while len(ends) < len(graph.ops):
-        for lane, queue in queues.items():
-            if queue and lane not in left_s and ends.keys() >= set(queue[0].deps):
-                starts[queue[0].index] = clock
-                left_s[lane] = seconds(queue[0])
-        factors = {
-            lane: max((slowdowns.get((lane, other), 1.0) for other in left_s), default=1.0)
-            for lane in left_s
-        }
-        passed_s = min(left_s[lane] * factors[lane] for lane in left_s)
+    lanes = graph.lanes
+    factors = [[slowdowns.get((lane, other), 1.0) for other in lanes] for lane in lanes]
+    queues = [graph.lane(lane) for lane in lanes]
+    heads = [0] * len(lanes)
+    left_s: dict[int, float] = {}  # of what each lane works on, at full speed
+    starts, ends = [0.0] * len(graph.ops), [-1.0] * len(graph.ops)
+    clock, num_ended = 0.0, 0
+    while num_ended < len(graph.ops):
+        for lane, queue in enumerate(queues):
+            if lane in left_s or heads[lane] == len(queue):
+                continue
+            op = queue[heads[lane]]
+            for dep in op.deps:
+                if ends[dep] < 0.0:
+                    break
+            else:
+                starts[op.index] = clock
+                left_s[lane] = seconds(op)
+        slowed = {lane: max([factors[lane][other] for other in left_s]) for lane in left_s}
+        passed_s = min([left_s[lane] * slowed[lane] for lane in left_s])
         clock += passed_s
         for lane in list(left_s):
-            left_s[lane] -= passed_s / factors[lane]
+            left_s[lane] -= passed_s / slowed[lane]
             # what rounding leaves of an op that ends now
             if left_s[lane] <= 1e-12 * (1 + clock):
-                ends[queues[lane].popleft().index] = clock
+                ends[queues[lane][heads[lane]].index] = clock
+                heads[lane] += 1
+                num_ended += 1
                 del left_s[lane]
-    return [(starts[op.index], ends[op.index]) for op in graph.ops]
+    return list(zip(starts, ends, strict=True))
 
 
 def makespan_s(
