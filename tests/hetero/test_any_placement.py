@@ -20,7 +20,6 @@ from planner import strategies
 from planner.candidate import Wave
 from planner.cost_model import CostModel
 from planner.kv_blocks import KVBlocks
-from planner.mixed_search import _Draft, _placement, _Space
 from planner.model_spec import ModelSpec
 from planner.placement import (
     ON_CPU,
@@ -31,6 +30,7 @@ from planner.placement import (
     Placement,
     TierPlacement,
 )
+from planner.search_space import Draft, Space, placement_of
 from planner.workload import Phase, Workload
 from tests.hetero.test_mixed_experts import GREEDY, PROMPTS, placed, tokens_of
 from tests.hetero.test_sub_batches import many_blocks, sub_batches_by_hand
@@ -63,11 +63,11 @@ def random_placement(spec: ModelSpec, seed: int) -> Placement:
     """Every layer and both ends in any state of the search's menus."""
     machine = toy_machine().with_emulated_gpu(memory_bytes=10**9, link_bytes_per_s=4e9)
     workload = Workload(prompt_len=16, output_len=8, num_seqs=len(PROMPTS))
-    space = _Space(Wave(spec, CostModel(machine), workload, workload.num_seqs), 16)
+    space = Space(Wave(spec, CostModel(machine), workload, workload.num_seqs), 16)
     draw = Random(seed)
     columns = [draw.randrange(len(space.menu_of[index].states)) for index in range(spec.num_layers)]
     ends = draw.randrange(len(space.menus[-1].states))
-    return _placement(space, _Draft(layers=tuple(columns), ends=ends))
+    return placement_of(space, Draft(layers=tuple(columns), ends=ends))
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -19,8 +19,8 @@ from planner.cost_model import CostModel
 from planner.hardware import HardwareProfile
 from planner.layer_menu import LOADS, Floats, Menu
 from planner.memory import available_bytes
-from planner.mixed_search import _Draft, _placement, _Space
 from planner.model_spec import LayerSpec, ModelSpec
+from planner.search_space import Draft, Space, placement_of
 from planner.workload import Workload
 from tests.planner.tiny import real_machine, tiny_spec
 
@@ -83,7 +83,7 @@ def fastest(case: Case, known_s: float = math.inf, max_simulated: int = 4000) ->
     """Look for anything faster than `known_s`; ends early after so many simulations."""
     costs = CostModel(case.machine)
     wave = Wave(case.spec, costs, case.workload, case.workload.num_seqs)
-    space = _Space(wave, CHUNK_TOKENS)
+    space = Space(wave, CHUNK_TOKENS)
     menus = [space.menu_of[index] for index in range(case.spec.num_layers)]
     menus.append(space.menus[-1])
     left_s, left_bytes = [np.zeros((len(LOADS), 2))], [np.zeros(2)]
@@ -97,8 +97,8 @@ def fastest(case: Case, known_s: float = math.inf, max_simulated: int = 4000) ->
         if not found.is_complete:
             return
         if at == len(menus):
-            draft = _Draft(layers=tuple(chosen[:-1]), ends=chosen[-1])
-            candidate = Candidate(_placement(space, draft), wave)
+            draft = Draft(layers=tuple(chosen[:-1]), ends=chosen[-1])
+            candidate = Candidate(placement_of(space, draft), wave)
             found.num_simulated += 1
             if candidate.lacking_bytes == 0:
                 found.seconds = min(found.seconds, candidate.times.e2e_s)

@@ -15,8 +15,8 @@ from planner.allocation import Problem, Relaxation
 from planner.candidate import Candidate, Wave
 from planner.cost_model import CostModel
 from planner.layer_menu import DEVICES, LOADS
-from planner.mixed_search import _FLAGS, _Draft, _Limits, _placement, _Space
 from planner.placement import check_matches
+from planner.search_space import FLAGS, Draft, Limits, Space, placement_of
 from tests.planner.exact_search import CHUNK_TOKENS, fastest, random_case
 
 
@@ -26,7 +26,7 @@ def test_no_placement_is_faster_than_its_sums_or_holds_fewer_bytes(seed: int) ->
     draw = Random(seed)
     case = random_case(draw)
     wave = Wave(case.spec, CostModel(case.machine), case.workload, case.workload.num_seqs)
-    space = _Space(wave, CHUNK_TOKENS)
+    space = Space(wave, CHUNK_TOKENS)
     for _ in range(20):
         columns = [
             draw.randrange(len(space.menu_of[index].states))
@@ -34,8 +34,8 @@ def test_no_placement_is_faster_than_its_sums_or_holds_fewer_bytes(seed: int) ->
         ]
         menus = [*(space.menu_of[index] for index in range(len(columns))), space.menus[-1]]
         columns.append(draw.randrange(len(space.menus[-1].states)))
-        draft = _Draft(layers=tuple(columns[:-1]), ends=columns[-1])
-        candidate = Candidate(_placement(space, draft), wave)
+        draft = Draft(layers=tuple(columns[:-1]), ends=columns[-1])
+        candidate = Candidate(placement_of(space, draft), wave)
         pairs = list(zip(menus, columns, strict=True))
         loads_s = sum(menu.loads_s[:, :, at] for menu, at in pairs)
         moves_s = sum(float(menu.move_s[at]) for menu, at in pairs)
@@ -56,7 +56,7 @@ def test_layers_of_one_state_are_not_faster_than_their_sums(seed: int) -> None:
     draw = Random(seed)
     case = random_case(draw)
     wave = Wave(case.spec, CostModel(case.machine), case.workload, case.workload.num_seqs)
-    space = _Space(wave, CHUNK_TOKENS)
+    space = Space(wave, CHUNK_TOKENS)
     for _ in range(20):
         columns = [draw.randrange(len(menu.states)) for menu in space.menus]
         counts = [*(len(members) for members in space.layers), 1]
@@ -65,8 +65,8 @@ def test_layers_of_one_state_are_not_faster_than_their_sums(seed: int) -> None:
             for members, column in zip(space.layers, columns, strict=False)
             for index in members
         }
-        draft = _Draft(layers=tuple(layers[index] for index in sorted(layers)), ends=columns[-1])
-        candidate = Candidate(_placement(space, draft), wave)
+        draft = Draft(layers=tuple(layers[index] for index in sorted(layers)), ends=columns[-1])
+        candidate = Candidate(placement_of(space, draft), wave)
         least_s = space.base_s
         loads_s = np.zeros((len(LOADS), 2))
         for menu, count, column in zip(space.menus, counts, columns, strict=True):
@@ -84,11 +84,11 @@ def test_each_placement_is_in_one_part_and_leaves_no_more_memory_than_that_assum
     draw = Random(seed)
     case = random_case(draw)
     wave = Wave(case.spec, CostModel(case.machine), case.workload, case.workload.num_seqs)
-    space = _Space(wave, CHUNK_TOKENS)
+    space = Space(wave, CHUNK_TOKENS)
     for _ in range(20):
         draft, other = random_draft(space, draw), random_draft(space, draw)
         used, limits = limits_of(space, draft), space.everything()
-        candidate = Candidate(_placement(space, draft), wave)
+        candidate = Candidate(placement_of(space, draft), wave)
         others = limits_of(space, other)
         while True:
             for left, device in zip(space.budgets(limits), DEVICES, strict=True):
@@ -103,26 +103,26 @@ def test_each_placement_is_in_one_part_and_leaves_no_more_memory_than_that_assum
                 assert space.allowed(kind, limits)[list(columns)].all()
 
 
-def random_draft(space: _Space, draw: Random) -> _Draft:
+def random_draft(space: Space, draw: Random) -> Draft:
     """Any state for each layer."""
     menus = [space.menu_of[index] for index in range(len(space.menu_of))]
     layers = tuple(draw.randrange(len(menu.states)) for menu in menus)
-    return _Draft(layers=layers, ends=draw.randrange(len(space.menus[-1].states)))
+    return Draft(layers=layers, ends=draw.randrange(len(space.menus[-1].states)))
 
 
-def columns_of(space: _Space, draft: _Draft) -> list[set[int]]:
+def columns_of(space: Space, draft: Draft) -> list[set[int]]:
     """The columns of each menu that a draft has."""
     return [*({draft.layers[at] for at in members} for members in space.layers), {draft.ends}]
 
 
-def limits_of(space: _Space, draft: _Draft) -> _Limits:
+def limits_of(space: Space, draft: Draft) -> Limits:
     """What a draft uses."""
     problem = space.problem(space.everything(), is_apart=False)
     assert problem is not None
     return space.used(problem, columns_of(space, draft))
 
 
-def is_within(used: _Limits, limits: _Limits) -> bool:
+def is_within(used: Limits, limits: Limits) -> bool:
     """Does what uses this belong to a part?"""
     bytes_fit = all(
         least <= streamed <= most
@@ -132,7 +132,7 @@ def is_within(used: _Limits, limits: _Limits) -> bool:
     )
     return bytes_fit and all(
         said in (None, is_so)
-        for name in _FLAGS
+        for name in FLAGS
         for is_so, said in zip(used.flags(name), limits.flags(name), strict=True)
     )
 
@@ -142,7 +142,7 @@ def test_the_bound_is_that_of_the_linear_relaxation(seed: int) -> None:
     """Against an exact solver that knows all states at once."""
     case = random_case(Random(seed))
     wave = Wave(case.spec, CostModel(case.machine), case.workload, case.workload.num_seqs)
-    space = _Space(wave, CHUNK_TOKENS)
+    space = Space(wave, CHUNK_TOKENS)
     limits = space.everything()
     problem, budgets = space.problem(limits, is_apart=False), space.budgets(limits)
     assert problem is not None
