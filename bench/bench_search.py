@@ -131,7 +131,7 @@ def large_case(model: str, machine: str) -> dict[str, Any]:
     hardware = HardwareProfile.load(MACHINES / f"{machine}.json")
     assert hardware.gpu is not None
     hardware = hardware.with_memory(
-        cpu_bytes=max(hardware.cpu.memory_bytes, 3 * 10**12 if model == "kimi-k2" else 10**12),
+        cpu_bytes=max(hardware.cpu.memory_bytes, 3 * 10**12),
         gpu_bytes=hardware.gpu.memory_bytes,
     )
     runs = [timed_search(spec_of(model), hardware, Workload()) for _ in range(3)]
