@@ -118,7 +118,13 @@ def test_a_prefill_that_moves_some_sequences_says_nothing_of_the_host() -> None:
     """Those of a second sub-batch go to the CPU, though the first one's cache stays."""
     gpu = placement(SPEC, "gpu", 0)
     decode = replace(gpu.decode, num_second_seqs=1)
-    plan = replace(plan_of(gpu, gpu), placement=replace(gpu, decode=decode))
+    one = plan_of(gpu, gpu)
+    plan = replace(
+        one,
+        placement=replace(gpu, decode=decode),
+        workload=replace(one.workload, num_seqs=2),
+        estimate=replace(one.estimate, num_concurrent_seqs=2),
+    )
     assert "host" not in {term.lane for term in run(plan, "prefill", [1.0])[0].terms}
 
 

@@ -20,7 +20,7 @@ from hetero.model.cpu_run import CpuRun, build_run
 from hetero.model.decoder import DecoderStep
 from hetero.runtime.devices import EmulatedAccelerator
 from planner.cost_model import NUM_COPIES, NUM_TORCH_PASSES, CostModel
-from planner.placement import ON_CPU, ON_GPU, ModulePlacement
+from planner.placement import MIXED, ON_CPU, ON_GPU, ModulePlacement
 from planner.plan import Plan
 from planner.step_graph import Op, OpKind, Payload
 from planner.workload import decode_shape
@@ -120,7 +120,8 @@ def plan_of(folder: Path, *, kv_on_cpu: bool, ffn: ModulePlacement = ON_GPU) -> 
     with LLM(folder, profile=toy_machine(), accelerator="emulated", strategy="gpu") as llm:
         plan, decode = llm.plan, llm.plan.placement.decode
     layers = tuple(replace(layer, kv_on_cpu=kv_on_cpu, ffn=ffn) for layer in decode.layers)
-    placement = replace(plan.placement, decode=replace(decode, layers=layers))
+    decode = replace(decode, strategy=MIXED, cut=0, layers=layers)
+    placement = replace(plan.placement, decode=decode)
     return replace(plan, placement=placement)
 
 
