@@ -303,11 +303,9 @@ def test_a_batch_has_a_part_for_each_sub_batch_that_it_has() -> None:
     """Their items in the order of the batch; the planner is told how many are of the second."""
     machine = Machine()
     sequences = [machine.add(name, 5) for name in "abc"]
-    steps = machine.steps()
-    next(steps)  # which puts all into the first
+    _, batch = itertools.islice(machine.steps(), 2)
     for sequence in sequences[1:]:
         sequence.sub_batch = 1
-    batch = next(steps)
     first, second = batch.part(0), batch.part(1)
     assert first is not None and first.items == batch.items[:1]
     assert second is not None and second.items == batch.items[1:]
