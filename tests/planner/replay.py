@@ -71,7 +71,7 @@ def read_model(name: str) -> ModelSpec:
     return read_model_profile(config).spec()
 
 
-def tested_workload(model: str, machine: str) -> str:
+def checked_workload(model: str, machine: str) -> str:
     """The workload of a model and machine that tests look at: each has a quarter of the pairs."""
     return list(WORKLOADS)[(MODELS.index(model) + MACHINES.index(machine)) % len(WORKLOADS)]
 

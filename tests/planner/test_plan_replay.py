@@ -9,18 +9,18 @@ from tests.planner.replay import (
     MODELS,
     PLANS,
     WORKLOADS,
+    checked_workload,
     differences,
     digest,
     path_of,
     stored,
-    tested_workload,
 )
 
 
 @pytest.mark.parametrize("machine", MACHINES)
 @pytest.mark.parametrize("model", MODELS)
 def test_the_search_answers_as_it_is_stored(model: str, machine: str) -> None:
-    workload = tested_workload(model, machine)
+    workload = checked_workload(model, machine)
     found = digest(model, machine, workload)
     assert list(differences(found, stored(model)[machine, workload])) == []
 
