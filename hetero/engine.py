@@ -133,6 +133,7 @@ class Engine:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=placement.prefill.max_num_tokens,
             max_model_len=max_model_len,
+            max_first_seqs=max_num_seqs - placement.decode.num_second_seqs,
         )
         self._requests: dict[str, _Request] = {}
         if accelerator is not None:

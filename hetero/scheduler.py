@@ -165,12 +165,14 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_model_len: int,
+        max_first_seqs: int | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         assert min(max_num_seqs, max_num_batched_tokens) >= 1
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
+        self.max_first_seqs = max_num_seqs if max_first_seqs is None else max(1, max_first_seqs)
         self.pools = blocks
         self._clock = clock
         # Both in the order of `add`.
@@ -350,10 +352,17 @@ class Scheduler:
         num_in_all = num_blocks_for(self._num_slots(sequence))
         num_needed = self._num_needed(sequence, sequence.num_tokens)
         pools = self.pools
+        counts = [0] * len(pools.decode)
+        for each in self._running:
+            counts[each.sub_batch] += 1
+        # Two whose caches are both on the CPU are as large as each other; one that is on the GPU
+        # is filled first, up to what was planned.
+        are_alike = len(counts) > 1 and 0 in pools.moving
         with_room = [
             number
             for number in self._fitting(sequence, sequence.num_tokens)
             if num_needed <= pools.decode[number].num_free
+            and (number > 0 or are_alike or counts[0] < self.max_first_seqs)
         ]
         if not with_room:
             return None
@@ -364,7 +373,7 @@ class Scheduler:
                 if self._num_promised(number) + num_in_all <= pools.decode[number].num_blocks
             ]
             with_room = to_the_end or with_room
-        chosen = with_room[0]
+        chosen = min(with_room, key=lambda number: counts[number]) if are_alike else with_room[0]
         # Those are free again after a step: it is not worth another sub-batch.
         prompts = pools.prompts_of(chosen)
         return chosen if prompts is None or num_now <= prompts.num_free else None

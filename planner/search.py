@@ -22,7 +22,7 @@ from planner.popularity import Popularity
 from planner.priors import P90_SIGMAS
 from planner.rival_placements import ENGINES, Asked
 from planner.strategies import STRATEGIES, cuts, placement
-from planner.tiers import with_smaller_tiers
+from planner.tiers import has_smaller_steps, with_smaller_tiers
 from planner.workload import DEFAULT_CHUNK_TOKENS, PHASES, Objective, Phase, Workload
 
 # New tokens of a prefill step that are tried.
@@ -110,10 +110,15 @@ def search(
         from planner.mixed_search import mixed_search
 
         for wave in waves:
-            known_s = min((each.times.e2e_s for each in fitting), default=math.inf)
-            found = mixed_search(wave, chunks, known_s)
-            fitting += found.candidates
-            bound_s = min(bound_s, found.bound_s)
+            for some in _apart(wave, chunks):
+                known_s = min((each.times.e2e_s for each in fitting), default=math.inf)
+                is_apart = has_smaller_steps(wave.pricer(some[0]))
+                found = mixed_search(wave, some, math.inf if is_apart else known_s)
+                fitting += found.candidates
+                bound_s = min(bound_s, found.bound_s)
+                if is_apart and found.candidates:
+                    fastest = min(found.candidates, key=lambda each: each.times.e2e_s)
+                    fitting.append(with_smaller_tiers(fastest))
     fitting = _best_by_name(fitting)
     # a placement without a name is worth telling of where it is the fastest
     fitting = [each for each in fitting if each.name in STRATEGIES or each is fitting[0]]
@@ -123,8 +128,9 @@ def search(
         if each.lacking_bytes and each.name not in names:
             nearest.setdefault(each.name, each)
     chosen = _preferred(fitting) if fitting and prefers_simple else [*fitting, *nearest.values()][0]
-    final = with_smaller_tiers(chosen) if fitting else chosen.placement
     others = [each for each in (*fitting, *nearest.values()) if each is not chosen]
+    if fitting and strategy is None and not chosen.placement.smaller:
+        chosen = with_smaller_tiers(chosen)
     return Plan(
         model=spec.name,
         model_fingerprint=spec.fingerprint,
@@ -134,10 +140,10 @@ def search(
         workload=workload,
         objective=objective,
         feasible=bool(fitting),
-        placement=final,
+        placement=chosen.placement,
         estimate=estimate(
             spec,
-            final,
+            chosen.placement,
             costs,
             workload,
             chosen.memory,
@@ -146,6 +152,16 @@ def search(
         optimality_gap=max(0.0, 1.0 - bound_s / chosen.times.e2e_s) if fitting else 0.0,
         alternatives=tuple(_alternative(each, chosen) for each in others),
     )
+
+
+def _apart(wave: Wave, chunks: Sequence[int]) -> list[tuple[int, ...]]:
+    """Chunks that are searched together, and one by one those that leave smaller steps.
+
+    How fast these are is known when a placement has tiers for them.
+    """
+    left = [size for size in chunks if has_smaller_steps(wave.pricer(size))]
+    together = tuple(size for size in chunks if size not in left)
+    return [*((together,) if together else ()), *((size,) for size in left)]
 
 
 def _chunks(workload: Workload, hardware: HardwareProfile) -> tuple[int, ...]:

@@ -28,6 +28,7 @@ from planner.layer_menu import (
 from planner.memory import available_bytes, step_activation_bytes
 from planner.placement import MIXED, NUM_STREAM_BUFFERS, Device, Placement, TierPlacement
 from planner.step_graph import Op
+from planner.tiers import smaller_steps
 from planner.workload import PHASES, Phase
 
 # Bytes that need not be decided on, as a share of the GPU's.
@@ -126,8 +127,14 @@ class Space:
         self.steps: dict[Phase, PricedSteps] = {}
         for phase in PHASES:
             steps = pricer.steps(phase)
+            # Steps that a tier of their own may run count for nothing: it may take less than any
+            # state does.
+            least = smaller_steps(pricer) if phase == "prefill" else 0
             self.steps[phase] = PricedSteps(
-                steps=tuple((wave.num_waves * count, price) for count, price in steps),
+                steps=tuple(
+                    (wave.num_waves * count * (price.shape.num_tokens > least), price)
+                    for count, price in steps
+                ),
                 max_fetched=self._max_fetched([price for _, price in steps]),
                 num_second=sub_batches.num_second if phase == "decode" else 0,
             )

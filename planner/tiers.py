@@ -11,6 +11,7 @@ from msgspec.structs import replace
 
 from planner.candidate import Candidate
 from planner.cost_model import Pricer
+from planner.estimate import WavePricer
 from planner.memory import staging_bytes
 from planner.model_spec import LayerSpec
 from planner.placement import (
@@ -19,7 +20,6 @@ from planner.placement import (
     STREAMED,
     LayerPlacement,
     ModulePlacement,
-    Placement,
     Runs,
     TierPlacement,
 )
@@ -36,24 +36,42 @@ _LEAST_GAIN = 0.02
 _NUM_ALIKE = 2
 
 
-def with_smaller_tiers(candidate: Candidate) -> Placement:
+def with_smaller_tiers(candidate: Candidate) -> Candidate:
     """A placement with tiers for steps of fewer tokens, where these gain by running otherwise."""
     placement, wave = candidate.placement, candidate.wave
     if wave.costs.hardware.gpu is None:
-        return placement
-    found: list[TierPlacement] = []
-    found += _tiers(candidate, "decode", DECODE_TIERS)
-    found += _tiers(candidate, "prefill", PREFILL_TIERS)
-    if not found:
-        return placement
-    whole = replace(placement, smaller=tuple(found))
-    return whole if Candidate(whole, wave).lacking_bytes == 0 else placement
+        return candidate
+    found = candidate
+    for tier in (
+        *_tiers(candidate, "prefill", PREFILL_TIERS),
+        *_tiers(candidate, "decode", DECODE_TIERS),
+    ):
+        smaller = (*found.placement.smaller, tier)
+        trial = Candidate(replace(placement, smaller=smaller), wave)
+        if trial.lacking_bytes == 0 and trial.times.e2e_s <= found.times.e2e_s:
+            found = trial
+    return found
+
+
+def smaller_steps(pricer: WavePricer) -> int:
+    """Most tokens of the prefill steps that a tier for smaller ones may run; 0: there are none.
+
+    The largest steps of a workload are never among them.
+    """
+    largest = max(price.shape.num_tokens for _, price in pricer.steps("prefill"))
+    return max((size for size in PREFILL_TIERS if size < largest), default=0)
+
+
+def has_smaller_steps(pricer: WavePricer) -> bool:
+    """Are there prefill steps that a tier for smaller ones may run?"""
+    most = smaller_steps(pricer)
+    return any(price.shape.num_tokens <= most for _, price in pricer.steps("prefill"))
 
 
 def _tiers(candidate: Candidate, phase: Phase, sizes: tuple[int, ...]) -> Iterator[TierPlacement]:
     """Tiers of a phase, the largest first; what runs as the next larger one does is left out."""
     wave, larger = candidate.wave, candidate.placement.tier(phase)
-    most = wave.num_concurrent if phase == "decode" else larger.max_num_tokens
+    most = wave.num_concurrent if phase == "decode" else smaller_steps(candidate.pricer) + 1
     if larger.num_second_seqs or all(
         len(group.options) == 1 for group in _groups(candidate, larger)
     ):

@@ -15,6 +15,7 @@ from hetero.model.decoder import Decoder
 from hetero.model_lookup import find_model, read_model_spec
 from hetero.runtime.devices import EmulatedAccelerator
 from hetero.runtime.weights import load_weights
+from hetero.sequence import Sequence
 from planner import strategies
 from planner.hardware import HardwareProfile
 from planner.kv_blocks import KVBlocks, kv_blocks
@@ -88,7 +89,7 @@ def make_engine(
 @pytest.mark.parametrize(
     "blocks",
     [
-        # none, some and many in the second; the longest needs 3 blocks
+        # as many as planned, and more in the second; the longest needs 3 blocks
         KVBlocks(first=20, second=20, prompts=6),
         KVBlocks(first=4, second=20, prompts=6),
         KVBlocks(first=3, second=4, prompts=3),
@@ -116,7 +117,7 @@ def test_both_sub_batches_give_the_tokens_of_all_cpu(
         seen |= {item.sequence.sub_batch for item in result.batch.items}
     assert [each.output_token_ids for each in sequences] == expected
     assert any(each.num_preemptions for each in sequences) == (blocks.first < 4)
-    assert seen == ({0} if blocks.first == 20 else {0, 1})
+    assert seen == {0, 1}
     pools = engine.scheduler.pools
     assert pools.prompts is not None
     assert all(pool.num_free == pool.num_blocks for pool in (*pools.decode, pools.prompts))
@@ -141,3 +142,32 @@ def test_the_accelerator_holds_the_caches_that_were_planned(
     need = needs(spec, placement, WAVE, machine)
     assert with_caches - num_weight_bytes == need["gpu"].kv_bytes
     assert len(engine.scheduler.pools.decode) == 2
+
+
+@pytest.mark.parametrize("kv_on_cpu", [False, True])
+@pytest.mark.parametrize("more_blocks", [0, 50])
+def test_the_planned_sequences_run_in_the_planned_sub_batches(
+    folder: Path, accelerator: EmulatedAccelerator, kv_on_cpu: bool, more_blocks: int
+) -> None:
+    """Three and three, however much room there is for the first; fewer are all on the GPU."""
+    spec = read_model_spec(find_model(str(folder)))
+    placement = sub_batches(spec, kv_on_cpu=kv_on_cpu, chunk_tokens=64)
+    planned = kv_blocks(placement, WAVE)
+    blocks = KVBlocks(
+        first=planned.first + more_blocks,
+        second=planned.second,
+        prompts=planned.prompts + more_blocks,
+    )
+    engine = make_engine(folder, spec, placement, accelerator, blocks)
+    for count, expected in ((6, {(3, 3)}), (3, {(2, 1)} if kv_on_cpu else {(3, 0)})):
+        for number in range(count):
+            engine.add_request(str(number), PROMPTS[4], GREEDY)
+        found, finished = set[tuple[int, int]](), list[Sequence]()
+        while (result := engine.step()) is not None:
+            finished += result.finished
+            if result.batch.phase == "decode":
+                second = result.batch.shape.num_second_seqs or 0
+                found.add((len(result.batch.items) - second, second))
+        assert found == expected
+        for sequence in finished:
+            engine.release(sequence)

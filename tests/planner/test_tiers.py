@@ -23,11 +23,13 @@ from planner.placement import (
     Runs,
     TierPlacement,
 )
+from planner.search import CHUNK_TOKENS, search
 from planner.simulate import makespan_s
 from planner.step_graph import build
 from planner.tier_graphs import TierGraphs
 from planner.tiers import DECODE_TIERS, with_smaller_tiers
 from planner.workload import Phase, Workload, decode_shape
+from tests.planner.replay import ROOT, read_model
 from tests.planner.tiny import real_machine, tiny_spec
 
 # The CPU computes a token slowly but needs no copy; the link takes a second for 2000 bytes.
@@ -63,7 +65,7 @@ def step_s(whole: Candidate, tier: TierPlacement, num_tokens: int) -> float:
 
 def test_small_steps_run_on_the_cpu_where_large_ones_are_streamed() -> None:
     whole = candidate()
-    placement = with_smaller_tiers(whole)
+    placement = with_smaller_tiers(whole).placement
 
     sizes = [tier.max_num_tokens for tier in placement.smaller if tier.phase == "decode"]
     assert sizes and set(sizes) <= set(DECODE_TIERS)
@@ -82,7 +84,7 @@ def test_small_steps_run_on_the_cpu_where_large_ones_are_streamed() -> None:
 def test_a_tier_is_as_fast_as_any_way_to_run_the_same_weights(size: int, slots: int) -> None:
     """All ways of three layers, those that need larger buffers left out."""
     whole = candidate(slots=slots)
-    found = with_smaller_tiers(whole)
+    found = with_smaller_tiers(whole).placement
     room = max(staging_bytes(SPEC, tier) for tier in whole.placement.tiers)
     some: tuple[Runs, ...] = ("cpu", "stream")
     ways: tuple[Runs, ...] = ("cpu", "stream", "split") if slots else some
@@ -103,7 +105,7 @@ def test_a_tier_is_as_fast_as_any_way_to_run_the_same_weights(size: int, slots: 
 def test_where_nothing_can_run_otherwise_there_are_no_smaller_tiers() -> None:
     placement = strategies.placement(SPEC, "gpu", 0)
     whole = Candidate(placement, Wave(SPEC, CostModel(MACHINE), MANY, MANY.num_seqs))
-    assert with_smaller_tiers(whole) is placement
+    assert with_smaller_tiers(whole) is whole
 
 
 def test_a_workload_is_priced_by_the_tiers_that_its_steps_run_in() -> None:
@@ -180,3 +182,24 @@ def test_two_sub_batches_need_all_attention_on_the_gpu() -> None:
     with pytest.raises(ValueError, match="the first one's cache must be on one device"):
         Placement(prefill=prefill, decode=replace(two, layers=mixed))
     assert Placement(prefill=prefill, decode=two).decode.uses("cpu")
+
+
+def test_the_bound_holds_for_prompts_that_leave_a_short_last_step() -> None:
+    """8200 tokens: 8 are left of steps of 4096 or 8192, and run in a tier of their own."""
+    spec = read_model("olmoe-1b-7b")
+    machine = HardwareProfile.load(ROOT / "profiles" / "machines" / "laptop-rtx4060.json")
+    workload = Workload(prompt_len=2050, output_len=2, num_seqs=4)
+    plan = search(spec, machine, workload, prefers_simple=False)
+    floor_s = plan.estimate.e2e_s * (1 - plan.optimality_gap)
+    for chunk_tokens in CHUNK_TOKENS:
+        other = search(spec, machine, workload, chunk_tokens=chunk_tokens, prefers_simple=False)
+        assert other.estimate.e2e_s >= floor_s * (1 - 1e-9)
+        assert other.estimate.e2e_s >= plan.estimate.e2e_s * 0.99
+    assert any(tier.phase == "prefill" for tier in plan.placement.smaller)
+
+
+def test_a_strategy_that_is_asked_for_has_no_tiers_of_another() -> None:
+    spec = read_model("olmoe-1b-7b")
+    machine = HardwareProfile.load(ROOT / "profiles" / "machines" / "laptop-rtx4060.json")
+    workload = Workload(prompt_len=2050, output_len=2, num_seqs=4)
+    assert search(spec, machine, workload, strategy="offload").placement.smaller == ()
