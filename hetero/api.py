@@ -169,7 +169,8 @@ class LLM:
             plan = Plan.load(plan_path)
         if plan is not None and strategy is not None:
             raise UsageError("give a plan or a strategy, not both: a plan already has one")
-        assert plan is None or isinstance(plan, Plan)
+        if plan is not None and not isinstance(plan, Plan):
+            raise UsageError(f"plan is {type(plan).__name__}; give a Plan or the path of one")
         resources = resources_asked(plan, accelerator, gpu_mem_gb, cpu_mem_gb, link_gb_per_s)
         if not isinstance(profile, HardwareProfile):
             profile = base_profile(

@@ -117,9 +117,9 @@ def workload_text(workload: Workload) -> str:
 def where_text(tier: TierPlacement, spec: ModelSpec | None = None) -> str:
     """Where the modules of a tier run, as `attention gpu 32; experts gpu 20, cpu 12; head gpu`.
 
-    `scores and values of 8 on the cpu`: the KV caches of so many layers are there, though the GPU
-    computes the projections. Experts that lie in both memories: `experts: 27 layers on the cpu, 16
-    layers with 112 of 128 on the gpu`; without `spec` it is not known of how many.
+    `caches of 8 of the gpu's layers on the cpu`: which then computes scores and values, the GPU the
+    projections. Experts that lie in both memories: `experts: 27 layers on the cpu, 16 layers with
+    112 of 128 on the gpu (the rest on the cpu)`; without `spec` it is not known of how many.
     """
     experts = [layer.ffn for layer in tier.layers if layer.router is not None]
     dense = [layer.ffn for layer in tier.layers if layer.router is None]
@@ -137,19 +137,29 @@ def where_text(tier: TierPlacement, spec: ModelSpec | None = None) -> str:
     ]
     num_caches = sum(layer.kv_on_cpu for layer in tier.layers)
     if num_caches:
-        parts[0] += f" (scores and values of {num_caches} on the cpu)"
+        parts.insert(1, f"caches of {num_caches} of the gpu's layers on the cpu")
     parts.append(f"head {_run_name(tier.head.runs)}")
     if tier.num_second_seqs:
-        parts.append(f"{tier.num_second_seqs} sequences apart, their scores and values on the cpu")
+        parts.append(
+            f"in two sub-batches: {tier.num_second_seqs} sequences keep their caches on the cpu"
+        )
     return "; ".join(parts)
 
 
 def steps_text(tier: TierPlacement, placement: Placement) -> str:
-    """`decode`, or `decode, up to 4 tokens` of a tier for smaller steps."""
+    """`decode`, or `decode of up to 4 sequences` of a tier for smaller steps."""
     if tier is placement.tier(tier.phase):
         return tier.phase
+    unit = "sequence" if tier.phase == "decode" else "token"
     plural = "s" if tier.max_num_tokens > 1 else ""
-    return f"{tier.phase}, up to {tier.max_num_tokens} token{plural}"
+    return f"{tier.phase} of up to {tier.max_num_tokens} {unit}{plural}"
+
+
+def _in_order(placement: Placement) -> list[TierPlacement]:
+    """All tiers, a phase's own before those for smaller steps, the largest first."""
+    return sorted(
+        placement.tiers, key=lambda tier: (PHASES.index(tier.phase), -tier.max_num_tokens)
+    )
 
 
 def _counts(places: Sequence[ModulePlacement]) -> str:
@@ -174,7 +184,7 @@ def _mixed_counts(places: Sequence[ModulePlacement], num_experts: int | None) ->
             parts.append(f"{_layers(count)} {name}")
     others: dict[Runs, str] = {
         "stream": "the rest streamed",
-        "cpu": "",
+        "cpu": "the rest on the cpu",
         "split": "the rest split",
     }
     for way, rest in others.items():
@@ -237,7 +247,7 @@ def plan_lines(plan: Plan, hardware: HardwareProfile, spec: ModelSpec | None = N
         f"plan: {plan.model}, {workload_text(plan.workload)}, for {plan.objective}",
         f"machine: {machine_line(plan, hardware)}",
     ]
-    for tier in plan.placement.tiers:
+    for tier in _in_order(plan.placement):
         bound = ""
         if tier is plan.placement.tier(tier.phase):
             bound = f", bound by {est.bottleneck_by_phase.get(tier.phase, 'none')}"
@@ -252,16 +262,6 @@ def plan_lines(plan: Plan, hardware: HardwareProfile, spec: ModelSpec | None = N
     lines += [text for text in (trust_text(plan, hardware),) if text is not None]
     lines += calibration_lines(est)
     return [one_line(line) for line in lines]
-
-
-def _smaller(placement: Placement, phase: Phase) -> list[tuple[str, TierPlacement]]:
-    """Tiers for a phase's smaller steps, the largest first, with what these are."""
-    units = {"prefill": "tokens", "decode": "sequences"}
-    found = [tier for tier in placement.smaller if tier.phase == phase]
-    return [
-        (f"{phase} of up to {tier.max_num_tokens} {units[phase]}", tier)
-        for tier in sorted(found, key=lambda tier: -tier.max_num_tokens)
-    ]
 
 
 def _bands_text(est: Estimate) -> str:
@@ -354,7 +354,10 @@ def _device_name(device: Device, hardware: HardwareProfile) -> str:
 def gap_text(plan: Plan) -> str:
     """What any other placement could gain, by the bound of the search."""
     at_most = f"{plan.optimality_gap:.1%}"
-    return f"proven: by the same prices no placement takes more than {at_most} less time in all"
+    return (
+        f"proven: by the same prices none of all placements searched takes more than {at_most} "
+        "less time"
+    )
 
 
 def print_plan(
@@ -409,7 +412,7 @@ def _where_table(plan: Plan, spec: ModelSpec | None) -> Table:
     table = table_of(
         ("phase", "left"), ("strategy", "left"), ("layers", "left"), ("bound by", "left")
     )
-    for tier in plan.placement.tiers:
+    for tier in _in_order(plan.placement):
         is_whole = tier is plan.placement.tier(tier.phase)
         bound = plan.estimate.bottleneck_by_phase.get(tier.phase, "") if is_whole else ""
         steps = steps_text(tier, plan.placement)

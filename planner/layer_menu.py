@@ -24,6 +24,7 @@ from planner.placement import (
     ModulePlacement,
     Runs,
 )
+from planner.simulate import LONG_KINDS
 from planner.step_graph import LANES, Lane, Op, OpKind, Part, Payload
 from planner.workload import PHASES, Phase, Workload
 
@@ -76,8 +77,6 @@ _IMPOSSIBLE_S = 1e30
 _SUMS = ("chain", "undisturbed", "h2d", "cpu", "cpu lane", "gpu lane")
 # Loads of a menu, in the order of how much copies to the GPU count in them.
 LOADS = ("chain", "chain beside copies", "copies beside chain", "copies")
-# Work that is short does not slow copies, nor is slowed by them, where there is no other.
-_LONG_KINDS: frozenset[OpKind] = frozenset({"attention", "attend", "experts", "dense"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -421,7 +420,7 @@ def _in_turn(prices: _Prices, phase: Phase, parts: Sequence[_OpSeconds]) -> Floa
     for kind, lane, seconds in parts:
         total_s = prices.total(phase, seconds)
         by_lane[lane] += total_s
-        long_s += total_s if lane == "cpu" and kind in _LONG_KINDS else 0.0
+        long_s += total_s if lane == "cpu" and kind in LONG_KINDS else 0.0
     chain_s = sum(by_lane.values())
     return np.array([chain_s, chain_s, by_lane["h2d"], long_s, by_lane["cpu"], by_lane["gpu"]])
 
@@ -526,7 +525,7 @@ def _attention(prices: _Prices, phase: Phase, choice: Choice) -> Floats:
 
 
 def _crossings(prices: _Prices, phase: Phase, attention: _Columns, second: _Columns) -> Floats:
-    """Sums of taking the hidden states from one to the other, (4, A, R)."""
+    """Sums of taking the hidden states from one to the other, (6, A, R)."""
     at = PHASES.index(phase)
     before, after = attention.on_gpu[at], second.on_gpu[at]
     found = np.zeros((len(_SUMS), len(before), len(after)))
@@ -542,7 +541,7 @@ def _crossings(prices: _Prices, phase: Phase, attention: _Columns, second: _Colu
 def _experts(
     prices: _Prices, phase: Phase, router: _Columns, options: tuple[Choice, ...]
 ) -> Floats:
-    """Sums from the router's end to the combined output, (4, 1, R, X)."""
+    """Sums from the router's end to the combined output, (6, 1, R, X)."""
     at = PHASES.index(phase)
     by_device: dict[bool, Floats] = {}
     for is_gpu in (True, False) if prices.has_gpu else (False,):

@@ -182,11 +182,6 @@ class TierPlacement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         where = self.layers[layer].ffn
         return spec.layers[layer].num_experts if where.lives == "gpu" else where.num_resident
 
-    def kv_devices(self, layer: int) -> tuple[Device, ...]:
-        """Where a layer keeps the caches of the first sub-batch, and of the second if there is."""
-        where = self.layers[layer].kv
-        return (where, "cpu") if self.num_second_seqs else (where,)
-
     def uses(self, device: Device) -> bool:
         """True where any module, or attention over a cache, is computed on the device."""
         if device == "cpu" and self.num_second_seqs:
@@ -226,7 +221,7 @@ def pair_name(prefill: str, decode: str) -> str:
 
 
 class Placement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One tier for prefill and one for decode.
+    """One tier for prefill and one for decode, and tiers for smaller steps of either.
 
     Weights that any tier wants on a device are resident there for the whole run; moving tens of
     gigabytes between the phases of each request does not pay. KV moves where the tiers put it on

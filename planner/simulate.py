@@ -10,7 +10,8 @@ from planner.timeline import Span, Timeline
 # How many times as long an op of the first lane takes while the second works.
 Slowdowns = Mapping[tuple[Lane, Lane], float]
 
-_LONG_KINDS: frozenset[OpKind] = frozenset({"attention", "attend", "experts", "dense"})
+# Work that is short does not slow copies, nor is slowed by them, where there is no other.
+LONG_KINDS: frozenset[OpKind] = frozenset({"attention", "attend", "experts", "dense"})
 
 
 def op_times(
@@ -45,7 +46,7 @@ def op_times(
 
 def _has_neighbours(graph: StepGraph, slowdowns: Slowdowns) -> bool:
     """Do two lanes that slow each other down both have work that takes long?"""
-    lanes = {op.lane for op in graph.ops if op.payload == "weights" or op.kind in _LONG_KINDS}
+    lanes = {op.lane for op in graph.ops if op.payload == "weights" or op.kind in LONG_KINDS}
     return any(one in lanes and other in lanes for one, other in slowdowns)
 
 

@@ -95,7 +95,7 @@ class Op:
     max_fetched : int
         For parts that a step decides on, experts that are fetched at most.
     sub_batch : int or None
-        Which half of the step's sequences the op is of, where they run as two: 0 or 1; copies of
+        Which part of the step's sequences the op is of, where they run as two: 0 or 1; copies of
         weights are of both.
     num_second_seqs : int
         For ops of a sub-batch, sequences of the second one in a step of the planned size.
