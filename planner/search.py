@@ -110,9 +110,8 @@ def search(
         from planner.mixed_search import mixed_search
 
         for wave in waves:
-            for some in _apart(wave, chunks):
+            for some, is_apart in _apart(wave, chunks):
                 known_s = min((each.times.e2e_s for each in fitting), default=math.inf)
-                is_apart = has_smaller_steps(wave.pricer(some[0]))
                 found = mixed_search(wave, some, math.inf if is_apart else known_s)
                 fitting += found.candidates
                 bound_s = min(bound_s, found.bound_s)
@@ -154,14 +153,14 @@ def search(
     )
 
 
-def _apart(wave: Wave, chunks: Sequence[int]) -> list[tuple[int, ...]]:
-    """Chunks that are searched together, and one by one those that leave smaller steps.
+def _apart(wave: Wave, chunks: Sequence[int]) -> list[tuple[tuple[int, ...], bool]]:
+    """Chunks that are searched together, and by itself (True) each that leaves smaller steps.
 
     How fast these are is known when a placement has tiers for them.
     """
-    left = [size for size in chunks if has_smaller_steps(wave.pricer(size))]
-    together = tuple(size for size in chunks if size not in left)
-    return [*((together,) if together else ()), *((size,) for size in left)]
+    alone = [size for size in chunks if has_smaller_steps(wave.pricer(size))]
+    together = tuple(size for size in chunks if size not in alone)
+    return [*([(together, False)] if together else []), *(((size,), True) for size in alone)]
 
 
 def _chunks(workload: Workload, hardware: HardwareProfile) -> tuple[int, ...]:

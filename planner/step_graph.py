@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from planner.model_spec import ModelSpec, Module
@@ -289,6 +290,7 @@ class _Chain:
 
     def __init__(self, builder: _Builder, sub_batch: int | None) -> None:
         self._builder = builder
+        self._add = partial(builder.add, sub_batch=sub_batch)
         self._tier = builder.tier
         self._sub_batch = sub_batch
         self._where: Device = builder.tier.embedding.device
@@ -333,34 +335,6 @@ class _Chain:
 
     def _kv(self, layer: LayerPlacement) -> Device:
         return "cpu" if self._sub_batch == 1 else layer.kv
-
-    def _add(
-        self,
-        kind: OpKind,
-        lane: Lane,
-        deps: tuple[int, ...],
-        *,
-        layer: int | None = None,
-        payload: Payload | None = None,
-        module: Module | None = None,
-        buffer: int | None = None,
-        part: Part = "all",
-        num_resident: int = 0,
-        max_fetched: int = 0,
-    ) -> int:
-        return self._builder.add(
-            kind,
-            lane,
-            deps,
-            layer=layer,
-            payload=payload,
-            module=module,
-            buffer=buffer,
-            part=part,
-            num_resident=num_resident,
-            max_fetched=max_fetched,
-            sub_batch=self._sub_batch,
-        )
 
     def _move(self, payload: Payload, target: Device, after: int, layer: int | None = None) -> int:
         lane: Lane = "h2d" if target == "gpu" else "d2h"
