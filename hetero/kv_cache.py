@@ -10,18 +10,13 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from hetero.model.families import TORCH_DTYPES
-from planner.kv_blocks import KV_BLOCK_TOKENS, KVBlocks
+from planner.kv_blocks import KV_BLOCK_TOKENS, KVBlocks, num_blocks_for
 from planner.model_spec import ModelSpec
 from planner.placement import Device, Placement
 from planner.step_graph import moved_kv_layers
 from planner.workload import Phase
 
 BLOCK_SIZE = KV_BLOCK_TOKENS
-
-
-def num_blocks_for(num_tokens: int) -> int:
-    """Blocks that hold `num_tokens` tokens of one sequence."""
-    return -(-num_tokens // BLOCK_SIZE)
 
 
 def block_bytes(spec: ModelSpec, layers: Iterable[int]) -> int:

@@ -23,7 +23,7 @@ from hetero.runtime.weights import load_weights
 from hetero.tokenizer import Tokenizer, read_eos_token_ids
 from planner.cost_model import Backends, CostModel
 from planner.hardware import HardwareProfile
-from planner.kv_blocks import KVBlocks, kv_blocks, num_blocks
+from planner.kv_blocks import KVBlocks, kv_blocks, num_blocks_for
 from planner.memory import kv_block_capacity, needs
 from planner.model_spec import ModelSpec
 from planner.plan import Plan
@@ -148,7 +148,7 @@ def _kv_blocks(
     usual = replace(plan.wave, num_seqs=num_seqs)
     planned = kv_blocks(plan.placement, usual)
     capacity = kv_block_capacity(spec, plan.placement, usual, hardware)
-    longest = num_blocks(max_model_len)
+    longest = num_blocks_for(max_model_len)
     return KVBlocks(
         first=min(max(longest, planned.first), capacity.first),
         second=planned.second,

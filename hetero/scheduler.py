@@ -13,9 +13,10 @@ import numpy as np
 import torch
 
 from hetero.errors import RequestError
-from hetero.kv_cache import BLOCK_SIZE, BlockPools, num_blocks_for
+from hetero.kv_cache import BLOCK_SIZE, BlockPools
 from hetero.model.batch import BatchTensors
 from hetero.sequence import FinishReason, Sequence
+from planner.kv_blocks import num_blocks_for
 from planner.workload import BatchShape, Phase
 
 _CPU = torch.device("cpu")

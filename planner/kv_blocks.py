@@ -33,9 +33,9 @@ class KVBlocks:
     prompts: int = 0
 
 
-def num_blocks(num_tokens: int) -> int:
-    """Blocks of one sequence of so many tokens."""
-    return math.ceil(num_tokens / KV_BLOCK_TOKENS)
+def num_blocks_for(num_tokens: int) -> int:
+    """Blocks that hold `num_tokens` tokens of one sequence."""
+    return -(-num_tokens // KV_BLOCK_TOKENS)
 
 
 def moves_prompts(placement: Placement, wave: Workload) -> bool:
@@ -48,7 +48,7 @@ def moves_prompts(placement: Placement, wave: Workload) -> bool:
 
 def kv_blocks(placement: Placement, wave: Workload) -> KVBlocks:
     """Blocks for sequences that run together, every one at its full length."""
-    each = num_blocks(wave.context_len)
+    each = num_blocks_for(wave.context_len)
     second = num_second_seqs(placement, wave)
     prompts = num_prompt_blocks(wave, placement.prefill.max_num_tokens)
     return KVBlocks(
@@ -76,8 +76,8 @@ def num_prompts(wave: Workload, chunk_tokens: int) -> int:
 
 def num_prompt_blocks(wave: Workload, chunk_tokens: int) -> int:
     """Blocks of those prompts; room for one sequence that begins again at its full length."""
-    prompts = num_prompts(wave, chunk_tokens) * num_blocks(wave.prompt_len)
-    return max(prompts, num_blocks(wave.context_len))
+    prompts = num_prompts(wave, chunk_tokens) * num_blocks_for(wave.prompt_len)
+    return max(prompts, num_blocks_for(wave.context_len))
 
 
 def layer_kv_bytes(
@@ -96,7 +96,7 @@ def layer_kv_bytes(
     `prefill` and `decode` are where each phase keeps the cache (of the first sub-batch).
     """
     count = (wave.num_seqs - num_second) * (decode == device) + num_second * (device == "cpu")
-    blocks = count * num_blocks(wave.context_len)
+    blocks = count * num_blocks_for(wave.context_len)
     if prefill == device and (prefill != decode or num_second):
         count += num_prompts(wave, chunk_tokens)
         blocks += num_prompt_blocks(wave, chunk_tokens)

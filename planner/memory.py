@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from planner.hardware import HardwareProfile
-from planner.kv_blocks import KV_BLOCK_TOKENS, KVBlocks, bytes_per_block, kv_blocks, kv_bytes
+from planner.kv_blocks import (
+    KV_BLOCK_TOKENS,
+    KVBlocks,
+    bytes_per_block,
+    kv_blocks,
+    kv_bytes,
+    num_blocks_for,
+)
 from planner.model_spec import LayerSpec, ModelSpec, Module
 from planner.placement import NUM_STREAM_BUFFERS, Device, Placement, TierPlacement
 from planner.workload import Phase, Workload
@@ -208,7 +214,7 @@ def step_activation_bytes(
 
 
 def _whole_blocks(num_tokens: int) -> int:
-    return math.ceil(num_tokens / KV_BLOCK_TOKENS) * KV_BLOCK_TOKENS
+    return num_blocks_for(num_tokens) * KV_BLOCK_TOKENS
 
 
 def kv_block_capacity(

@@ -21,6 +21,7 @@ from hetero.model.attention import as_array, attend_pages, decode_torch, page_re
 from hetero.model.batch import BatchTensors
 from hetero.model.families import TORCH_DTYPES
 from planner.device import Sample
+from planner.kv_blocks import num_blocks_for
 from planner.model_spec import Dtype, ModelSpec
 
 Heads = tuple[int, int, int]  # (H, G, K)
@@ -42,7 +43,7 @@ class AttentionCase:
     @property
     def num_blocks(self) -> int:
         """KV blocks of all sequences."""
-        return self.num_seqs * -(-(self.context + self.num_tokens) // BLOCK_SIZE)
+        return self.num_seqs * num_blocks_for(self.context + self.num_tokens)
 
     @property
     def kv_bytes(self) -> int:

@@ -31,6 +31,7 @@ from hetero.model.rotary import rotary_frequencies
 from hetero.sampler import SamplingParams, SamplingRow, sample
 from planner.device import Sample
 from planner.kernels import Kernel
+from planner.kv_blocks import num_blocks_for
 from planner.model_spec import Dtype, RopeSpec
 
 _EPS = 1e-6
@@ -79,7 +80,7 @@ def rotary_sample(heads: Heads, num_tokens: int, *, num_threads: int, budget_s: 
     inv_freq_F = rotary_frequencies(rope, head_dim, torch.device("cpu")).numpy()
     cos, sin = (np.empty((num_tokens, head_dim // 2), np.float32) for _ in range(2))
     rotary_tables(np.arange(num_tokens), inv_freq_F, cos, sin)
-    num_blocks = -(-num_tokens // BLOCK_SIZE)
+    num_blocks = num_blocks_for(num_tokens)
     keys, values = (_bits(num_blocks, num_kv_heads, BLOCK_SIZE, head_dim) for _ in range(2))
     q_out = np.empty((num_tokens, num_heads, head_dim), np.float32)
 

@@ -16,10 +16,16 @@ from hetero.kv_cache import (
     Caches,
     PagedKV,
     block_bytes,
-    num_blocks_for,
 )
 from planner import strategies
-from planner.kv_blocks import KVBlocks, bytes_per_block, kv_blocks, kv_bytes, moves_prompts
+from planner.kv_blocks import (
+    KVBlocks,
+    bytes_per_block,
+    kv_blocks,
+    kv_bytes,
+    moves_prompts,
+    num_blocks_for,
+)
 from planner.model_spec import Dtype, LayerSpec, ModelSpec, RopeSpec
 from planner.placement import Device, Placement, TierPlacement
 from planner.workload import Workload

@@ -20,12 +20,12 @@ from hypothesis.stateful import (
 from numpy.typing import NDArray
 
 from hetero.errors import RequestError
-from hetero.kv_cache import BLOCK_SIZE, BlockAllocator, BlockPools, num_blocks_for
+from hetero.kv_cache import BLOCK_SIZE, BlockAllocator, BlockPools
 from hetero.model.batch import BatchTensors
 from hetero.sampler import SamplingParams
 from hetero.scheduler import Batch, Scheduler
 from hetero.sequence import Sequence
-from planner.kv_blocks import num_prompts
+from planner.kv_blocks import num_blocks_for, num_prompts
 from planner.workload import Workload, decode_shape, prefill_shapes
 
 VOCAB_SIZE = 97
