@@ -113,8 +113,8 @@ class Menu:
         Seconds of a workload in each phase, by `LOADS`: of the longest path of ops through the
         layer, of its copies to the GPU, and between them of what each costs the other where they
         share the CPU's memory (`_loads_s`). Where a phase runs in two sub-batches: what the GPU
-        does, what the CPU does, half of both sub-batches' paths, copies. A step takes no less than
-        any, added up over layers.
+        does, what the CPU does beside copies, copies beside the CPU's work, half of both
+        sub-batches' paths. A step takes no less than any, added up over layers.
     move_s : array (S,)
         Of moving its KV cache between the phases.
     bytes : array (2, S)
@@ -358,18 +358,26 @@ def _loads_s(sums: Floats, prices: _Prices) -> Floats:
 
     The loads beside the chain and the copies are the mixes of the third with each of the others in
     which o cancels. Where the third rises with o, o = 0 is the least, and both mixes are h + c.
+
+    Two sub-batches are not in turn, but what either lane does is: the CPU's lane is in the place of
+    the chain. The GPU's lane is a load of its own, as is half of both paths.
     """
     chain_s, undisturbed_s, h2d_s, cpu_s, cpu_lane_s, gpu_lane_s = sums
     slow_copy, slow_cpu = prices.slowdowns
     of_copies = min(1.0, slow_copy * (1.0 - 1.0 / slow_cpu))
     of_cpu = min(1.0, slow_cpu * (1.0 - 1.0 / slow_copy))
-    beside_copies_s = (1.0 - of_copies) * undisturbed_s + of_copies * (h2d_s + cpu_s)
-    found = np.stack([chain_s, beside_copies_s, h2d_s + of_cpu * cpu_s, h2d_s])
-    for at, phase in enumerate(PHASES):
-        if prices.is_in_two(phase):
-            # Of two paths one is at least as long as half of both; here they are added up.
-            paths_s = np.where(chain_s[at] < _IMPOSSIBLE_S, undisturbed_s[at] / 2, chain_s[at])
-            found[:, at] = gpu_lane_s[at], cpu_lane_s[at], paths_s, h2d_s[at]
+
+    def beside_copies(in_turn_s: Floats) -> Floats:
+        mixed_s: Floats = (1.0 - of_copies) * in_turn_s + of_copies * (h2d_s + cpu_s)
+        return mixed_s
+
+    copies_s = h2d_s + of_cpu * cpu_s
+    found = np.stack([chain_s, beside_copies(undisturbed_s), copies_s, h2d_s])
+    # Of two paths one is at least as long as half of both; here they are added up.
+    paths_s = np.where(chain_s < _IMPOSSIBLE_S, undisturbed_s / 2, chain_s)
+    in_two = np.stack([gpu_lane_s, beside_copies(cpu_lane_s), copies_s, paths_s])
+    is_in_two = [prices.is_in_two(phase) for phase in PHASES]
+    found[:, is_in_two] = in_two[:, is_in_two]
     return found
 
 
@@ -378,22 +386,23 @@ def ends_menu(spec: ModelSpec, steps: dict[Phase, PricedSteps], *, has_gpu: bool
     prices = _Prices(spec, None, steps, has_gpu)
     options = (Choice(ON_GPU, ON_GPU), Choice(ON_CPU, ON_CPU)) if has_gpu else _NO_GPU
     count = len(options)
-    sums = np.zeros((len(_SUMS), 2, count, count))
+    before_s, after_s = (np.zeros((len(_SUMS), 2, count * count)) for _ in range(2))
     held = np.zeros((2, count, count))
     on_gpu = np.zeros((2, count, count), bool)
     for first, embedding in enumerate(options):
         for second, head in enumerate(options):
-            at = (first, second)
+            at, state = (first, second), first * count + second
             for row, phase in enumerate(PHASES):
                 embeds, heads = embedding[row].device, head[row].device
+                embed: _OpSeconds = ("embed", embeds, prices.op(phase, "embed", embeds))
+                before_s[:, row, state] = _in_turn(prices, phase, [embed])
                 parts: list[_OpSeconds] = [
-                    ("embed", embeds, prices.op(phase, "embed", embeds)),
                     ("head", heads, prices.op(phase, "head", heads, module="head")),
                     ("sample", "cpu", prices.op(phase, "sample", "cpu")),
                 ]
                 if heads == "gpu":
                     parts.append(("copy", "d2h", prices.move(phase, "logits", "cpu")))
-                sums[:, row][:, first, second] = _in_turn(prices, phase, parts)
+                after_s[:, row, state] = _in_turn(prices, phase, parts)
                 on_gpu[row][at] = "gpu" in (embeds, heads)
             for row, device in enumerate(DEVICES):
                 lives = [choice.decode.lives == device for choice in (embedding, head)]
@@ -401,10 +410,15 @@ def ends_menu(spec: ModelSpec, steps: dict[Phase, PricedSteps], *, has_gpu: bool
                 held[row][at] += lives[1] * spec.weight_bytes("head")
                 held[row][at] -= all(lives) * spec.tied_bytes
     num_states = count * count
+    head_s = _loads_s(after_s, prices)
+    for row, phase in enumerate(PHASES):
+        if not prices.is_in_two(phase):
+            # The head waits for all layers, and so for all copies: it is in turn with either.
+            head_s[:, row] = after_s[_SUMS.index("chain"), row]
     return Menu(
         choices=(options, options),
         states=np.arange(num_states),
-        loads_s=_loads_s(sums.reshape(len(_SUMS), 2, -1), prices),
+        loads_s=_loads_s(before_s, prices) + head_s,
         move_s=np.zeros(num_states),
         bytes=held.reshape(2, -1),
         streamed_bytes=np.zeros((2, num_states)),

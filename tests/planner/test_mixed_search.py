@@ -16,8 +16,18 @@ from planner.candidate import Candidate, Wave
 from planner.cost_model import CostModel
 from planner.layer_menu import DEVICES, LOADS
 from planner.placement import check_matches
-from planner.search_space import FLAGS, Draft, Limits, Space, placement_of
-from tests.planner.exact_search import CHUNK_TOKENS, fastest, random_case
+from planner.search_space import FLAGS, Draft, Limits, Space, SubBatches, placement_of
+from tests.planner.exact_search import CHUNK_TOKENS, Case, fastest, random_case
+
+
+def a_division(draw: Random, case: Case) -> SubBatches:
+    """One batch or two, where the model and the workload let decode run in two."""
+    num_seqs = case.workload.num_seqs
+    if num_seqs == 1 or any(layer.attention is not None for layer in case.spec.layers):
+        return SubBatches()
+    first_on_cpu = draw.random() < 0.5
+    num_second = num_seqs // 2 if first_on_cpu else draw.randrange(num_seqs)
+    return SubBatches(num_second=num_second, first_on_cpu=first_on_cpu)
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -26,7 +36,7 @@ def test_no_placement_is_faster_than_its_sums_or_holds_fewer_bytes(seed: int) ->
     draw = Random(seed)
     case = random_case(draw)
     wave = Wave(case.spec, CostModel(case.machine), case.workload, case.workload.num_seqs)
-    space = Space(wave, CHUNK_TOKENS)
+    space = Space(wave, CHUNK_TOKENS, a_division(draw, case))
     for _ in range(20):
         columns = [
             draw.randrange(len(space.menu_of[index].states))
@@ -56,7 +66,7 @@ def test_layers_of_one_state_are_not_faster_than_their_sums(seed: int) -> None:
     draw = Random(seed)
     case = random_case(draw)
     wave = Wave(case.spec, CostModel(case.machine), case.workload, case.workload.num_seqs)
-    space = Space(wave, CHUNK_TOKENS)
+    space = Space(wave, CHUNK_TOKENS, a_division(draw, case))
     for _ in range(20):
         columns = [draw.randrange(len(menu.states)) for menu in space.menus]
         counts = [*(len(members) for members in space.layers), 1]
@@ -84,7 +94,7 @@ def test_each_placement_is_in_one_part_and_leaves_no_more_memory_than_that_assum
     draw = Random(seed)
     case = random_case(draw)
     wave = Wave(case.spec, CostModel(case.machine), case.workload, case.workload.num_seqs)
-    space = Space(wave, CHUNK_TOKENS)
+    space = Space(wave, CHUNK_TOKENS, a_division(draw, case))
     for _ in range(20):
         draft, other = random_draft(space, draw), random_draft(space, draw)
         used, limits = limits_of(space, draft), space.everything()
