@@ -95,31 +95,43 @@ def layer_kv_bytes(
 
     `prefill` and `decode` are where each phase keeps the cache (of the first sub-batch).
     """
-    count = (wave.num_seqs - num_second) * (decode == device) + num_second * (device == "cpu")
-    blocks = count * num_blocks_for(wave.context_len)
-    if prefill == device and (prefill != decode or num_second):
-        count += num_prompts(wave, chunk_tokens)
-        blocks += num_prompt_blocks(wave, chunk_tokens)
+    seqs, blocks = _num_held(wave, device, prefill, decode, chunk_tokens, num_second)
     num_bytes = blocks * KV_BLOCK_TOKENS * spec.kv_bytes_per_token(layer)
-    return num_bytes + count * spec.state_bytes(layer)
+    return num_bytes + seqs * spec.state_bytes(layer)
+
+
+def _num_held(
+    wave: Workload,
+    device: Device,
+    prefill: Device,
+    decode: Device,
+    chunk_tokens: int,
+    num_second: int,
+) -> tuple[int, int]:
+    """Sequences and blocks that a layer keeps on a device."""
+    seqs = (wave.num_seqs - num_second) * (decode == device) + num_second * (device == "cpu")
+    blocks = seqs * num_blocks_for(wave.context_len)
+    if prefill == device and (prefill != decode or num_second):
+        seqs += num_prompts(wave, chunk_tokens)
+        blocks += num_prompt_blocks(wave, chunk_tokens)
+    return seqs, blocks
 
 
 def kv_bytes(spec: ModelSpec, placement: Placement, wave: Workload, device: Device) -> int:
     """Bytes of all caches of a placement on a device."""
-    layers = enumerate(zip(placement.prefill.layers, placement.decode.layers, strict=True))
-    return sum(
-        layer_kv_bytes(
-            spec,
-            wave,
-            index,
-            device,
-            prefill=before.kv,
-            decode=after.kv,
-            chunk_tokens=placement.prefill.max_num_tokens,
-            num_second=num_second_seqs(placement, wave),
-        )
-        for index, (before, after) in layers
-    )
+    chunk_tokens, num_second = placement.prefill.max_num_tokens, num_second_seqs(placement, wave)
+    held: dict[tuple[Device, Device], tuple[int, int]] = {}
+    total = 0
+    for index, layers in enumerate(
+        zip(placement.prefill.layers, placement.decode.layers, strict=True)
+    ):
+        kept = (layers[0].kv, layers[1].kv)
+        if kept not in held:
+            held[kept] = _num_held(wave, device, *kept, chunk_tokens, num_second)
+        seqs, blocks = held[kept]
+        total += blocks * KV_BLOCK_TOKENS * spec.kv_bytes_per_token(index)
+        total += seqs * spec.state_bytes(index)
+    return total
 
 
 def bytes_per_block(spec: ModelSpec, placement: Placement, device: Device) -> int:

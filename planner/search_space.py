@@ -26,7 +26,14 @@ from planner.layer_menu import (
     layer_placements,
 )
 from planner.memory import available_bytes, step_activation_bytes
-from planner.placement import MIXED, NUM_STREAM_BUFFERS, Device, Placement, TierPlacement
+from planner.placement import (
+    MIXED,
+    NUM_STREAM_BUFFERS,
+    Device,
+    LayerPlacement,
+    Placement,
+    TierPlacement,
+)
 from planner.step_graph import Op
 from planner.tiers import smaller_steps
 from planner.workload import PHASES, Phase
@@ -427,9 +434,13 @@ def _flags(menu: Menu, *, is_end: bool) -> dict[str, Bools]:
 
 def placement_of(space: Space, draft: Draft) -> Placement:
     spec = space.wave.spec
-    layers = [
-        layer_placements(space.menu_of[index], column) for index, column in enumerate(draft.layers)
-    ]
+    known: dict[tuple[int, int], tuple[LayerPlacement, LayerPlacement]] = {}
+    layers = list[tuple[LayerPlacement, LayerPlacement]]()
+    for index, column in enumerate(draft.layers):
+        menu = space.menu_of[index]
+        if (id(menu), column) not in known:
+            known[id(menu), column] = layer_placements(menu, column)
+        layers.append(known[id(menu), column])
     embedding, head = space.menus[-1].picked(draft.ends)
     tiers = []
     for at, phase in enumerate(PHASES):

@@ -56,34 +56,42 @@ def _shared_times(
     """The same where lanes slow each other down: from event to event at constant speeds."""
     lanes = graph.lanes
     factors = [[slowdowns.get((lane, other), 1.0) for other in lanes] for lane in lanes]
-    queues = [graph.lane(lane) for lane in lanes]
-    heads = [0] * len(lanes)
-    left_s: dict[int, float] = {}  # of what each lane works on, at full speed
+    queues = [iter(graph.lane(lane)) for lane in lanes]
+    # of each lane the op that is next or at work; lanes at work, and what is left at full speed
+    heads = [next(queue, None) for queue in queues]
+    idle, working, left_s = list(range(len(lanes))), list[int](), [0.0] * len(lanes)
     starts, ends = [0.0] * len(graph.ops), [-1.0] * len(graph.ops)
-    clock, num_ended = 0.0, 0
-    while num_ended < len(graph.ops):
-        for lane, queue in enumerate(queues):
-            if lane in left_s or heads[lane] == len(queue):
+    clock = 0.0
+    while True:
+        waiting = []
+        for lane in idle:
+            op = heads[lane]
+            if op is None:
                 continue
-            op = queue[heads[lane]]
             for dep in op.deps:
                 if ends[dep] < 0.0:
+                    waiting.append(lane)
                     break
             else:
                 starts[op.index] = clock
                 left_s[lane] = seconds(op)
-        slowed = {lane: max([factors[lane][other] for other in left_s]) for lane in left_s}
-        passed_s = min([left_s[lane] * slowed[lane] for lane in left_s])
+                working.append(lane)
+        if not working:
+            return list(zip(starts, ends, strict=True))
+        slowed = [(lane, max([factors[lane][other] for other in working])) for lane in working]
+        passed_s = min([left_s[lane] * factor for lane, factor in slowed])
         clock += passed_s
-        for lane in list(left_s):
-            left_s[lane] -= passed_s / slowed[lane]
+        idle = waiting
+        for lane, factor in slowed:
+            left_s[lane] -= passed_s / factor
             # what rounding leaves of an op that ends now
             if left_s[lane] <= 1e-12 * (1 + clock):
-                ends[queues[lane][heads[lane]].index] = clock
-                heads[lane] += 1
-                num_ended += 1
-                del left_s[lane]
-    return list(zip(starts, ends, strict=True))
+                op = heads[lane]
+                assert op is not None
+                ends[op.index] = clock
+                heads[lane] = next(queues[lane], None)
+                working.remove(lane)
+                idle.append(lane)
 
 
 def makespan_s(

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+import msgspec
+
 from planner.model_spec import ModelSpec, Module
 from planner.placement import (
     NUM_STREAM_BUFFERS,
@@ -69,8 +71,7 @@ _TERM_OF_KIND: dict[OpKind, Term] = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Op:
+class Op(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One piece of work on one lane.
 
     Attributes

@@ -146,7 +146,7 @@ class _Step:
         few = replace(tier, layers=tuple(tier.layers[at] for at in kept))
 
         def seconds(op: Op) -> float:
-            return self._price(op if op.layer is None else replace_fields(op, layer=kept[op.layer]))
+            return self._price(op if op.layer is None else replace(op, layer=kept[op.layer]))
 
         return makespan_s(build(spec, few), seconds, wave.costs.slowdowns)
 

@@ -235,7 +235,7 @@ def test_small_kernels_take_their_elements_over_the_rate_at_what_is_assumed_of_i
     costs = [
         price(one, machine),
         price(one, machine, backend="torch"),
-        price(dataclasses.replace(one, lane="gpu"), machine),
+        price(replace(one, lane="gpu"), machine),
     ]
 
     expected = [2 * num / 8 / 0.5 for num in (num_ours, num_torchs, num_torchs)]
@@ -269,7 +269,7 @@ def test_every_kernel_that_was_not_measured_costs_a_launch(
     costs = [
         price(one, machine),
         price(one, machine, backend="torch"),
-        price(dataclasses.replace(one, lane="gpu"), machine),
+        price(replace(one, lane="gpu"), machine),
     ]
 
     own = 4.0 - 0.5 if kind == "attention" else 0.0
@@ -617,5 +617,5 @@ def test_a_step_that_ran_says_how_many_sequences_were_the_second_sub_batch() -> 
     ran = dataclasses.replace(planned, num_second_seqs=5)
     assert [sub_batch_shape(op, shape).num_seqs for shape in (planned, ran)] == [6, 5]
     assert sub_batch_shape(op, decode_shape(4, 100)).num_seqs == 3
-    first = dataclasses.replace(op, kind="attention", lane="gpu", sub_batch=0)
+    first = replace(op, kind="attention", lane="gpu", sub_batch=0)
     assert [sub_batch_shape(first, shape).num_seqs for shape in (planned, ran)] == [2, 3]

@@ -195,7 +195,7 @@ def test_more_tokens_or_context_never_take_less_on_reference_machines(
 ) -> None:
     machine = reference(name)
     if machine.gpu is None:
-        op = dataclasses.replace(op, lane="cpu")
+        op = replace(op, lane="cpu")
     check_monotone(machine, spec_of(model), op, data)
 
 
@@ -241,7 +241,7 @@ def test_no_op_is_faster_than_its_roofline(
     machine = random if name is None else reference(name)
     spec = small_spec() if name is None else spec_of("qwen3-30b-a3b")
     if machine.gpu is None:
-        op = dataclasses.replace(op, lane="cpu")
+        op = replace(op, lane="cpu")
     device = machine.gpu if op.lane == "gpu" else machine.cpu
     assert device is not None
     shape = decode_shape(num, past) if is_decode else prompt(num, past)

@@ -11,6 +11,7 @@ from itertools import permutations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from planner import strategies
 from planner.simulate import Slowdowns, makespan_s, op_times, simulate
@@ -183,9 +184,9 @@ def at_once(*lanes: Lane) -> StepGraph:
 def with_long_ops(graph: StepGraph) -> StepGraph:
     """The same graph of ops of the kinds that take long enough to slow each other down."""
     ops = tuple(
-        dataclasses.replace(op, kind="copy", payload="weights")
+        replace(op, kind="copy", payload="weights")
         if op.lane in ("h2d", "d2h")
-        else dataclasses.replace(op, kind="dense")
+        else replace(op, kind="dense")
         for op in graph.ops
     )
     return dataclasses.replace(graph, ops=ops)
@@ -224,7 +225,7 @@ def test_a_lane_that_waits_slows_nobody_down() -> None:
 
 def test_copies_of_less_than_weights_slow_nobody_down() -> None:
     graph = at_once("cpu", "h2d")
-    hidden = (graph.ops[0], dataclasses.replace(graph.ops[1], payload="hidden"))
+    hidden = (graph.ops[0], replace(graph.ops[1], payload="hidden"))
     found = op_times(dataclasses.replace(graph, ops=hidden), lambda op: 4.0, BOTH)
 
     assert found == [(0.0, 4.0), (0.0, 4.0)]
