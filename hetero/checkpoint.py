@@ -137,8 +137,8 @@ class Checkpoint:
         self._unexpected = tuple(name for name in self.tensors if name not in expected)
         _raise_problems(self.folder, problems)
 
-    def read_into(self, name: str, buffer: memoryview | bytearray) -> None:
-        """Read a tensor's bytes into a writable buffer of exactly its size.
+    def read_into(self, name: str, buffer: memoryview | bytearray, begin: int = 0) -> None:
+        """Read a tensor's bytes, from one of them on, into a writable buffer.
 
         Raises
         ------
@@ -149,17 +149,18 @@ class Checkpoint:
         if tensor is None:
             raise ModelFolderError(f"{self.folder} has no tensor {printable(name)}")
         view = memoryview(buffer)
-        assert view.nbytes == tensor.num_bytes, (name, view.nbytes, tensor.num_bytes)
-        if tensor.num_bytes == 0:  # which cast() refuses
+        end = begin + view.nbytes
+        assert end <= tensor.num_bytes, (name, end, tensor.num_bytes)
+        if view.nbytes == 0:  # which cast() refuses
             return
         path = self.folder / tensor.shard
         descriptor = self._descriptors[tensor.shard]
         view = view.cast("B")
         done = 0
-        while done < tensor.num_bytes:
+        while done < view.nbytes:
             part = view[done : done + _CHUNK_BYTES]
             try:
-                num_read = os.preadv(descriptor, [part], tensor.offset + done)
+                num_read = os.preadv(descriptor, [part], tensor.offset + begin + done)
             except OSError as error:
                 raise ModelFolderError(f"cannot read {path}: {error.strerror}") from None
             if num_read == 0:

@@ -14,7 +14,7 @@ from planner.calibration import MAX_FACTOR, MIN_FACTOR
 from planner.hardware import HardwareProfile
 from planner.kernel_table import Source
 from planner.memory import available_bytes
-from planner.model_spec import ModelSpec
+from planner.model_spec import DENSE_SHARES, ModelSpec
 from planner.placement import Device, ModulePlacement, Placement, Runs, TierPlacement
 from planner.plan import Alternative, Estimate, Plan, TimeMetric, Trial
 from planner.timeline import TERMS, TermComparison
@@ -119,20 +119,22 @@ def where_text(tier: TierPlacement, spec: ModelSpec | None = None) -> str:
 
     `caches of 8 of the gpu's layers on the cpu`: which then computes scores and values, the GPU the
     projections. Experts that lie in both memories: `experts: 27 layers on the cpu, 16 layers with
-    112 of 128 on the gpu (the rest on the cpu)`; without `spec` it is not known of how many.
+    112 of 128 on the gpu (the rest on the cpu)`; without `spec` it is not known of how many. A
+    feed-forward that is divided so: `32 layers with 13 of 16 shares on the gpu`.
     """
     experts = [layer.ffn for layer in tier.layers if layer.router is not None]
     dense = [layer.ffn for layer in tier.layers if layer.router is None]
-    groups: list[tuple[str, Sequence[ModulePlacement]]] = [
-        ("attention", [layer.attention for layer in tier.layers]),
-        ("experts", experts),
-        ("feed-forward", dense),
+    num_experts = _num_experts(spec)
+    groups: list[tuple[str, Sequence[ModulePlacement], str]] = [
+        ("attention", [layer.attention for layer in tier.layers], ""),
+        ("experts", experts, "experts" if num_experts is None else f"of {num_experts}"),
+        ("feed-forward", dense, f"of {DENSE_SHARES} shares"),
     ]
     parts = [
-        f"{name}: {_mixed_counts(places, _num_experts(spec))}"
+        f"{name}: {_mixed_counts(places, of)}"
         if any(place.is_mixed for place in places)
         else f"{name} {_counts(places)}"
-        for name, places in groups
+        for name, places, of in groups
         if places
     ]
     num_caches = sum(layer.kv_on_cpu for layer in tier.layers)
@@ -174,8 +176,8 @@ def _num_experts(spec: ModelSpec | None) -> int | None:
     return counts.pop() if len(counts) == 1 else None
 
 
-def _mixed_counts(places: Sequence[ModulePlacement], num_experts: int | None) -> str:
-    """Experts of layers of which some lie in both memories, by how they run."""
+def _mixed_counts(places: Sequence[ModulePlacement], of: str) -> str:
+    """Experts or feed-forwards of layers of which some lie in both memories, by how they run."""
     whole = {"gpu": "on the gpu", "stream": "streamed to the gpu", "cpu": "on the cpu"}
     parts = []
     for runs, name in whole.items():
@@ -193,18 +195,17 @@ def _mixed_counts(places: Sequence[ModulePlacement], num_experts: int | None) ->
         if len(groups) > _MAX_RESIDENT_GROUPS:
             groups = [sorted(residents)]
         for group in groups:
-            parts.append(_resident_text(group, num_experts, rest))
+            parts.append(_resident_text(group, of, rest))
     return ", ".join(parts)
 
 
-def _resident_text(residents: list[int], num_experts: int | None, rest: str) -> str:
+def _resident_text(residents: list[int], of: str, rest: str) -> str:
     """`16 layers with 112 of 128 on the gpu`, of some layers with ascending residents."""
     if not any(residents):
         return f"{_layers(len(residents))} split"
     counts = (
         f"{residents[0]}" if residents[0] == residents[-1] else f"{residents[0]} to {residents[-1]}"
     )
-    of = "experts" if num_experts is None else f"of {num_experts}"
     text = f"{_layers(len(residents))} with {counts} {of} on the gpu"
     return f"{text} ({rest})" if rest else text
 

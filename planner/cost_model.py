@@ -68,6 +68,8 @@ NUM_COPIES: dict[Payload, int] = {
     "attended": 1,
     "routing": 3,
     "expert_output": 1,
+    "dense_input": 1,
+    "dense_output": 1,
     "logits": 1,
     "kv": 2,
 }
@@ -135,7 +137,7 @@ def copy_bytes(op: Op, spec: ModelSpec, shape: BatchShape) -> float:
         weights = spec.weight_bytes(op.module, op.layer)
         if op.part == "missed":
             assert op.layer is not None
-            weights -= op.num_resident * spec.expert_bytes(op.layer)
+            weights = spec.part_bytes(op.module, op.layer, op.num_resident)[1]
         return float(weights)
     if op.payload == "logits":
         return float(shape.num_logits * spec.vocab_size * _LOGIT_BYTES)
@@ -523,7 +525,7 @@ def _small_calls(op: Op, spec: ModelSpec, rows: int) -> _Calls:
         route = KernelCall(kernel="route", shape=choices, num_tokens=rows)
         return [norm, (route, 1.0)]
     if op.kind == "dense":
-        return [norm, residual]
+        return [norm, residual] if op.part == "all" else [norm]
     if op.kind == "combine":
         return [residual]
     return [norm] if op.kind == "head" else []
@@ -537,9 +539,10 @@ def _product_calls(op: Op, spec: ModelSpec, rows: int, backend: Backend) -> _Cal
         assert op.layer is not None
         if not spec.matrices("dense", op.layer):  # an attention that no feed-forward follows
             return []
-        shape = (1.0, spec.hidden_size, spec.gated_size(op.layer))
+        gated = spec.gated_size(op.layer, _columns(op, spec))
+        shape = (1.0, spec.hidden_size, gated)
         return [(KernelCall(kernel="experts", shape=shape, format=weights, num_tokens=rows), 1.0)]
-    matrices = spec.matrices(module, op.layer)
+    matrices = spec.matrices(module, op.layer, _columns(op, spec))
     if op.kind in ("qkv", "attention_output"):
         matrices = matrices[:-1] if op.kind == "qkv" else matrices[-1:]
     return [
@@ -555,6 +558,15 @@ def _product_calls(op: Op, spec: ModelSpec, rows: int, backend: Backend) -> _Cal
         )
         for count, num_rows, num_columns in matrices
     ]
+
+
+def _columns(op: Op, spec: ModelSpec) -> int | None:
+    """Columns of a part of a divided feed-forward; None of whole modules."""
+    if op.kind != "dense" or op.part == "all":
+        return None
+    assert op.layer is not None
+    columns = spec.dense_columns(op.layer, op.num_resident)
+    return columns if op.part == "resident" else spec.layers[op.layer].intermediate_size - columns
 
 
 def _attention_calls(

@@ -238,11 +238,13 @@ def _weights_by_module(plan: Plan, question: Question) -> dict[GpuUse, int]:
     found: dict[GpuUse, int] = dict.fromkeys(order, 0)
     lives = placement.lives_on("gpu")
     for module, layer in lives:
-        if module != "experts":
+        num_resident = 0
+        if layer is not None and module in ("experts", "dense"):
+            num_resident = placement.num_resident(spec, layer)
+        if layer is not None and num_resident:
+            found[module] += spec.part_bytes(module, layer, num_resident)[0]
+        else:
             found[module] += spec.weight_bytes(module, layer)
-            continue
-        assert layer is not None
-        found[module] += placement.num_resident(spec, layer) * spec.expert_bytes(layer)
     if ("embedding", None) in lives and ("head", None) in lives:
         found["embedding"] -= spec.tied_bytes
     return found

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from planner.cost_model import Pricer
 from planner.kv_blocks import layer_kv_bytes
-from planner.model_spec import ModelSpec, Module
+from planner.model_spec import DENSE_SHARES, ModelSpec, Module
 from planner.placement import (
     ON_CPU,
     ON_GPU,
@@ -64,6 +64,7 @@ _WHOLE = (
     *(Choice(prefill, decode) for prefill in _HOST for decode in _HOST),
 )
 _NO_GPU = (Choice(ON_CPU, ON_CPU),)
+_DIVIDED_RUNS: tuple[Runs, ...] = ("cpu", "stream")
 # Attention whose projections run on the GPU, by where its weights are.
 _ON_BOTH = (
     Choice(ON_GPU, ON_GPU, True),
@@ -307,9 +308,11 @@ def layer_menu(
         attention = tuple(Choice(where, where, first_on_cpu) for where in (ON_GPU, STREAMED))
     elif has_gpu and has_large_caches and this.attention is None:
         attention = (*whole, *_ON_BOTH)
-    second: Module = "router" if this.is_moe else "dense"
-    modules: list[tuple[Module, tuple[Choice, ...]]] = [("attention", attention), (second, whole)]
-    if this.is_moe:
+    modules: list[tuple[Module, tuple[Choice, ...]]] = [("attention", attention)]
+    if not this.is_moe:
+        modules.append(("dense", (*whole, *_divided(spec, layer, has_gpu=has_gpu))))
+    else:
+        modules.append(("router", whole))
         modules.append(("experts", _expert_choices(this.num_experts, steps, has_gpu=has_gpu)))
     columns = [_columns(prices, module, options, wave, chunk_tokens) for module, options in modules]
     shape = tuple(len(options) for _, options in modules)
@@ -465,13 +468,14 @@ def _columns(
     held, streamed = np.zeros((2, count)), np.zeros((2, count))
     on_gpu, uses_gpu = np.zeros((2, count), bool), np.zeros((2, count), bool)
     is_split = np.zeros((2, count), bool)
-    num_bytes = spec.weight_bytes(module, layer)
-    each_bytes = spec.expert_bytes(layer) if module == "experts" else 0
     for at, choice in enumerate(options):
-        resident = choice.prefill.num_resident * each_bytes
-        is_on_gpu = choice.prefill.lives == "gpu"
-        held[0, at] = num_bytes if is_on_gpu else resident
-        held[1, at] = 0 if is_on_gpu else num_bytes - resident
+        num_bytes, num_resident = spec.weight_bytes(module, layer), choice.prefill.num_resident
+        parts = (0, num_bytes)
+        if num_resident:
+            parts = spec.part_bytes(module, layer, num_resident)
+        elif choice.prefill.lives == "gpu":
+            parts = (num_bytes, 0)
+        held[:, at] = parts
         for index, device in enumerate(DEVICES):
             if module == "attention":
                 held[index, at] += layer_kv_bytes(
@@ -491,6 +495,8 @@ def _columns(
             is_split[row, at] = where.runs == "split"
             if module == "attention":
                 sums[:, row, at] += _attention(prices, phase, choice)
+            elif module == "dense" and where.is_mixed:
+                sums[:, row, at] += _divided_block(prices, phase, where)
             elif module != "experts":
                 kind: OpKind = "router" if module == "router" else "dense"
                 seconds = prices.op(phase, kind, where.device, module=module)
@@ -498,7 +504,7 @@ def _columns(
             if where.runs == "stream":
                 copy_s = prices.stream(phase, module, where.num_resident)
                 sums[_SUMS.index("h2d"), row, at] += prices.total(phase, copy_s)
-                streamed[row, at] = num_bytes - where.num_resident * each_bytes
+                streamed[row, at] = parts[1]
     return _Columns(
         sums_s=sums,
         bytes=held,
@@ -636,6 +642,27 @@ def _mixed_block(prices: _Prices, phase: Phase, where: ModulePlacement) -> Float
     return np.array([prices.total(phase, row) for row in rows])
 
 
+def _divided_block(prices: _Prices, phase: Phase, where: ModulePlacement) -> Floats:
+    """The same of a dense feed-forward whose columns are divided."""
+
+    def dense(lane: Lane, part: Part) -> Floats:
+        num = where.num_resident
+        return prices.op(phase, "dense", lane, module="dense", part=part, num_resident=num)
+
+    combine, on_gpu = prices.op(phase, "combine", "gpu"), dense("gpu", "resident")
+    if where.runs == "stream":
+        on_gpu = on_gpu + dense("gpu", "missed") + combine
+        return _in_turn(prices, phase, [("dense", "gpu", on_gpu)])
+    there, work = prices.move(phase, "dense_input", "cpu"), dense("cpu", "missed")
+    back = prices.move(phase, "dense_output", "gpu")
+    past_work, others = there + work + back + combine, on_gpu + combine
+    chain = np.maximum(past_work, others)
+    # The CPU's work may become so much longer before it is on the longest path.
+    undisturbed = np.maximum(past_work, others - (prices.slowdowns[1] - 1.0) * work)
+    rows = (chain, undisturbed, back, work, work, others)
+    return np.array([prices.total(phase, row) for row in rows])
+
+
 def _side_by_side(
     copy_s: Floats, cpu_s: Floats, slowdowns: tuple[float, float]
 ) -> tuple[Floats, Floats]:
@@ -651,6 +678,26 @@ def _side_by_side(
     return (
         both_s + (copy_s - both_s / slow_copy),
         both_s + (cpu_s - both_s / slow_cpu),
+    )
+
+
+def _divided(spec: ModelSpec, layer: int, *, has_gpu: bool) -> tuple[Choice, ...]:
+    """How many columns of a dense feed-forward are resident, and how the others run."""
+    if not has_gpu:
+        return ()
+    counts = {
+        spec.dense_columns(layer, count): count
+        for count in range(DENSE_SHARES - 1, 0, -1)
+        if spec.can_divide(layer, count)
+    }
+    return tuple(
+        Choice(
+            ModulePlacement(lives="cpu", runs=prefill, num_resident=count),
+            ModulePlacement(lives="cpu", runs=decode, num_resident=count),
+        )
+        for count in sorted(counts.values())
+        for prefill in _DIVIDED_RUNS
+        for decode in _DIVIDED_RUNS
     )
 
 

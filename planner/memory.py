@@ -65,7 +65,9 @@ def streamed_bytes(spec: ModelSpec, tier: TierPlacement, layer: int) -> int:
     total = sum(spec.weight_bytes(module, layer) for module in tier.streamed(layer))
     where = tier.layers[layer].ffn
     if where.runs == "stream" and where.num_resident:
-        total -= where.num_resident * spec.expert_bytes(layer)
+        module = tier.layers[layer].modules()[-1][0]
+        total -= spec.weight_bytes(module, layer)
+        total += spec.part_bytes(module, layer, where.num_resident)[1]
     return total
 
 
@@ -100,6 +102,9 @@ def weight_bytes(spec: ModelSpec, placement: Placement, device: Device) -> int:
                 on_gpu = placement.num_resident(spec, index)
                 count = on_gpu if device == "gpu" else placement.num_on_cpu(spec, index)
                 total += count * spec.expert_bytes(index)
+            elif first.is_mixed:
+                parts = spec.part_bytes(module, index, first.num_resident)
+                total += parts[0] if device == "gpu" else parts[1]
             elif device in (first.lives, second.lives):
                 total += spec.weight_bytes(module, index)
     return total

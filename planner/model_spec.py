@@ -29,6 +29,8 @@ _LATER_LAYER_FACTS: dict[str, object] = {
 
 # Neighbours along a row that share a scale, as GPTQ and AWQ have it: int4 then takes 4.125 bits.
 QUANTIZATION_GROUP = 128
+# Shares of columns that a dense feed-forward can be divided into between the devices.
+DENSE_SHARES = 16
 _SCALE_BYTES = 2
 _CODE_BITS: dict[Quantization, int] = {"int8": 8, "int4": 4}
 
@@ -203,10 +205,56 @@ class ModelSpec:
         """Bytes of one expert (gate, up, down) of a layer."""
         return self.weight_bytes("experts", layer) // self.layers[layer].num_experts
 
-    def gated_size(self, layer: int) -> float:
-        """Width of the gate, up and down that have as many weights as a layer's feed-forward."""
+    def dense_columns(self, layer: int, num_shares: int) -> int:
+        """Columns in the first `num_shares` of the `DENSE_SHARES` of a dense feed-forward.
+
+        A column is a row of gate and up and a column of down. Quantised, groups stay whole.
+        """
         this = self.layers[layer]
-        return this.intermediate_size * this.num_ffn_matrices / 3
+        columns = this.intermediate_size * num_shares // DENSE_SHARES
+        if self.quantization is not None and num_shares < DENSE_SHARES:
+            columns -= columns % QUANTIZATION_GROUP
+        return columns
+
+    def can_divide(self, layer: int, num_shares: int) -> bool:
+        """Are there columns in the first shares of a layer's dense feed-forward, and in the rest?
+
+        One with biases is not divided: each part would add them.
+        """
+        this = self.layers[layer]
+        if this.is_moe or self.has_mlp_bias:
+            return False
+        return 0 < self.dense_columns(layer, num_shares) < this.intermediate_size
+
+    def part_bytes(self, module: Module, layer: int, num_resident: int) -> tuple[int, int]:
+        """Bytes of experts, or of a dense feed-forward, in residents and in all others.
+
+        `num_resident` counts experts, or shares of columns; each part of a dense feed-forward has a
+        norm.
+        """
+        if module == "experts":
+            each = self.expert_bytes(layer)
+            return num_resident * each, (self.layers[layer].num_experts - num_resident) * each
+        columns = self.dense_columns(layer, num_resident)
+        return (
+            self._dense_bytes(layer, columns),
+            self._dense_bytes(layer, self.layers[layer].intermediate_size - columns),
+        )
+
+    def _dense_bytes(self, layer: int, columns: int) -> int:
+        """Bytes of some columns of a dense feed-forward, and of its norm."""
+        this, hidden, kind = self.layers[layer], self.hidden_size, self.weight_kind("dense")
+        matrices = _ffn_matrices(1, columns, hidden, this.num_ffn_matrices)
+        total = sum(count * matrix_bytes(kind, *shape) for count, *shape in matrices)
+        return total + hidden * self.dtype_bytes
+
+    def gated_size(self, layer: int, columns: int | None = None) -> float:
+        """Width of the gate, up and down that have as many weights as a layer's feed-forward.
+
+        Or as some columns of it.
+        """
+        this = self.layers[layer]
+        return (columns or this.intermediate_size) * this.num_ffn_matrices / 3
 
     def weight_kind(self, module: Module) -> WeightKind:
         """How a module's matrices are stored: embedding and router are never quantised.
@@ -238,8 +286,10 @@ class ModelSpec:
         total = others * self.dtype_bytes
         return total + sum(count * matrix_bytes(kind, *shape) for count, *shape in matrices)
 
-    def matrices(self, module: Module, layer: int | None) -> list[tuple[int, int, int]]:
-        """(how many, rows, columns) of a module's matrices."""
+    def matrices(
+        self, module: Module, layer: int | None, columns: int | None = None
+    ) -> list[tuple[int, int, int]]:
+        """(how many, rows, columns) of a module's matrices; of some columns of a feed-forward."""
         hidden = self.hidden_size
         if module in ("embedding", "head"):
             return [(1, self.vocab_size, hidden)]
@@ -253,7 +303,8 @@ class ModelSpec:
             shared = _ffn_matrices(1, this.shared_size, hidden, this.num_ffn_matrices)
             return [(1, this.num_experts, hidden), *shared]
         count = this.num_experts if module == "experts" else 1
-        return _ffn_matrices(count, this.intermediate_size, hidden, this.num_ffn_matrices)
+        width = columns or this.intermediate_size
+        return _ffn_matrices(count, width, hidden, this.num_ffn_matrices)
 
     @property
     def shares_head(self) -> bool:

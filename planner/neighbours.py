@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
 
 import numpy as np
 
@@ -22,11 +24,19 @@ _MAX_COMBINATIONS = 100_000
 
 
 def all_placements(space: Space, known_s: float) -> Iterator[tuple[Draft, Candidate]]:
-    """Ever faster placements of a model of so few layers that each can be looked at."""
-    menus = [*(space.menu_of[index] for index in sorted(space.menu_of)), space.menus[-1]]
+    """Ever faster placements of a model of so few layers that each can be looked at.
+
+    Or each that divides no feed-forward, where these are few enough.
+    """
+    kind_of = {index: kind for kind, members in enumerate(space.layers) for index in members}
+    kinds = [*(kind_of[index] for index in sorted(kind_of)), len(space.layers)]
+    menus, limits = [space.menus[kind] for kind in kinds], space.everything()
     if math.prod(len(menu.states) for menu in menus) > _MAX_COMBINATIONS:
+        limits = replace(limits, is_divided=(False, False))
+    wanted = [np.flatnonzero(space.allowed(kind, limits)) for kind in kinds]
+    if math.prod(map(len, wanted)) > _MAX_COMBINATIONS:
         return
-    columns = np.indices([len(menu.states) for menu in menus]).reshape(len(menus), -1)
+    columns = np.array(list(product(*wanted))).T
     held = np.zeros((2, columns.shape[1]))
     for menu, at in zip(menus, columns, strict=True):
         held += menu.bytes[:, at]

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from planner.model_spec import ModelSpec, Module
+from planner.model_spec import DENSE_SHARES, ModelSpec, Module
 from planner.workload import DEFAULT_CHUNK_TOKENS, Phase
 
 Device = Literal["gpu", "cpu"]
@@ -38,7 +38,8 @@ class ModulePlacement(
         many as let both end together.
     num_resident : int
         Of experts that live on the CPU: so many, the first of the placement's order, live on the
-        GPU and run there in its place.
+        GPU and run there in its place. Of a dense feed-forward: so many of the `DENSE_SHARES` of
+        its columns.
     """
 
     lives: Device
@@ -57,7 +58,7 @@ class ModulePlacement(
 
     @property
     def is_mixed(self) -> bool:
-        """Do its weights lie, or run, in two places? Of experts only."""
+        """Do its weights lie, or run, in two places? Of experts and dense feed-forwards only."""
         return self.runs == "split" or self.num_resident > 0
 
     @property
@@ -101,10 +102,12 @@ class LayerPlacement(
     def __post_init__(self) -> None:
         if self.kv_on_cpu and self.attention.device == "cpu":
             raise ValueError("kv_on_cpu is of attention that runs on the gpu, this runs on the cpu")
-        whole = [self.attention, self.router, None if self.router is not None else self.ffn]
-        if any(where is not None and where.is_mixed for where in whole):
-            raise ValueError("only experts can run split or have residents")
-        if self.ffn.is_mixed and (self.router is None or self.router.device != "gpu"):
+        if any(where is not None and where.is_mixed for where in (self.attention, self.router)):
+            raise ValueError("only a feed-forward or experts can have residents")
+        if self.router is None:
+            if self.ffn.runs == "split":
+                raise ValueError("only experts can run split")
+        elif self.ffn.is_mixed and self.router.device != "gpu":
             raise ValueError("experts on both devices need their router on the gpu")
 
     @property
@@ -153,7 +156,7 @@ class TierPlacement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
                     f"{on_cpu[0]} runs on the cpu: sub-batches need it on the gpu in every layer"
                 )
         if self.embedding.is_mixed or self.head.is_mixed:
-            raise ValueError("only experts can run split or have residents")
+            raise ValueError("only a feed-forward or experts can have residents")
         is_split = any(layer.ffn.runs == "split" for layer in self.layers)
         if is_split and self.num_expert_slots < NUM_STREAM_BUFFERS:
             raise ValueError(
@@ -164,7 +167,7 @@ class TierPlacement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     def lives_on(self, device: Device) -> frozenset[tuple[Module, int | None]]:
         """Modules (with their layer) whose weights this tier wants on a device, whole or in part.
 
-        Of experts the residents are on the GPU and the others on the CPU.
+        Of experts and divided feed-forwards residents are on the GPU and the others on the CPU.
         """
         found: set[tuple[Module, int | None]] = set()
         if self.embedding.lives == device:
@@ -174,7 +177,7 @@ class TierPlacement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         for index, layer in enumerate(self.layers):
             found.update((name, index) for name, where in layer.modules() if where.lives == device)
             if device == "gpu" and layer.ffn.num_resident:
-                found.add(("experts", index))
+                found.add(("dense" if layer.router is None else "experts", index))
         return frozenset(found)
 
     def num_resident(self, spec: ModelSpec, layer: int) -> int:
@@ -351,6 +354,19 @@ def _why_not_beside(tier: TierPlacement, whole: TierPlacement) -> str:
     return ""
 
 
+def _why_not_divided(placement: Placement, spec: ModelSpec, layer: int, num_resident: int) -> str:
+    """Why a dense feed-forward cannot have so many resident shares; empty where it can."""
+    if num_resident and not spec.can_divide(layer, num_resident):
+        return (
+            f"the feed-forward of layer {layer} of the model cannot be divided after "
+            f"{num_resident} of {DENSE_SHARES} shares of its columns"
+        )
+    residents = {tier.layers[layer].ffn.num_resident for tier in placement.tiers}
+    if len(residents) > 1:
+        return f"the feed-forward of layer {layer} is divided in more than one way"
+    return ""
+
+
 def check_matches(placement: Placement, spec: ModelSpec) -> str | None:
     """Why a placement cannot be used for a model, or None where it can."""
     for name, tier in placement.named_tiers:
@@ -372,7 +388,11 @@ def check_matches(placement: Placement, spec: ModelSpec) -> str | None:
                     f"attention of layer {index} of the model cannot run on both devices - at "
                     f"`{path}.kv_on_cpu`"
                 )
-            if layer.is_moe and where.ffn.num_resident >= layer.num_experts:
+            if not layer.is_moe:
+                why_not = _why_not_divided(placement, spec, index, where.ffn.num_resident)
+                if why_not:
+                    return f"{why_not} - at `{path}.ffn.num_resident`"
+            elif where.ffn.num_resident >= layer.num_experts:
                 return (
                     f"layer {index} of the model has {layer.num_experts} experts, the plan has "
                     f"{where.ffn.num_resident} of them beside others - at "

@@ -56,13 +56,14 @@ class Limits:
     """A part of the space, by what competes for memory by its maximum.
 
     In each phase: `streamed_bytes` is what the layer that streams most does, at least and at most;
-    does any layer stream beside the CPU's work, split its experts, compute on the GPU, keep its
-    cache there? What is denied no state may do, what is said takes its memory.
+    does any layer stream beside the CPU's work, split its experts, divide its feed-forward, compute
+    on the GPU, keep its cache there? What is denied no state may do, what is said takes its memory.
     """
 
     streamed_bytes: tuple[tuple[float, float], tuple[float, float]]
     mixes: _Either = (None, None)
     is_split: _Either = (None, None)
+    is_divided: _Either = (None, None)
     uses_gpu: _Either = (None, None)
     keeps_kv: _Either = (None, None)
 
@@ -83,13 +84,14 @@ class Limits:
         return {
             "mixes": self.mixes,
             "is_split": self.is_split,
+            "is_divided": self.is_divided,
             "uses_gpu": self.uses_gpu,
             "keeps_kv": self.keeps_kv,
         }[name]
 
 
-Flag = Literal["mixes", "is_split", "uses_gpu", "keeps_kv"]
-FLAGS: tuple[Flag, ...] = ("mixes", "is_split", "uses_gpu", "keeps_kv")
+Flag = Literal["mixes", "is_split", "is_divided", "uses_gpu", "keeps_kv"]
+FLAGS: tuple[Flag, ...] = ("mixes", "is_split", "is_divided", "uses_gpu", "keeps_kv")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,12 +229,14 @@ class Space:
             denied = (0.0, self._most_but_experts) if phase == 0 else (0.0,)
             levels.append([most, *(level for level in denied if level < streamed)])
             flags.append([None, False] if used.is_split[phase] else [None])
+        divisions: list[bool | None] = [None, False] if used.is_divided[0] else [None]
         for prefill, decode in product(*levels):
-            for is_split in product(*flags):
+            for first, second, is_divided in product(*flags, divisions):
                 yield replace(
                     everything,
                     streamed_bytes=((0.0, prefill), (0.0, decode)),
-                    is_split=(is_split[0], is_split[1]),
+                    is_split=(first, second),
+                    is_divided=(is_divided, is_divided),
                 )
 
     def allowed(self, kind: int, limits: Limits) -> Bools:
@@ -410,7 +414,7 @@ def divisions(wave: Wave) -> Iterator[SubBatches]:
 def _flags(menu: Menu, *, is_end: bool) -> dict[str, Bools]:
     """Of each name of `FLAGS`, (2, S)."""
     picked = np.unravel_index(menu.states, [len(options) for options in menu.choices])
-    uses_cpu, keeps_kv = np.zeros((2, 2, len(menu.states)), bool)
+    uses_cpu, keeps_kv, is_divided = np.zeros((3, 2, len(menu.states)), bool)
     phases = list(enumerate(PHASES))
     for options, at in zip(menu.choices, picked, strict=True):
         on_cpu = np.array(
@@ -424,9 +428,13 @@ def _flags(menu: Menu, *, is_end: bool) -> dict[str, Bools]:
         for choice in np.unique(picked[0]):
             layers = layer_placements(menu, int(np.argmax(picked[0] == choice)))
             keeps_kv[:, picked[0] == choice] = [[layer.kv == "gpu"] for layer in layers]
+        if len(menu.choices) == 2:  # attention and a dense feed-forward
+            residents = np.array([choice.decode.num_resident for choice in menu.choices[1]])
+            is_divided |= residents[picked[1]] > 0
     return {
         "mixes": (menu.streamed_bytes > 0) & uses_cpu,
         "is_split": menu.is_split,
+        "is_divided": is_divided,
         "uses_gpu": menu.uses_gpu,
         "keeps_kv": keeps_kv,
     }

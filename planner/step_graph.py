@@ -38,7 +38,8 @@ OpKind = Literal[
     "copy",
 ]
 # Which of a layer's experts: those resident on the GPU, the missed ones (all others), and of these,
-# where a step's tokens decide, those that are fetched to the GPU and the rest.
+# where a step's tokens decide, those that are fetched to the GPU and the rest. Of a divided
+# feed-forward: its columns that are resident, and the missed ones.
 Part = Literal["all", "resident", "missed", "fetched", "rest"]
 Payload = Literal[
     "batch",
@@ -48,6 +49,8 @@ Payload = Literal[
     "attended",
     "routing",
     "expert_output",
+    "dense_input",
+    "dense_output",
     "logits",
     "kv",
 ]
@@ -82,8 +85,8 @@ class Op(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         `attention` is a layer's whole attention; where the GPU computes its projections and the CPU
         attends over the cache there are three: `qkv`, `attend` and `attention_output`. `dispatch`
         sorts tokens by expert, and decides what a split layer fetches; `combine` adds the outputs
-        of experts, or of their parts, to the hidden states; `embed` looks up token embeddings;
-        `copy` moves a `payload` between the memories.
+        of experts, or of the parts of a layer, to the hidden states; `embed` looks up token
+        embeddings; `copy` moves a `payload` between the memories.
     layer : int or None
         Layer that the op belongs to.
     module : Module or None
@@ -91,9 +94,11 @@ class Op(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     buffer : int or None
         For a copy of weights and the op that reads them, the staging buffer.
     part : Part
-        For experts, their dispatch and copies of them, which of the layer's.
+        For experts, their dispatch and copies of them, which of the layer's; for a divided
+        feed-forward, which of its columns.
     num_resident : int
-        For ops of a part, how many of the layer's experts are resident on the GPU.
+        For ops of a part, how many of the layer's experts, or shares of its columns, are resident
+        on the GPU.
     max_fetched : int
         For parts that a step decides on, experts that are fetched at most.
     sub_batch : int or None
@@ -244,7 +249,7 @@ class _Builder:
         free = self._readers.pop(buffer, ())
         num_resident = self.tier.layers[layer].ffn.num_resident
         for module in self.tier.streamed(layer):
-            is_part = module == "experts" and num_resident > 0
+            is_part = module in ("experts", "dense") and num_resident > 0
             self._copies[layer, module] = self.add(
                 "copy",
                 "h2d",
@@ -326,6 +331,9 @@ class _Chain:
                     readers.append(self._experts(index, layer))
                     continue
                 self._go_to(placement.device, index)
+                if module == "dense" and placement.is_mixed:
+                    readers.append(self._divided_dense(index, placement))
+                    continue
                 readers.append(self._module(module, self._where, index))
             self._builder.leave(index, readers)
         self._go_to(tier.head.device, None)
@@ -469,6 +477,38 @@ class _Chain:
         missed = add("experts", "cpu", part, (on_cpu,), max_fetched=max_fetched)
         outputs.append(self._move("expert_output", "gpu", missed, index))
         self._hidden = self._add("combine", "gpu", tuple(outputs), layer=index)
+        return missed
+
+    def _divided_dense(self, index: int, where: ModulePlacement) -> int:
+        """Columns on both devices, or from two memories: each part by itself, added at the end.
+
+        Returns the op that reads streamed weights. The residual goes with the resident part.
+        """
+
+        def add(lane: Lane, part: Part, deps: tuple[int, ...], buffer: int | None = None) -> int:
+            return self._add(
+                "dense",
+                lane,
+                deps,
+                layer=index,
+                module="dense",
+                buffer=buffer,
+                part=part,
+                num_resident=where.num_resident,
+            )
+
+        given = self._hidden
+        if where.runs == "stream":
+            resident = add("gpu", "resident", (given,))
+            weights, buffer = self._builder.weights(index, "dense"), self._builder.buffer(index)
+            output = missed = add("gpu", "missed", (given, *weights), buffer)
+        else:
+            # First what the CPU waits for.
+            there = self._move("dense_input", "cpu", given, index)
+            resident = add("gpu", "resident", (given,))
+            missed = add("cpu", "missed", (there,))
+            output = self._move("dense_output", "gpu", missed, index)
+        self._hidden = self._add("combine", "gpu", (resident, output), layer=index)
         return missed
 
 

@@ -450,6 +450,35 @@ def dense_layer(
     return program.run(x_TD, out_TD)
 
 
+def dense_columns(
+    x_TD: NDArray[Any], weights: PackedModule, kernels: CpuKernels, spec: ModelSpec
+) -> NDArray[np.float32]:
+    """What some columns of a dense layer add to x: as one expert that all tokens choose.
+
+    For this layer only: the next layer's is written to the same memory.
+    """
+    y_TD, like_TD = experts_output(x_TD, kernels), hidden_array(x_TD, kernels)
+
+    def steps() -> Steps:
+        norm, normed_TD = _norm(like_TD, weights, "norm", kernels, spec.norm_eps)
+        links = experts_steps(_one_expert(normed_TD), weights, kernels, y_TD).links
+        return Steps(links=(norm, *links), reads_x=(norm,))
+
+    key = ("dense columns", id(weights), x_TD.dtype.num)
+    program = kernels.workspace(len(x_TD)).program(key, (weights, y_TD), steps)
+    return program.run(x_TD, y_TD)
+
+
+def _one_expert(normed_TD: NDArray[Any]) -> CpuRouting:
+    """A routing in which all tokens choose the only expert."""
+    shape = (len(normed_TD), 1)
+    return CpuRouting(
+        normed_TD=normed_TD,
+        expert_ids_Tk=np.zeros(shape, np.int64),
+        expert_weights_Tk=np.ones(shape, np.float32),
+    )
+
+
 def dense_steps(
     x_TD: NDArray[Any],
     weights: PackedModule,
@@ -463,12 +492,7 @@ def dense_steps(
     links: tuple[Link, ...]
     if weights.experts is not None:
         y_TD = space.array("y", x_TD.shape, np.float32)
-        everything = CpuRouting(
-            normed_TD=normed_TD,
-            expert_ids_Tk=np.zeros((num_tokens, 1), np.int64),
-            expert_weights_Tk=np.ones((num_tokens, 1), np.float32),
-        )
-        links = experts_steps(everything, weights, kernels, y_TD).links
+        links = experts_steps(_one_expert(normed_TD), weights, kernels, y_TD).links
     else:
         gate_up, both = _product(normed_TD, weights.matrices["gate_up"], "gate_up", kernels)
         h_TI = space.array("h", (num_tokens, both.shape[1] // 2), np.float32)

@@ -32,7 +32,7 @@ from hetero.model.cpu_workspace import CpuKernels
 from hetero.model.expert_step import ExpertDevices, ExpertStep, ExpertTimes
 from hetero.model.families import TORCH_DTYPES
 from hetero.model.head import embed, head
-from hetero.model.mlp import dense_layer
+from hetero.model.mlp import dense_columns, dense_layer
 from hetero.model.moe import ExpertMethod, combine, expert_method, route
 from hetero.model.packed import PackedModule, embedding_rows
 from hetero.model.rotary import rotary_frequencies, rotary_rows
@@ -190,6 +190,11 @@ class DecoderStep:
         # Queries, keys and values on their way to the CPU, and what it gives for them.
         self._qkv_THK: Tensor | None = None
         self._attended: Tensor | None = None
+        # Of a divided feed-forward: what goes to the CPU, the residual with the resident columns,
+        # and what the others add.
+        self._dense_input: Tensor | None = None
+        self._resident_TD: Tensor | None = None
+        self._missed_TD: Tensor | NDArray[Any] | None = None
         self._experts = ExpertStep(decoder.expert_devices(sub_batch), tier)
         self._logits_LV: Tensor | None = None
 
@@ -274,7 +279,7 @@ class DecoderStep:
         """Weights of the op's module: resident, or staged by a copy that has ended."""
         assert op.module is not None and op.layer is not None
         weights = self._decoder.weights
-        if op.module in self._tier.streamed(op.layer):
+        if op.module in self._tier.streamed(op.layer) and op.part != "resident":
             assert op.buffer is not None
             return weights.staging(self._tier).weights(op.module, op.layer, op.buffer)
         return weights.resident(op.device, op.module, op.layer)
@@ -286,6 +291,8 @@ class DecoderStep:
     def _chained(self, op: Op, module: Module) -> PackedModule | None:
         """The same where a chain can read it: a router of the CPU knows experts by their number."""
         packed = self._packed(op, module)
+        if module == "dense" and op.part != "all":
+            return None  # its hidden states come from the GPU, and go back
         if packed is None or module != "experts":
             return packed
         assert op.layer is not None
@@ -303,11 +310,29 @@ class DecoderStep:
 
     def _dense(self, op: Op) -> None:
         spec, packed = self._decoder.spec, self._packed(op, "dense")
-        if packed is not None:
+        if op.part != "all":
+            self._dense_part(op, packed)
+        elif packed is not None:
             x_TD = self._hidden_array()
             self._hidden_TD = cpu_layers.dense_layer(x_TD, packed, self._cpu_kernels, spec)
         else:
             self._hidden_TD = dense_layer(self._hidden(), self._weights(op), spec.norm_eps)
+
+    def _dense_part(self, op: Op, packed: PackedModule | None) -> None:
+        """Some columns of a divided feed-forward; the residual goes with the resident ones."""
+        spec = self._decoder.spec
+        if op.part == "resident":
+            self._resident_TD = dense_layer(self._hidden(), self._weights(op), spec.norm_eps)
+        elif op.device == "gpu":
+            self._missed_TD = dense_columns(self._hidden(), self._weights(op), spec.norm_eps)
+        else:
+            assert self._dense_input is not None
+            if packed is None:
+                weights = self._weights(op)
+                self._missed_TD = dense_columns(self._dense_input, weights, spec.norm_eps)
+            else:
+                x_TD = as_array(self._dense_input)
+                self._missed_TD = cpu_layers.dense_columns(x_TD, packed, self._cpu_kernels, spec)
 
     def _attention_layer(self, op: Op) -> Tensor | NDArray[Any]:
         assert op.layer is not None
@@ -415,6 +440,10 @@ class DecoderStep:
 
     def _combine(self, op: Op) -> None:
         assert op.layer is not None
+        if not self._decoder.spec.layers[op.layer].is_moe:
+            assert self._resident_TD is not None and self._missed_TD is not None
+            self._hidden_TD = combine(self._resident_TD, self._experts.as_tensor(self._missed_TD))
+            return
         first, *others = self._experts.take_outputs(op.layer)
         if isinstance(first, np.ndarray) and op.device == "cpu":
             x_TD = self._hidden_array()
@@ -474,6 +503,11 @@ class DecoderStep:
         elif op.payload == "attended":
             assert self._attended is not None
             self._attended = move(self._attended)
+        elif op.payload == "dense_input":
+            self._dense_input = move(self._hidden())
+        elif op.payload == "dense_output":
+            assert self._missed_TD is not None
+            self._missed_TD = move(self._experts.as_tensor(self._missed_TD))
         elif op.payload == "routing":
             self._experts.copy_routing(op.device, move)
         elif op.payload == "expert_output":

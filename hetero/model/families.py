@@ -29,11 +29,22 @@ HEAD = "lm_head.weight"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorSlot:
-    """A checkpoint tensor and the element of the flat buffer at which it begins."""
+    """A checkpoint tensor, or a part of it, and the element of the flat buffer where it begins.
+
+    Attributes
+    ----------
+    shape : tuple of int
+        Of what is in the buffer.
+    axis, begin : int
+        Of a part: it has the rows (axis 0) or columns (axis 1) from `begin` on, as many as `shape`
+        says.
+    """
 
     name: str
     shape: tuple[int, ...]
     offset: int
+    axis: int = 0
+    begin: int = 0
 
     @property
     def num_elements(self) -> int:
@@ -70,8 +81,8 @@ class _Packer:
     def align(self) -> None:
         self.end = -(-self.end // ALIGN_ELEMENTS) * ALIGN_ELEMENTS
 
-    def append(self, name: str, *shape: int) -> None:
-        slot = TensorSlot(name=name, shape=shape, offset=self.end)
+    def append(self, name: str, *shape: int, axis: int = 0, begin: int = 0) -> None:
+        slot = TensorSlot(name=name, shape=shape, offset=self.end, axis=axis, begin=begin)
         self.slots.append(slot)
         self.end += slot.num_elements
 
@@ -86,12 +97,14 @@ class _Packer:
             self.append(name, length)
         self.view(role, start, (self.end - start,), (1,))
 
-    def matrix(self, role: str, num_columns: int, *parts: tuple[str, int]) -> None:
-        """A role of matrices of one width, their rows joined."""
+    def matrix(
+        self, role: str, num_columns: int, *parts: tuple[str, int], axis: int = 0, begin: int = 0
+    ) -> None:
+        """A role of matrices of one width, their rows joined; of parts as `TensorSlot` has them."""
         self.align()
         start = self.end
         for name, num_rows in parts:
-            self.append(name, num_rows, num_columns)
+            self.append(name, num_rows, num_columns, axis=axis, begin=begin)
         shape = ((self.end - start) // num_columns, num_columns)
         self.view(role, start, shape, (num_columns, 1))
 
@@ -107,11 +120,13 @@ def module_layout(
     *,
     with_matrix: bool = True,
     experts: Sequence[int] | None = None,
+    columns: range | None = None,
 ) -> ModuleLayout:
     """How a module is packed.
 
     `with_matrix=False` leaves the matrix of a tied head out; `experts` are those of the layer's
-    that are in it, in this order, all where it is left out.
+    that are in it, in this order, and `columns` those of a dense feed-forward: all where they are
+    left out.
     """
     packer = _Packer()
     if module == "embedding":
@@ -126,8 +141,10 @@ def module_layout(
         if module == "experts":
             every = range(spec.layers[layer].num_experts)
             _experts(packer, spec, layer, every if experts is None else experts)
+        elif module == "dense":
+            _dense(packer, spec, layer, columns)
         else:
-            pack = {"attention": _attention, "router": _router, "dense": _dense}[module]
+            pack = {"attention": _attention, "router": _router}[module]
             pack(packer, spec, layer)
     return packer.layout()
 
@@ -220,17 +237,18 @@ def _moe_prefix(spec: ModelSpec, layer: int) -> str:
     return f"model.layers.{layer}.{block}"
 
 
-def _dense(packer: _Packer, spec: ModelSpec, layer: int) -> None:
-    hidden, width = spec.hidden_size, spec.layers[layer].intermediate_size
-    of = f"model.layers.{layer}.mlp"
+def _dense(packer: _Packer, spec: ModelSpec, layer: int, columns: range | None) -> None:
+    """Some columns are rows of gate and up, and columns of down."""
+    hidden = spec.hidden_size
+    columns = range(spec.layers[layer].intermediate_size) if columns is None else columns
+    width, begin, of = len(columns), columns.start, f"model.layers.{layer}.mlp"
     _post_attention_norm(packer, spec, layer)
-    packer.matrix(
-        "gate_up", hidden, (f"{of}.gate_proj.weight", width), (f"{of}.up_proj.weight", width)
-    )
+    gate_up = [(f"{of}.{name}_proj.weight", width) for name in ("gate", "up")]
+    packer.matrix("gate_up", hidden, *gate_up, begin=begin)
     if spec.has_mlp_bias:
         packer.vector(
             "gate_up_bias", (f"{of}.gate_proj.bias", width), (f"{of}.up_proj.bias", width)
         )
-    packer.matrix("down", width, (f"{of}.down_proj.weight", hidden))
+    packer.matrix("down", width, (f"{of}.down_proj.weight", hidden), axis=1, begin=begin)
     if spec.has_mlp_bias:
         packer.vector("down_bias", (f"{of}.down_proj.bias", hidden))

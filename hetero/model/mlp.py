@@ -14,9 +14,14 @@ from hetero.model.norm import rms_norm
 
 def dense_layer(x_TD: Tensor, weights: Mapping[str, Tensor], norm_eps: float) -> Tensor:
     """x + down(silu(gate) * up) of the normed x."""
+    return x_TD + dense_columns(x_TD, weights, norm_eps)
+
+
+def dense_columns(x_TD: Tensor, weights: Mapping[str, Tensor], norm_eps: float) -> Tensor:
+    """The same without the residual: what some columns add to x."""
     normed_TD = rms_norm(x_TD, weights["norm"], norm_eps)
     gate_up = F.linear(normed_TD, weights["gate_up"], weights.get("gate_up_bias"))
-    return x_TD + F.linear(gated(gate_up), weights["down"], weights.get("down_bias"))
+    return F.linear(gated(gate_up), weights["down"], weights.get("down_bias"))
 
 
 def gated(gate_up_N2I: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
-"""ExpertHomes: which of a layer's experts lie on which device, and under which numbers."""
+"""Homes: which experts, and which columns of a feed-forward, lie on which device."""
 
 # E experts of the layer
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from cpu_kernels.experts import NO_EXPERT
 from planner.model_spec import ModelSpec
-from planner.placement import Placement
+from planner.placement import Device, Placement
 from planner.step_graph import Part
 
 # Memories that hold experts; `staging` has those that are streamed, all that are not resident.
@@ -76,6 +77,42 @@ class ExpertHomes:
         first = self.first(place, num_resident)
         numbers_E[list(self.order[begin:end])] = np.arange(begin - first, end - first)
         return numbers_E
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Homes:
+    """What lies in two memories: by layer the experts, and the divided feed-forwards.
+
+    Attributes
+    ----------
+    experts : mapping
+        Of each layer that has experts.
+    shares : mapping
+        Of each divided feed-forward, how many shares of its columns the GPU has: the first.
+    """
+
+    spec: ModelSpec
+    experts: Mapping[int, ExpertHomes]
+    shares: Mapping[int, int]
+
+    @classmethod
+    def of(cls, spec: ModelSpec, placement: Placement) -> Homes:
+        """As a placement has it."""
+        experts, shares = dict[int, ExpertHomes](), dict[int, int]()
+        for index, layer in enumerate(spec.layers):
+            if layer.is_moe:
+                experts[index] = ExpertHomes.of(spec, placement, index)
+            elif placement.num_resident(spec, index):
+                shares[index] = placement.num_resident(spec, index)
+        return cls(spec=spec, experts=experts, shares=shares)
+
+    def columns(self, layer: int, device: Device) -> range:
+        """Columns of a dense feed-forward that a device has, where it has any."""
+        width = self.spec.layers[layer].intermediate_size
+        if layer not in self.shares:
+            return range(width)
+        first_on_cpu = self.spec.dense_columns(layer, self.shares[layer])
+        return range(first_on_cpu) if device == "gpu" else range(first_on_cpu, width)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

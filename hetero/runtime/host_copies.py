@@ -20,13 +20,11 @@ from hetero.model.families import (
     views,
 )
 from hetero.model.packed import PackedLayout, PackedModule, rows_of_experts, rows_of_module
-from hetero.runtime.expert_homes import ExpertHomes
+from hetero.runtime.expert_homes import Homes
 from planner.model_spec import ModelSpec, Module
 
 ModuleKey = tuple[Module, int | None]
 ModuleWeights = Mapping[str, Tensor]
-# Of each layer that has experts.
-Homes = Mapping[int, ExpertHomes]
 
 
 class HostCopy(Protocol):
@@ -111,19 +109,20 @@ class HostCopies:
     def copy(self, module: Module, layer: int, num_resident: int) -> HostCopy:
         """What a tier with so many residents streams of a layer's module."""
         if module == "experts":
-            first_on_cpu = self.homes[layer].first("cpu", num_resident)
+            first_on_cpu = self.homes.experts[layer].first("cpu", num_resident)
             return self.experts(layer).without_first(num_resident - first_on_cpu)
         dtype, packed = TORCH_DTYPES[self.spec.dtype], self.packed.get((module, layer))
         if packed is not None:
             flat = torch.from_numpy(packed.flat)
             return HostModule(flat_B=flat, dtype=dtype, layout=packed.layout)
-        layout = module_layout(self.spec, module, layer)
+        columns = self.homes.columns(layer, "cpu") if module == "dense" else None
+        layout = module_layout(self.spec, module, layer, columns=columns)
         flat = self.rows[module, layer].view(torch.uint8)
         return HostModule(flat_B=flat, dtype=dtype, layout=layout)
 
     def experts(self, layer: int) -> HostExperts:
         """Those of a layer that are on the CPU."""
-        packed, count = self.packed.get(("experts", layer)), self.homes[layer].num_on_cpu
+        packed, count = self.packed.get(("experts", layer)), self.homes.experts[layer].num_on_cpu
         if packed is not None:
             assert packed.experts is not None
             flat = torch.from_numpy(packed.experts.blob)

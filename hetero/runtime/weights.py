@@ -17,9 +17,8 @@ from hetero.checkpoint import Checkpoint
 from hetero.model.families import TORCH_DTYPES, ModuleLayout, TensorSlot, module_layout, views
 from hetero.model.packed import Allocate, PackedModule, is_packable, pack_module
 from hetero.runtime.devices import Accelerator
-from hetero.runtime.expert_homes import ExpertHomes, ExpertPlace, LocalExperts
+from hetero.runtime.expert_homes import ExpertPlace, Homes, LocalExperts
 from hetero.runtime.host_copies import (
-    Homes,
     HostCopies,
     HostCopy,
     HostExperts,
@@ -99,13 +98,13 @@ class Weights:
         if key not in self._locals:
             device = self._devices["cpu" if place == "cpu" else "gpu"]
             self._locals[key] = LocalExperts.of(
-                self._homes[layer], part, place, num_resident, device
+                self._homes.experts[layer], part, place, num_resident, device
             )
         return self._locals[key]
 
     def experts_in_order(self, layer: int) -> tuple[int, ...]:
         """A layer's experts, those first that are resident on the GPU first."""
-        return self._homes[layer].order
+        return self._homes.experts[layer].order
 
     def _viewed(self, device: Device, key: ModuleKey, flat: Tensor) -> ModuleWeights:
         layout = _layout(self._spec, key, device, self._resident[device], self._homes)
@@ -122,13 +121,16 @@ def _layout(
 ) -> ModuleLayout:
     """Layout of a module on a device, which has those beside it.
 
-    A tied head beside the embedding shares its matrix; of experts there are those at home there.
+    A tied head beside the embedding shares its matrix; of experts there are those at home there,
+    and of a divided feed-forward the columns.
     """
     module, layer = key
-    if module == "experts" and layer is not None:
-        home = homes[layer]
+    if layer is not None and layer in homes.experts and module == "experts":
+        home = homes.experts[layer]
         here = home.on_gpu if device == "gpu" else home.on_cpu
         return module_layout(spec, module, layer, experts=here)
+    if layer is not None and module == "dense":
+        return module_layout(spec, module, layer, columns=homes.columns(layer, device))
     shares = module == "head" and spec.is_tied and ("embedding", None) in beside
     return module_layout(spec, module, layer, with_matrix=not shares)
 
@@ -161,11 +163,7 @@ def load_weights(
     dtype = TORCH_DTYPES[spec.dtype]
     uses = _CpuUses.of(placement)
     packable = _packable(spec, uses, backends)
-    homes: Homes = {
-        index: ExpertHomes.of(spec, placement, index)
-        for index, layer in enumerate(spec.layers)
-        if layer.is_moe
-    }
+    homes = Homes.of(spec, placement)
     places = {"cpu": placement.lives_on("cpu"), "gpu": placement.lives_on("gpu")}
     jobs: list[tuple[Device, ModuleKey]] = [
         (device, key)
@@ -255,10 +253,14 @@ def _packable(spec: ModelSpec, uses: _CpuUses, backends: Backends) -> frozenset[
 def _num_bytes(spec: ModelSpec, device: Device, key: ModuleKey, homes: Homes) -> int:
     """Bytes of a module on a device."""
     module, layer = key
-    if module != "experts" or layer is None:
-        return spec.weight_bytes(module, layer)
-    count = homes[layer].num_on_gpu if device == "gpu" else homes[layer].num_on_cpu
-    return count * spec.expert_bytes(layer)
+    if module == "experts" and layer is not None:
+        home = homes.experts[layer]
+        count = home.num_on_gpu if device == "gpu" else home.num_on_cpu
+        return count * spec.expert_bytes(layer)
+    if layer is not None and layer in homes.shares and module == "dense":
+        parts = spec.part_bytes(module, layer, homes.shares[layer])
+        return parts[0] if device == "gpu" else parts[1]
+    return spec.weight_bytes(module, layer)
 
 
 def _allocator(pinned_for: Accelerator | None) -> Allocate:
@@ -295,31 +297,42 @@ def fill(checkpoint: Checkpoint, layout: ModuleLayout, flat: Tensor) -> None:
     """Read the checkpoint's tensors of a module into its flat buffer, converting the dtype."""
     for slot in layout.slots:
         info = checkpoint.tensors[slot.name]
-        count = 1
-        for size in slot.shape:
-            count *= size
-        target = flat[slot.offset : slot.offset + count]
-        stored = _STORED_DTYPES[info.dtype]
-        if stored == flat.dtype:
-            checkpoint.read_into(slot.name, _bytes_of(target))
-            continue
-        raw = torch.empty(count, dtype=stored)
-        checkpoint.read_into(slot.name, _bytes_of(raw))
-        target.copy_(raw)
+        target = flat[slot.offset : slot.offset + slot.num_elements].view(slot.shape)
+        if _STORED_DTYPES[info.dtype] == flat.dtype and slot.axis == 0:
+            _read_rows(checkpoint, slot, target)
+        else:
+            target.copy_(_stored_tensor(checkpoint, slot))
 
 
 def read_stored(checkpoint: Checkpoint, slot: TensorSlot) -> NDArray[Any]:
-    """A checkpoint tensor as it is stored; bfloat16 as its bits."""
-    stored = torch.empty(slot.shape, dtype=_STORED_DTYPES[checkpoint.tensors[slot.name].dtype])
-    checkpoint.read_into(slot.name, _bytes_of(stored))
+    """A checkpoint tensor, or a part of one, as it is stored; bfloat16 as its bits."""
+    stored = _stored_tensor(checkpoint, slot)
     if stored.dtype == torch.bfloat16:
         stored = stored.view(torch.uint16)
     array: NDArray[Any] = stored.numpy()
     return array
 
 
+def _stored_tensor(checkpoint: Checkpoint, slot: TensorSlot) -> Tensor:
+    info = checkpoint.tensors[slot.name]
+    dtype = _STORED_DTYPES[info.dtype]
+    if slot.axis == 0:
+        stored = torch.empty(slot.shape, dtype=dtype)
+        _read_rows(checkpoint, slot, stored)
+        return stored
+    whole = torch.empty(info.shape, dtype=dtype)
+    checkpoint.read_into(slot.name, _bytes_of(whole))
+    return whole.narrow(slot.axis, slot.begin, slot.shape[slot.axis]).contiguous()
+
+
+def _read_rows(checkpoint: Checkpoint, slot: TensorSlot, target: Tensor) -> None:
+    """Read a tensor, or some of its rows, which lie in the file one after another."""
+    row_bytes = target[:1].nbytes
+    checkpoint.read_into(slot.name, _bytes_of(target), slot.begin * row_bytes)
+
+
 def _bytes_of(tensor: Tensor) -> memoryview:
-    return tensor.view(torch.uint8).numpy().data
+    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 def _host_flat(layout: ModuleLayout, dtype: torch.dtype, pinned_for: Accelerator | None) -> Tensor:

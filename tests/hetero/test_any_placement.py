@@ -39,7 +39,7 @@ from tests.tiny_models import save_tiny_model
 
 __all__ = ["many_blocks"]
 
-MODELS = ("llama", "olmoe", "qwen3-moe")
+MODELS = ("llama", "mistral", "olmoe", "qwen3-moe")
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +198,9 @@ def otherwise(layer: LayerPlacement, phase: Phase, draw: Random) -> LayerPlaceme
         kv_on_cpu = draw.random() < 0.5
         attention = STREAMED if kv_on_cpu else ON_CPU
     if layer.router is None:
-        ffn = layer.ffn if layer.ffn.lives == "gpu" else draw.choice((ON_CPU, STREAMED))
+        ffn = layer.ffn
+        if ffn.lives == "cpu":
+            ffn = replace(ffn, runs=draw.choice(("cpu", "stream")))
         return LayerPlacement(attention=attention, ffn=ffn, kv_on_cpu=kv_on_cpu)
     router, ffn = layer.router, layer.ffn
     if ffn.lives == "cpu":

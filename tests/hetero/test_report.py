@@ -33,6 +33,7 @@ from planner.strategies import STRATEGIES
 from planner.timeline import TermComparison
 from planner.workload import Workload
 from tests.machines import toy_machine
+from tests.planner.tiny import tiny_spec
 
 WORKLOAD = Workload(prompt_len=512, output_len=128, num_seqs=2)
 
@@ -214,6 +215,19 @@ def test_experts_in_both_memories_are_counted_by_layers(
     tier = _with_experts(spec, places)
     assert where_text(tier, spec) == f"attention gpu 6; experts: {text}; head gpu"
     assert where_text(tier) == where_text(tier, spec).replace("of 16", "experts")
+
+
+def test_divided_feed_forwards_are_counted_by_layers() -> None:
+    """By the shares of their columns on the GPU, of 16."""
+    spec = tiny_spec("dddd")
+    tier = STRATEGIES["gpu"](spec, "decode", 0)
+    places = [ON_GPU, replace(CPU, num_resident=3), *[replace(STREAM, num_resident=13)] * 2]
+    layers = (replace(each, ffn=place) for each, place in zip(tier.layers, places, strict=True))
+    assert where_text(replace(tier, layers=tuple(layers)), spec) == (
+        "attention gpu 4; feed-forward: 1 layer on the gpu, 2 layers with 13 of 16 shares on the "
+        "gpu (the rest streamed), 1 layer with 3 of 16 shares on the gpu (the rest on the cpu); "
+        "head gpu"
+    )
 
 
 def test_summary_has_a_line_for_each_question(plan: Plan, hardware: HardwareProfile) -> None:

@@ -38,7 +38,10 @@ class Case:
 
 
 def random_case(draw: Random, max_layers: int = 4) -> Case:
-    """Up to four layers, dense or of two to six experts."""
+    """Up to four layers, dense or of two to six experts.
+
+    Feed-forwards are narrow, so that there are few divisions, but in models of one or two layers.
+    """
     num_experts = draw.choice((2, 3, 4, 6))
     letters = "".join(draw.choice("dm") for _ in range(draw.randint(1, max_layers)))
     spec = tiny_spec(letters, is_tied=draw.random() < 0.3)
@@ -47,7 +50,8 @@ def random_case(draw: Random, max_layers: int = 4) -> Case:
         num_experts=num_experts,
         num_experts_per_token=max(1, min(2, num_experts - 1)),
     )
-    layers = tuple(experts if layer.is_moe else layer for layer in spec.layers)
+    dense = LayerSpec(intermediate_size=draw.choice((2, 3, 16) if len(letters) < 3 else (2, 3)))
+    layers = tuple(experts if layer.is_moe else dense for layer in spec.layers)
     return Case(
         spec=dataclasses.replace(spec, layers=layers),
         machine=real_machine(

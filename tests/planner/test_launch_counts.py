@@ -108,6 +108,15 @@ def test_the_copies_of_a_payload_are_counted_in_the_model(tmp_path: Path) -> Non
     ):
         run(tmp_path, plan)
 
+    divided = ModulePlacement(lives="cpu", runs="cpu", num_resident=4)
+    save_tiny_model("mistral", tmp_path / "dense")
+    plan = plan_of(tmp_path / "dense", kv_on_cpu=True, ffn=divided)
+    with (
+        mock.patch.object(DecoderStep, "perform", counted),
+        mock.patch.object(EmulatedAccelerator, "upload", counted_upload),
+    ):
+        run(tmp_path / "dense", plan)
+
     assert counts == {
         payload: {num}
         for payload, num in NUM_COPIES.items()
@@ -118,11 +127,14 @@ def test_the_copies_of_a_payload_are_counted_in_the_model(tmp_path: Path) -> Non
 def plan_of(folder: Path, *, kv_on_cpu: bool, ffn: ModulePlacement = ON_GPU) -> Plan:
     """A plan with all but the feed-forward on the GPU, and in decode perhaps the caches."""
     with LLM(folder, profile=toy_machine(), accelerator="emulated", strategy="gpu") as llm:
-        plan, decode = llm.plan, llm.plan.placement.decode
-    layers = tuple(replace(layer, kv_on_cpu=kv_on_cpu, ffn=ffn) for layer in decode.layers)
-    decode = replace(decode, strategy=MIXED, cut=0, layers=layers)
-    placement = replace(plan.placement, decode=decode)
-    return replace(plan, placement=placement)
+        plan, placement = llm.plan, llm.plan.placement
+    layers = tuple(replace(layer, ffn=ffn) for layer in placement.decode.layers)
+    if ffn.is_mixed:  # it is divided alike in all tiers
+        prefill = replace(placement.prefill, strategy=MIXED, cut=0, layers=layers)
+        placement = replace(placement, prefill=prefill)
+    layers = tuple(replace(layer, kv_on_cpu=kv_on_cpu) for layer in layers)
+    decode = replace(placement.decode, strategy=MIXED, cut=0, layers=layers)
+    return replace(plan, placement=replace(placement, decode=decode))
 
 
 def run(folder: Path, plan: Plan) -> None:

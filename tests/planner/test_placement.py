@@ -35,11 +35,11 @@ def test_a_module_cannot_live_and_run_in_contradiction(lives: Device, runs: Runs
 def test_only_experts_beside_a_router_on_the_gpu_are_on_both_devices() -> None:
     mixed = ModulePlacement(lives="cpu", runs="cpu", num_resident=1)
     split = ModulePlacement(lives="cpu", runs="split")
+    with pytest.raises(ValueError, match="only experts can run split"):
+        LayerPlacement(attention=ON_GPU, ffn=split)
     for where in (mixed, split):
-        with pytest.raises(ValueError, match="only experts can run split or have residents"):
+        with pytest.raises(ValueError, match="only a feed-forward or experts can have residents"):
             LayerPlacement(attention=where, ffn=ON_CPU)
-        with pytest.raises(ValueError, match="only experts can run split or have residents"):
-            LayerPlacement(attention=ON_GPU, ffn=where)
         with pytest.raises(ValueError, match="need their router on the gpu"):
             LayerPlacement(attention=ON_GPU, ffn=where, router=ON_CPU)
         assert LayerPlacement(attention=ON_CPU, ffn=where, router=ON_GPU).ffn.devices == (

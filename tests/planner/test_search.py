@@ -252,9 +252,11 @@ def head_on_gpu_plan(sigma: float) -> Plan:
     """Plan one dense layer for a GPU of twice the CPU's rate that holds the head only.
 
     All on the CPU a prompt takes 82 s (test_estimate.py), 10 of them for the head; split, the head
-    takes 5 s on the GPU. Seconds of the head are off by `sigma` on both.
+    takes 5 s on the GPU. Seconds of the head are off by `sigma` on both. Biases keep the
+    feed-forward from being divided.
     """
-    spec, workload = tiny_spec("d"), Workload(prompt_len=8, output_len=1)
+    spec = dataclasses.replace(tiny_spec("d"), has_mlp_bias=True)
+    workload = Workload(prompt_len=8, output_len=1)
     wide = tiny_machine(gpu=tiny_device("emulated"))
     need = needs(spec, strategies.placement(spec, "split", 1), workload, wide)["gpu"].needed_bytes
     gpu = tiny_device("emulated", memory_bytes=need * 100 // 96 + 1, read_bytes_per_s=32.0)

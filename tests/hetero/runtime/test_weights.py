@@ -160,6 +160,37 @@ def test_another_dtype_than_the_stored_one_is_rounded_once(tmp_path: Path) -> No
     torch.testing.assert_close(norm, stored["model.norm.weight"].bfloat16(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("num_resident", [1, 6, 15])
+def test_a_divided_feed_forward_has_each_column_once(tmp_path: Path, num_resident: int) -> None:
+    """The first columns on the accelerator, the others in rows on the host: the checkpoint's."""
+    where = ModulePlacement(lives="cpu", runs="stream", num_resident=num_resident)
+
+    def divided(spec: ModelSpec) -> Placement:
+        tiers = (strategies.gpu(spec, phase) for phase in ("prefill", "decode"))
+        prefill, decode = (
+            msgspec.structs.replace(
+                tier, layers=tuple(msgspec.structs.replace(each, ffn=where) for each in tier.layers)
+            )
+            for tier in tiers
+        )
+        return Placement(prefill=prefill, decode=decode)
+
+    spec, weights, accelerator = load(tmp_path, "mistral", divided)
+    stored = load_file(tmp_path / "model.safetensors")
+    for layer in range(spec.num_layers):
+        parts = [weights.resident(device, "dense", layer) for device in ("gpu", "cpu")]
+        of = f"model.layers.{layer}.mlp"
+        for half, name in enumerate(("gate_proj", "up_proj")):
+            rows = torch.cat([part["gate_up"].chunk(2)[half] for part in parts])
+            assert torch.equal(rows, stored[f"{of}.{name}.weight"])
+        columns = torch.cat([part["down"] for part in parts], dim=1)
+        assert torch.equal(columns, stored[f"{of}.down_proj.weight"])
+        assert len(parts[0]["gate_up"]) == 2 * (44 * num_resident // 16)
+    staging = weights.staging(divided(spec).decode)
+    assert staging.target("dense", 0, 0).nbytes >= spec.part_bytes("dense", 0, num_resident)[1]
+    assert weight_bytes(spec, divided(spec), "gpu") <= accelerator.used_bytes
+
+
 def test_the_accelerator_counts_its_weights_and_buffers(tmp_path: Path) -> None:
     """Offload of one of two layers: head, embedding and layer 0, and two buffers of layer 1."""
     spec, weights, accelerator = load(
