@@ -19,6 +19,8 @@ from planner.search_space import Draft, Limits, Space, SpaceKey, divisions, plac
 
 # What a placement could gain at most and is not looked for: the share of its seconds that are left.
 _ENOUGH = 0.995
+# How much more is looked at where a bound is below this share of the seconds.
+_FAR, _MORE = 0.98, 4
 # What is added up as if layers did not overlap may gain so much where they do.
 _MARGIN = 1.03
 # Parts of the space that are looked at, and allocations of each until one fits.
@@ -89,8 +91,9 @@ def _searched(spaces: Sequence[Space], best: _Best) -> float:
             if within is not None:
                 best.look(within)
     bound_s = math.inf
-    for _ in range(_MAX_PARTS):
-        if not queue or queue[0][0] >= _ENOUGH * best.seconds:
+    for num_parts in range((1 + _MORE) * _MAX_PARTS):
+        enough = _ENOUGH if num_parts < _MAX_PARTS else _FAR
+        if not queue or queue[0][0] >= enough * best.seconds:
             break
         least_s, _, part = heappop(queue)
         best.look(part)
@@ -113,7 +116,7 @@ class _Best:
         self.seconds = known_s
         self.candidates: list[Candidate] = []
         self._found: tuple[Space, Draft, Candidate] | None = None
-        self._num_left = MAX_SIMULATED
+        self._num_left = self._num_at_first = MAX_SIMULATED
         self._seen: set[tuple[SpaceKey, Draft]] = set()
         self._tried: set[_Tried] = set()
         # of what a placement uses, the least that one took over its sums
@@ -121,18 +124,20 @@ class _Best:
 
     def try_again(self) -> None:
         """Simulate as many as at first."""
-        self._num_left = MAX_SIMULATED
+        self._num_left = self._num_at_first = MAX_SIMULATED
 
     def add(self, space: Space, draft: Draft, candidate: Candidate) -> None:
         """Keep a faster one."""
         self.seconds, self._found = candidate.times.e2e_s, (space, draft, candidate)
         self.candidates.append(candidate)
-        self._num_left = num_simulated(candidate)
+        self._num_left = self._num_at_first = num_simulated(candidate)
 
     def look(self, part: _Part) -> None:
         """Simulate what a part's sums promise, unless others like it kept too little."""
         known_s = self.seconds * (_MARGIN if part.is_apart else _ENOUGH)
-        if not self._num_left or part.bound.bound_s >= known_s:
+        is_far = part.bound.bound_s < _FAR * self.seconds
+        least_left = -_MORE * self._num_at_first if is_far else 0
+        if self._num_left <= least_left or part.bound.bound_s >= known_s:
             return
         if (part.space.key, part.is_apart, part.taken, part.used) in self._tried:
             return
