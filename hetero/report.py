@@ -441,6 +441,8 @@ def _speed_table(plan: Plan) -> Table:
         ("predicted", "left"), ("time", "right"), ("4 of 5 end in", "right"), ("rate", "right")
     )
     for name, metric, seconds, rate in rows:
+        if metric == "tpot_s" and plan.workload.output_len == 1:
+            continue  # the first token is the only one
         low_s, high_s = est.band_by_metric.get(metric, (seconds, seconds))
         band = f"{seconds_text(low_s)} to {seconds_text(high_s)}"
         add_row(table, (name, seconds_text(seconds), band, rate))

@@ -124,6 +124,14 @@ def test_plan_is_readable_at_every_width(plan: Plan, hardware: HardwareProfile, 
         assert words in " ".join(text.split()), words
 
 
+def test_the_only_token_is_the_first(plan: Plan, hardware: HardwareProfile) -> None:
+    one = replace(plan, workload=replace(plan.workload, output_len=1))
+    for each, is_told in ((plan, True), (one, False)):
+        out = console(80)
+        print_plan(out, each, hardware)
+        assert ("each token" in "\n".join(printed(out))) == is_told
+
+
 def test_plan_at_80_columns_has_aligned_numbers(plan: Plan, hardware: HardwareProfile) -> None:
     """The memory table, as a person sees it."""
     out = console(80)
