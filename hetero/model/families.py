@@ -239,8 +239,8 @@ def _moe_prefix(spec: ModelSpec, layer: int) -> str:
 
 def _dense(packer: _Packer, spec: ModelSpec, layer: int, columns: range | None) -> None:
     """Some columns are rows of gate and up, and columns of down."""
-    hidden = spec.hidden_size
-    columns = range(spec.layers[layer].intermediate_size) if columns is None else columns
+    hidden, whole = spec.hidden_size, range(spec.layers[layer].intermediate_size)
+    columns = columns or whole
     width, begin, of = len(columns), columns.start, f"model.layers.{layer}.mlp"
     _post_attention_norm(packer, spec, layer)
     gate_up = [(f"{of}.{name}_proj.weight", width) for name in ("gate", "up")]
@@ -249,6 +249,7 @@ def _dense(packer: _Packer, spec: ModelSpec, layer: int, columns: range | None) 
         packer.vector(
             "gate_up_bias", (f"{of}.gate_proj.bias", width), (f"{of}.up_proj.bias", width)
         )
-    packer.matrix("down", width, (f"{of}.down_proj.weight", hidden), axis=1, begin=begin)
+    axis = 0 if columns == whole else 1  # all rows lie in the file as they are wanted
+    packer.matrix("down", width, (f"{of}.down_proj.weight", hidden), axis=axis, begin=begin)
     if spec.has_mlp_bias:
         packer.vector("down_bias", (f"{of}.down_proj.bias", hidden))
