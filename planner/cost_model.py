@@ -124,8 +124,8 @@ class OpCost:
 def copy_bytes(op: Op, spec: ModelSpec, shape: BatchShape) -> float:
     """Bytes that a copy op moves in a step of this shape.
 
-    Weights of experts count whole, but for the residents: which ones a step needs is not known when
-    they are streamed.
+    Weights count whole, but for residents: which experts a step needs is not known when they are
+    streamed.
     """
     assert op.kind == "copy"
     rows = shape.num_tokens
@@ -486,6 +486,8 @@ def _passes(op: Op, spec: ModelSpec, rows: int) -> _Calls:
             (_rowwise("elementwise", qkv, rows, "torch"), count),
             (_rowwise("rotary", qkv, rows, "numba"), 1.0),
         ]
+    if op.kind == "dense" and op.part == "missed":
+        count -= 1  # the residual goes with the residents
     if op.kind != "dispatch":
         return [(_rowwise("elementwise", width, rows, "torch"), count)]
     assert op.layer is not None
@@ -499,7 +501,7 @@ def _passes(op: Op, spec: ModelSpec, rows: int) -> _Calls:
 
 def _is_of_its_own(op: Op, shape: BatchShape, backend: Backend) -> bool:
     """Is an op called from Python? Chains of a decode step go through layers, others do not."""
-    if op.kind == "attend":
+    if op.kind == "attend" or (op.kind in ("dense", "experts") and op.part != "all"):
         return True  # what it reads is copied to the CPU for it: it is in no chain
     if op.kind in ("embed", "dispatch", "sample"):
         return False  # nothing is done for our experts, others have their own Python

@@ -649,7 +649,7 @@ def _divided_block(prices: _Prices, phase: Phase, where: ModulePlacement) -> Flo
         num = where.num_resident
         return prices.op(phase, "dense", lane, module="dense", part=part, num_resident=num)
 
-    combine, on_gpu = prices.op(phase, "combine", "gpu"), dense("gpu", "resident")
+    combine, on_gpu = prices.op(phase, "combine", "gpu", module="dense"), dense("gpu", "resident")
     if where.runs == "stream":
         on_gpu = on_gpu + dense("gpu", "missed") + combine
         return _in_turn(prices, phase, [("dense", "gpu", on_gpu)])

@@ -31,6 +31,8 @@ _LATER_LAYER_FACTS: dict[str, object] = {
 QUANTIZATION_GROUP = 128
 # Shares of columns that a dense feed-forward can be divided into between the devices.
 DENSE_SHARES = 16
+# Rows and columns of whole panels of any format (cpu_kernels/formats.py).
+_PANEL_COLUMNS = 32
 _SCALE_BYTES = 2
 _CODE_BITS: dict[Quantization, int] = {"int8": 8, "int4": 4}
 
@@ -208,13 +210,15 @@ class ModelSpec:
     def dense_columns(self, layer: int, num_shares: int) -> int:
         """Columns in the first `num_shares` of the `DENSE_SHARES` of a dense feed-forward.
 
-        A column is a row of gate and up and a column of down. Quantised, groups stay whole.
+        A column is a row of gate and up and a column of down. Groups of quantised weights stay
+        whole, and in all but tiny models the panels that the CPU's kernels read.
         """
-        this = self.layers[layer]
-        columns = this.intermediate_size * num_shares // DENSE_SHARES
-        if self.quantization is not None and num_shares < DENSE_SHARES:
-            columns -= columns % QUANTIZATION_GROUP
-        return columns
+        width = self.layers[layer].intermediate_size
+        columns = width * num_shares // DENSE_SHARES
+        if num_shares == DENSE_SHARES:
+            return columns
+        whole = _PANEL_COLUMNS if width >= DENSE_SHARES * _PANEL_COLUMNS else 1
+        return columns - columns % (whole if self.quantization is None else QUANTIZATION_GROUP)
 
     def can_divide(self, layer: int, num_shares: int) -> bool:
         """Are there columns in the first shares of a layer's dense feed-forward, and in the rest?

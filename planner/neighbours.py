@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import product
 
 import numpy as np
 
@@ -36,7 +35,7 @@ def all_placements(space: Space, known_s: float) -> Iterator[tuple[Draft, Candid
     wanted = [np.flatnonzero(space.allowed(kind, limits)) for kind in kinds]
     if math.prod(map(len, wanted)) > _MAX_COMBINATIONS:
         return
-    columns = np.array(list(product(*wanted))).T
+    columns = np.array([each.ravel() for each in np.meshgrid(*wanted, indexing="ij")])
     held = np.zeros((2, columns.shape[1]))
     for menu, at in zip(menus, columns, strict=True):
         held += menu.bytes[:, at]

@@ -181,7 +181,7 @@ class TierPlacement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         return frozenset(found)
 
     def num_resident(self, spec: ModelSpec, layer: int) -> int:
-        """Experts of a layer that this tier wants on the GPU."""
+        """Experts of a layer that this tier wants on the GPU; shares of a divided feed-forward."""
         where = self.layers[layer].ffn
         return spec.layers[layer].num_experts if where.lives == "gpu" else where.num_resident
 
@@ -214,7 +214,7 @@ class TierPlacement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         return msgspec.structs.replace(self, layers=layers, num_second_seqs=0)
 
     def streamed(self, layer: int) -> tuple[Module, ...]:
-        """Modules of a layer that are copied to the GPU for each use: experts but the residents."""
+        """Modules of a layer that are copied to the GPU for each use, but for residents."""
         return tuple(n for n, where in self.layers[layer].modules() if where.runs == "stream")
 
 
@@ -271,11 +271,15 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             )
 
     def num_resident(self, spec: ModelSpec, layer: int) -> int:
-        """Experts of a layer that live on the GPU: as many as either tier wants there."""
+        """Experts of a layer that live on the GPU: as many as either tier wants there.
+
+        Of a dense feed-forward the shares of its columns, where it is divided.
+        """
         return max(tier.num_resident(spec, layer) for tier in (self.prefill, self.decode))
 
     def num_on_cpu(self, spec: ModelSpec, layer: int) -> int:
         """Experts of a layer that live on the CPU: all but those that both tiers have resident."""
+        assert spec.layers[layer].is_moe
         least = min(tier.num_resident(spec, layer) for tier in (self.prefill, self.decode))
         return spec.layers[layer].num_experts - least
 
@@ -357,9 +361,11 @@ def _why_not_beside(tier: TierPlacement, whole: TierPlacement) -> str:
 def _why_not_divided(placement: Placement, spec: ModelSpec, layer: int, num_resident: int) -> str:
     """Why a dense feed-forward cannot have so many resident shares; empty where it can."""
     if num_resident and not spec.can_divide(layer, num_resident):
+        possible = [count for count in range(DENSE_SHARES) if spec.can_divide(layer, count)]
+        way_out = "0 is" if not possible else f"{possible[0]} to {possible[-1]} are"
         return (
             f"the feed-forward of layer {layer} of the model cannot be divided after "
-            f"{num_resident} of {DENSE_SHARES} shares of its columns"
+            f"{num_resident} of {DENSE_SHARES} shares of its columns, {way_out} possible"
         )
     residents = {tier.layers[layer].ffn.num_resident for tier in placement.tiers}
     if len(residents) > 1:

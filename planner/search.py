@@ -45,11 +45,11 @@ def search(
 
     The space is every choice, layer by layer and phase by phase, of where attention (with its KV),
     the router, the dense feed-forward and the experts run, how many experts of each layer are
-    resident on the GPU, and of the tokens of a prefill step. Where caches take 2 % of the GPU's
-    memory or more they may be on the CPU beside projections on the GPU, and decode steps may run as
-    two sub-batches of a few sizes. Weights lie where both phases need
-    them; KV that changes device between the phases is moved and charged. Named strategies are
-    alternatives, and what is chosen is never slower than the fastest of them.
+    resident on the GPU, or how many shares of a dense feed-forward's columns, and of the tokens of
+    a prefill step. Where caches take 2 % of the GPU's memory or more they may be on the CPU beside
+    projections on the GPU, and decode steps may run as two sub-batches of a few sizes. Weights lie
+    where both phases need them; KV that changes device between the phases is moved and charged.
+    Named strategies are alternatives, and what is chosen is never slower than the fastest of them.
 
     Parameters
     ----------

@@ -74,8 +74,10 @@ class Limits:
         return replace(self, streamed_bytes=(first, bounds) if phase else (bounds, second))
 
     def saying(self, name: Flag, phase: int, is_so: bool) -> Limits:
-        """The same with one more said or denied."""
+        """The same with one more said or denied; what is divided is so in both phases."""
         first, second = self.flags(name)
+        if name == "is_divided":
+            return replace(self, is_divided=(is_so, is_so))
         changed: dict[str, Any] = {name: (first, is_so) if phase else (is_so, second)}
         return replace(self, **changed)
 

@@ -77,6 +77,7 @@ def _shared_times(
                 left_s[lane] = seconds(op)
                 working.append(lane)
         if not working:
+            assert min(ends, default=0.0) >= 0.0, "the graph is not in a topological order"
             return list(zip(starts, ends, strict=True))
         slowed = [(lane, max([factors[lane][other] for other in working])) for lane in working]
         passed_s = min([left_s[lane] * factor for lane, factor in slowed])

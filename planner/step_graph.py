@@ -126,7 +126,9 @@ class Op(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
     @property
     def term(self) -> Term:
-        return _TERM_OF_KIND[self.kind]
+        """What its seconds are told as; the sum of a divided feed-forward is dense too."""
+        is_dense = self.kind == "combine" and self.module == "dense"
+        return "dense" if is_dense else _TERM_OF_KIND[self.kind]
 
     @property
     def device(self) -> Device:
@@ -482,7 +484,8 @@ class _Chain:
     def _divided_dense(self, index: int, where: ModulePlacement) -> int:
         """Columns on both devices, or from two memories: each part by itself, added at the end.
 
-        Returns the op that reads streamed weights. The residual goes with the resident part.
+        Returns the op of the missed columns, which reads streamed weights where there are any. The
+        residual goes with the resident part.
         """
 
         def add(lane: Lane, part: Part, deps: tuple[int, ...], buffer: int | None = None) -> int:
@@ -508,7 +511,7 @@ class _Chain:
             resident = add("gpu", "resident", (given,))
             missed = add("cpu", "missed", (there,))
             output = self._move("dense_output", "gpu", missed, index)
-        self._hidden = self._add("combine", "gpu", (resident, output), layer=index)
+        self._hidden = self._add("combine", "gpu", (resident, output), layer=index, module="dense")
         return missed
 
 

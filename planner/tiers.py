@@ -182,7 +182,7 @@ def _options(
     for (attention, kv_on_cpu), router, ffn in product(
         attentions, routers, _ways(where.ffn, can_split=can_split and layer.is_moe)
     ):
-        if ffn.is_mixed and (router is None or router.device == "cpu"):
+        if ffn.is_mixed and router is not None and router.device == "cpu":
             continue
         found.append(
             LayerPlacement(attention=attention, router=router, ffn=ffn, kv_on_cpu=kv_on_cpu)

@@ -139,8 +139,9 @@ def _expert_method(spec: ModelSpec, accelerator: Accelerator) -> ExpertMethod:
 class DecoderStep:
     """The values that flow through one step, or through one of its sub-batches. Mutable.
 
-    One value travels along the chain of ops (`hidden_TD`; what expert layers add to it has its own
-    place), so that ops on different lanes never write what another still reads.
+    One value travels along the chain of ops (`hidden_TD`; what expert layers and parts of divided
+    feed-forwards add to it has its own place), so that ops on different lanes never write what
+    another still reads.
 
     Parameters
     ----------

@@ -44,7 +44,7 @@ class HostCopy(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class HostModule:
-    """A whole module, in rows or packed."""
+    """A module as far as the host has it, in rows or packed."""
 
     flat_B: Tensor
     dtype: torch.dtype

@@ -75,7 +75,7 @@ class Weights:
         }
 
     def resident(self, device: Device, module: Module, layer: int | None = None) -> ModuleWeights:
-        """Tensors of a module that lives on a device; of experts those that do."""
+        """Tensors of a module that lives on a device; of experts and columns those that do."""
         return self._views[device, (module, layer)]
 
     def packed(self, module: Module, layer: int | None = None) -> PackedModule | None:

@@ -122,6 +122,15 @@ def test_groups_of_quantised_weights_stay_whole() -> None:
     assert [spec.can_divide(0, count) for count in (2, 3, 15, 16)] == [False, True, True, False]
 
 
+def test_panels_of_the_cpus_kernels_stay_whole() -> None:
+    """29568 columns are 1848 to a share, which are 57 panels of 32 and a part of one."""
+    layer = LayerSpec(intermediate_size=29568)
+    spec = dataclasses.replace(tiny_spec("d"), layers=(layer,))
+    columns = [spec.dense_columns(0, count) for count in range(1, 17)]
+    assert columns[0] == 1824 and columns[-1] == 29568
+    assert all(count % 32 == 0 for count in columns)
+
+
 @pytest.mark.parametrize(
     ("spec", "num_resident"),
     [
@@ -139,6 +148,7 @@ def test_what_cannot_be_divided_so_is_refused_with_its_path(
     assert why_not is not None
     assert why_not.endswith("`$.placement.prefill.layers[0].ffn.num_resident`")
     assert f"after {num_resident} of 16 shares" in why_not
+    assert why_not.partition(" - at ")[0].endswith(" possible")
 
 
 def test_all_tiers_divide_alike() -> None:

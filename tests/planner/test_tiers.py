@@ -63,6 +63,23 @@ def step_s(whole: Candidate, tier: TierPlacement, num_tokens: int) -> float:
     return makespan_s(build(SPEC, tier), price, whole.wave.costs.slowdowns)
 
 
+def test_what_large_steps_stream_of_a_divided_layer_small_ones_leave_to_the_cpu() -> None:
+    """Its residents stay where they are."""
+    spec = tiny_spec("dd")
+    divided = ModulePlacement(lives="cpu", runs="stream", num_resident=2)
+
+    def tier(phase: Phase) -> TierPlacement:
+        gpu = strategies.gpu(spec, phase)
+        layers = tuple(replace(layer, ffn=divided) for layer in gpu.layers)
+        return replace(gpu, layers=layers, max_num_tokens=2048)
+
+    placement = Placement(prefill=tier("prefill"), decode=tier("decode"))
+    wave = Wave(spec, CostModel(MACHINE), MANY, MANY.num_seqs)
+    found = with_smaller_tiers(Candidate(placement, wave)).placement
+    one = found.tier("decode", 1)
+    assert {layer.ffn for layer in one.layers} == {replace(divided, runs="cpu")}
+
+
 def test_small_steps_run_on_the_cpu_where_large_ones_are_streamed() -> None:
     whole = candidate()
     placement = with_smaller_tiers(whole).placement
