@@ -84,6 +84,27 @@ def test_the_passes_of_torch_are_counted_in_the_model(case: str, tmp_path: Path)
     assert actual == pytest.approx(expected, abs=2)
 
 
+def test_the_parts_of_a_divided_feed_forward_have_one_residual(tmp_path: Path) -> None:
+    """Both by torch: the missed columns are streamed."""
+    counts: dict[str, set[int]] = defaultdict(set)
+    perform = DecoderStep.perform
+
+    def counted(step: DecoderStep, op: Op) -> None:
+        with PassCounter() as counter:
+            perform(step, op)
+        if op.part != "all" and op.kind == "dense":
+            counts[op.part].add(counter.num_passes)
+
+    save_tiny_model("mistral", tmp_path, dtype=torch.bfloat16)
+    where = ModulePlacement(lives="cpu", runs="stream", num_resident=4)
+    with mock.patch.object(DecoderStep, "perform", counted):
+        run(tmp_path, plan_of(tmp_path, kv_on_cpu=False, ffn=where))
+
+    assert {part: len(found) for part, found in counts.items()} == {"resident": 1, "missed": 1}
+    assert min(counts["resident"]) == min(counts["missed"]) + 1
+    assert min(counts["resident"]) == pytest.approx(NUM_TORCH_PASSES["dense"], abs=2)
+
+
 def test_the_copies_of_a_payload_are_counted_in_the_model(tmp_path: Path) -> None:
     """Uploads and downloads of a decode step in which the CPU attends and has the experts."""
     counts: dict[Payload, set[int]] = defaultdict(set)
