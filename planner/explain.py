@@ -9,7 +9,7 @@ from typing import Literal
 
 from planner.candidate import Candidate
 from planner.kernels import Resource
-from planner.memory import DeviceMemory, streamed_bytes
+from planner.memory import DeviceMemory, streamed_bytes, weight_bytes_by_module
 from planner.model_spec import Module
 from planner.nearest_fit import FittingChange, nearest_fits
 from planner.placement import NUM_STREAM_BUFFERS
@@ -217,8 +217,8 @@ def gpu_memory(plan: Plan, question: Question) -> GpuMemory | None:
     if gpu is None:
         return None
     need = question.candidate(plan).memory["gpu"]
-    uses = {
-        **_weights_by_module(plan, question),
+    weights = weight_bytes_by_module(question.spec, plan.placement, "gpu")
+    uses = dict[GpuUse, int](weights.items()) | {
         "kv": need.kv_bytes,
         "activations": need.activation_bytes,
         **_staging_by_use(plan, question, need),
@@ -229,25 +229,6 @@ def gpu_memory(plan: Plan, question: Question) -> GpuMemory | None:
         available_bytes=need.available_bytes,
         kept_back_bytes=gpu.memory_bytes - need.available_bytes,
     )
-
-
-def _weights_by_module(plan: Plan, question: Question) -> dict[GpuUse, int]:
-    """Bytes of the weights on the GPU by module, those of experts by how many are there."""
-    spec, placement = question.spec, plan.placement
-    order: tuple[Module, ...] = ("attention", "router", "experts", "dense", "embedding", "head")
-    found: dict[GpuUse, int] = dict.fromkeys(order, 0)
-    lives = placement.lives_on("gpu")
-    for module, layer in lives:
-        num_resident = 0
-        if layer is not None and module in ("experts", "dense"):
-            num_resident = placement.num_resident(spec, layer)
-        if layer is not None and num_resident:
-            found[module] += spec.part_bytes(module, layer, num_resident)[0]
-        else:
-            found[module] += spec.weight_bytes(module, layer)
-    if ("embedding", None) in lives and ("head", None) in lives:
-        found["embedding"] -= spec.tied_bytes
-    return found
 
 
 def _staging_by_use(plan: Plan, question: Question, need: DeviceMemory) -> dict[GpuUse, int]:

@@ -95,9 +95,8 @@ def layer_kv_bytes(
 
     `prefill` and `decode` are where each phase keeps the cache (of the first sub-batch).
     """
-    seqs, blocks = _num_held(wave, device, prefill, decode, chunk_tokens, num_second)
-    num_bytes = blocks * KV_BLOCK_TOKENS * spec.kv_bytes_per_token(layer)
-    return num_bytes + seqs * spec.state_bytes(layer)
+    held = _num_held(wave, device, prefill, decode, chunk_tokens, num_second)
+    return _held_bytes(spec, layer, *held)
 
 
 def _num_held(
@@ -108,7 +107,7 @@ def _num_held(
     chunk_tokens: int,
     num_second: int,
 ) -> tuple[int, int]:
-    """Sequences and blocks that a layer keeps on a device."""
+    """Sequences and blocks that any layer with its caches there keeps on a device."""
     seqs = (wave.num_seqs - num_second) * (decode == device) + num_second * (device == "cpu")
     blocks = seqs * num_blocks_for(wave.context_len)
     if prefill == device and (prefill != decode or num_second):
@@ -117,20 +116,22 @@ def _num_held(
     return seqs, blocks
 
 
+def _held_bytes(spec: ModelSpec, layer: int, seqs: int, blocks: int) -> int:
+    num_bytes = blocks * KV_BLOCK_TOKENS * spec.kv_bytes_per_token(layer)
+    return num_bytes + seqs * spec.state_bytes(layer)
+
+
 def kv_bytes(spec: ModelSpec, placement: Placement, wave: Workload, device: Device) -> int:
     """Bytes of all caches of a placement on a device."""
     chunk_tokens, num_second = placement.prefill.max_num_tokens, num_second_seqs(placement, wave)
     held: dict[tuple[Device, Device], tuple[int, int]] = {}
     total = 0
-    for index, layers in enumerate(
-        zip(placement.prefill.layers, placement.decode.layers, strict=True)
-    ):
-        kept = (layers[0].kv, layers[1].kv)
+    layers = zip(placement.prefill.layers, placement.decode.layers, strict=True)
+    for index, (before, after) in enumerate(layers):
+        kept = (before.kv, after.kv)
         if kept not in held:
             held[kept] = _num_held(wave, device, *kept, chunk_tokens, num_second)
-        seqs, blocks = held[kept]
-        total += blocks * KV_BLOCK_TOKENS * spec.kv_bytes_per_token(index)
-        total += seqs * spec.state_bytes(index)
+        total += _held_bytes(spec, index, *held[kept])
     return total
 
 

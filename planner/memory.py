@@ -83,31 +83,41 @@ def _largest_split_expert(spec: ModelSpec, tier: TierPlacement) -> int:
 
 
 def weight_bytes(spec: ModelSpec, placement: Placement, device: Device) -> int:
-    """Bytes of the weights on a device, for all tiers; a tied matrix is stored once.
+    """Bytes of the weights on a device, for all tiers."""
+    return sum(weight_bytes_by_module(spec, placement, device).values())
+
+
+def weight_bytes_by_module(
+    spec: ModelSpec, placement: Placement, device: Device
+) -> dict[Module, int]:
+    """The same of all layers' modules of a kind; a tied matrix is stored once, as embedding.
 
     Those that prefill or decode wants there: smaller tiers want the same.
     """
+    order: tuple[Module, ...] = ("attention", "router", "experts", "dense", "embedding", "head")
+    found = dict.fromkeys(order, 0)
     prefill, decode = placement.prefill, placement.decode
     ends: tuple[tuple[Module, bool], ...] = (
         ("embedding", device in (prefill.embedding.lives, decode.embedding.lives)),
         ("head", device in (prefill.head.lives, decode.head.lives)),
     )
-    total = sum(spec.weight_bytes(module) for module, is_here in ends if is_here)
+    for module, is_here in ends:
+        found[module] += is_here * spec.weight_bytes(module)
     if all(is_here for _, is_here in ends):
-        total -= spec.tied_bytes
+        found["embedding"] -= spec.tied_bytes
     for index, (before, after) in enumerate(zip(prefill.layers, decode.layers, strict=True)):
         pairs = zip(before.modules(), after.modules(), strict=True)
         for (module, first), (_, second) in pairs:
             if module == "experts":
                 on_gpu = placement.num_resident(spec, index)
                 count = on_gpu if device == "gpu" else placement.num_on_cpu(spec, index)
-                total += count * spec.expert_bytes(index)
+                found[module] += count * spec.expert_bytes(index)
             elif first.is_mixed:
                 parts = spec.part_bytes(module, index, first.num_resident)
-                total += parts[0] if device == "gpu" else parts[1]
+                found[module] += parts[0] if device == "gpu" else parts[1]
             elif device in (first.lives, second.lives):
-                total += spec.weight_bytes(module, index)
-    return total
+                found[module] += spec.weight_bytes(module, index)
+    return found
 
 
 def activation_width(spec: ModelSpec) -> int:

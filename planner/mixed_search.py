@@ -116,7 +116,8 @@ class _Best:
         self.seconds = known_s
         self.candidates: list[Candidate] = []
         self._found: tuple[Space, Draft, Candidate] | None = None
-        self._num_left = self._num_at_first = MAX_SIMULATED
+        # simulated since the fastest was found, and how many may be
+        self._num_in_vain, self._num_allowed = 0, MAX_SIMULATED
         self._seen: set[tuple[SpaceKey, Draft]] = set()
         self._tried: set[_Tried] = set()
         # of what a placement uses, the least that one took over its sums
@@ -124,20 +125,20 @@ class _Best:
 
     def try_again(self) -> None:
         """Simulate as many as at first."""
-        self._num_left = self._num_at_first = MAX_SIMULATED
+        self._num_in_vain, self._num_allowed = 0, MAX_SIMULATED
 
     def add(self, space: Space, draft: Draft, candidate: Candidate) -> None:
         """Keep a faster one."""
         self.seconds, self._found = candidate.times.e2e_s, (space, draft, candidate)
         self.candidates.append(candidate)
-        self._num_left = self._num_at_first = num_simulated(candidate)
+        self._num_in_vain, self._num_allowed = 0, num_simulated(candidate)
 
     def look(self, part: _Part) -> None:
         """Simulate what a part's sums promise, unless others like it kept too little."""
         known_s = self.seconds * (_MARGIN if part.is_apart else _ENOUGH)
         is_far = part.bound.bound_s < _FAR * self.seconds
-        least_left = -_MORE * self._num_at_first if is_far else 0
-        if self._num_left <= least_left or part.bound.bound_s >= known_s:
+        num_allowed = (1 + _MORE * is_far) * self._num_allowed
+        if self._num_in_vain >= num_allowed or part.bound.bound_s >= known_s:
             return
         if (part.space.key, part.is_apart, part.taken, part.used) in self._tried:
             return
@@ -166,7 +167,7 @@ class _Best:
             if candidate.lacking_bytes:
                 self._look_within(part, promise, candidate)
                 break
-            self._num_left -= 1
+            self._num_in_vain += 1
             found = candidate.times.e2e_s / promise.seconds
             self._excess[pattern] = min(found, self._excess.get(pattern, math.inf))
             if candidate.times.e2e_s >= self.seconds:

@@ -240,17 +240,11 @@ class ModelSpec:
             each = self.expert_bytes(layer)
             return num_resident * each, (self.layers[layer].num_experts - num_resident) * each
         columns = self.dense_columns(layer, num_resident)
+        others = self.layers[layer].intermediate_size - columns
         return (
-            self._dense_bytes(layer, columns),
-            self._dense_bytes(layer, self.layers[layer].intermediate_size - columns),
+            self.weight_bytes(module, layer, columns),
+            self.weight_bytes(module, layer, others),
         )
-
-    def _dense_bytes(self, layer: int, columns: int) -> int:
-        """Bytes of some columns of a dense feed-forward, and of its norm."""
-        this, hidden, kind = self.layers[layer], self.hidden_size, self.weight_kind("dense")
-        matrices = _ffn_matrices(1, columns, hidden, this.num_ffn_matrices)
-        total = sum(count * matrix_bytes(kind, *shape) for count, *shape in matrices)
-        return total + hidden * self.dtype_bytes
 
     def gated_size(self, layer: int, columns: int | None = None) -> float:
         """Width of the gate, up and down that have as many weights as a layer's feed-forward.
@@ -258,7 +252,8 @@ class ModelSpec:
         Or as some columns of it.
         """
         this = self.layers[layer]
-        return (columns or this.intermediate_size) * this.num_ffn_matrices / 3
+        width = this.intermediate_size if columns is None else columns
+        return width * this.num_ffn_matrices / 3
 
     def weight_kind(self, module: Module) -> WeightKind:
         """How a module's matrices are stored: embedding and router are never quantised.
@@ -271,23 +266,28 @@ class ModelSpec:
             return self.dtype
         return "int8" if module == "head" else self.quantization
 
-    def weight_bytes(self, module: Module, layer: int | None = None) -> int:
-        """Bytes of one module's weights in the model's format, scales included."""
-        key = (module, layer)
+    def weight_bytes(
+        self, module: Module, layer: int | None = None, columns: int | None = None
+    ) -> int:
+        """Bytes of one module's weights in the model's format, scales included.
+
+        Of some columns of a dense feed-forward: with its norm.
+        """
+        key = (module, layer, columns)
         if key not in self._known_bytes:
-            self._known_bytes[key] = self._weight_bytes(module, layer)
+            self._known_bytes[key] = self._weight_bytes(*key)
         return self._known_bytes[key]
 
     @cached_property
-    def _known_bytes(self) -> dict[tuple[Module, int | None], int]:
+    def _known_bytes(self) -> dict[tuple[Module, int | None, int | None], int]:
         return {}
 
-    def _weight_bytes(self, module: Module, layer: int | None) -> int:
+    def _weight_bytes(self, module: Module, layer: int | None, columns: int | None) -> int:
         kind = self.weight_kind(module)
-        matrices = self.matrices(module, layer)
         others = self.num_params(module, layer)
-        others -= sum(count * rows * columns for count, rows, columns in matrices)
+        others -= sum(count * rows * size for count, rows, size in self.matrices(module, layer))
         total = others * self.dtype_bytes
+        matrices = self.matrices(module, layer, columns)
         return total + sum(count * matrix_bytes(kind, *shape) for count, *shape in matrices)
 
     def matrices(
@@ -307,7 +307,7 @@ class ModelSpec:
             shared = _ffn_matrices(1, this.shared_size, hidden, this.num_ffn_matrices)
             return [(1, this.num_experts, hidden), *shared]
         count = this.num_experts if module == "experts" else 1
-        width = columns or this.intermediate_size
+        width = this.intermediate_size if columns is None else columns
         return _ffn_matrices(count, width, hidden, this.num_ffn_matrices)
 
     @property

@@ -322,18 +322,15 @@ class DecoderStep:
     def _dense_part(self, op: Op, packed: PackedModule | None) -> None:
         """Some columns of a divided feed-forward; the residual goes with the resident ones."""
         spec = self._decoder.spec
+        given_TD = self._hidden() if op.device == "gpu" else self._dense_input
+        assert given_TD is not None
         if op.part == "resident":
-            self._resident_TD = dense_layer(self._hidden(), self._weights(op), spec.norm_eps)
-        elif op.device == "gpu":
-            self._missed_TD = dense_columns(self._hidden(), self._weights(op), spec.norm_eps)
+            self._resident_TD = dense_layer(given_TD, self._weights(op), spec.norm_eps)
+        elif packed is None:
+            self._missed_TD = dense_columns(given_TD, self._weights(op), spec.norm_eps)
         else:
-            assert self._dense_input is not None
-            if packed is None:
-                weights = self._weights(op)
-                self._missed_TD = dense_columns(self._dense_input, weights, spec.norm_eps)
-            else:
-                x_TD = as_array(self._dense_input)
-                self._missed_TD = cpu_layers.dense_columns(x_TD, packed, self._cpu_kernels, spec)
+            x_TD = as_array(given_TD)
+            self._missed_TD = cpu_layers.dense_columns(x_TD, packed, self._cpu_kernels, spec)
 
     def _attention_layer(self, op: Op) -> Tensor | NDArray[Any]:
         assert op.layer is not None

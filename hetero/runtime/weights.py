@@ -125,7 +125,7 @@ def _layout(
     and of a divided feed-forward the columns.
     """
     module, layer = key
-    if layer is not None and layer in homes.experts and module == "experts":
+    if layer is not None and module == "experts":
         home = homes.experts[layer]
         here = home.on_gpu if device == "gpu" else home.on_cpu
         return module_layout(spec, module, layer, experts=here)

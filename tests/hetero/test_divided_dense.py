@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 from msgspec.structs import replace
 
-from hetero import LLM, SamplingParams
+from hetero import LLM
 from planner import strategies
 from planner.model_spec import DENSE_SHARES, Dtype, ModelSpec
 from planner.placement import (
@@ -22,7 +22,13 @@ from planner.placement import (
 )
 from planner.timeline import lane_orders
 from planner.workload import Phase
-from tests.hetero.test_mixed_experts import ACCELERATORS, PROMPTS, placed, tokens_of
+from tests.hetero.test_mixed_experts import (
+    ACCELERATORS,
+    assert_near_logits,
+    placed,
+    tokens_of,
+    two_steps,
+)
 from tests.machines import toy_machine
 from tests.tiny_models import save_tiny_model
 
@@ -106,38 +112,23 @@ def test_a_division_in_half_precision_gives_the_logits_of_the_gpu(
     dtype: Dtype, runs: Runs, folders: dict[str, Path]
 ) -> None:
     """Within what the format rounds: two parts round once more than a whole."""
-    first = SamplingParams(max_tokens=1, temperature=0.0, logprobs=20)
     both: dict[Phase, Runs] = {"prefill": runs, "decode": runs}
-    found: list[list[Any]] = []
-    for place in (
+    assert_near_logits(
+        folders["mistral"],
+        dtype,
         lambda spec: divided(spec, both, 6),
         lambda spec: strategies.placement(spec, "gpu", 0),
-    ):
-        with placed(folders["mistral"], place, dtype=dtype) as llm:
-            found.append([out.outputs[0].logprobs for out in llm.generate(PROMPTS, first)])
-
-    for one, other in zip(*found, strict=True):
-        shared = one[0].keys() & other[0].keys()
-        assert len(shared) >= 15
-        for token in shared:
-            assert one[0][token] == pytest.approx(other[0][token], abs=0.1)
+    )
 
 
 @pytest.mark.parametrize("runs", RUNS)
 def test_the_parts_of_a_layer_are_ops_of_their_lanes(runs: Runs, folders: dict[str, Path]) -> None:
     """What is executed is what was predicted, in the same order on each lane."""
-    seen = []
     both: dict[Phase, Runs] = {"prefill": runs, "decode": runs}
     with placed(folders["mistral"], lambda spec: divided(spec, both, 8)) as llm:
-        llm.generate(
-            PROMPTS[:1],
-            SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True),
-            observe=lambda step: seen.append((llm.timeline, llm.predicted_timeline)),
-        )
+        seen = two_steps(llm)
 
-    assert len(seen) == 2
     for measured, predicted in seen:
-        assert measured is not None and predicted is not None
         assert lane_orders(measured) == lane_orders(predicted)
         lanes = {span.op.part: span.op.lane for span in measured.spans if span.op.kind == "dense"}
         assert lanes == {"resident": "gpu", "missed": "cpu" if runs == "cpu" else "gpu"}

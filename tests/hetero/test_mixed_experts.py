@@ -32,7 +32,7 @@ from planner.placement import (
     TierPlacement,
 )
 from planner.step_graph import Op
-from planner.timeline import lane_orders
+from planner.timeline import Timeline, lane_orders
 from planner.workload import Phase, Workload
 from tests.machines import toy_machine
 from tests.tiny_models import save_tiny_model, tiny_model, tiny_spec
@@ -106,6 +106,35 @@ def expected(models: dict[str, Path]) -> dict[str, list[tuple[int, ...]]]:
 
 def tokens_of(llm: LLM) -> list[tuple[int, ...]]:
     return [out.outputs[0].token_ids for out in llm.generate(PROMPTS, GREEDY)]
+
+
+def two_steps(llm: LLM) -> list[tuple[Timeline, Timeline]]:
+    """The measured and the predicted Timeline of a prefill step and of a decode step."""
+    seen: list[tuple[Timeline | None, Timeline | None]] = []
+    llm.generate(
+        PROMPTS[:1],
+        SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True),
+        observe=lambda step: seen.append((llm.timeline, llm.predicted_timeline)),
+    )
+    assert len(seen) == 2
+    found = [(one, other) for one, other in seen if one is not None and other is not None]
+    assert len(found) == 2
+    return found
+
+
+def assert_near_logits(folder: Path, dtype: Dtype, *places: Any) -> None:
+    """Both placements give the first tokens the same logits, within what the format rounds."""
+    first = SamplingParams(max_tokens=1, temperature=0.0, logprobs=20)
+    found: list[list[Any]] = []
+    for place in places:
+        with placed(folder, place, dtype=dtype) as llm:
+            found.append([out.outputs[0].logprobs for out in llm.generate(PROMPTS, first)])
+
+    for one, other in zip(*found, strict=True):
+        shared = one[0].keys() & other[0].keys()
+        assert len(shared) >= 15
+        for token in shared:
+            assert one[0][token] == pytest.approx(other[0][token], abs=0.1)
 
 
 @contextmanager
@@ -294,18 +323,11 @@ def test_the_executed_timeline_of_a_mix_has_the_ops_of_the_predicted_one(
     runs: Runs, overlap: bool, models: dict[str, Path]
 ) -> None:
     """In the same order on each lane, for a prefill step and a decode step."""
-    seen = []
     mix = Mix(runs=runs, num_resident=2)
     with placed(models["olmoe"], lambda spec: mixed(spec, mix, mix), overlap=overlap) as llm:
-        llm.generate(
-            PROMPTS[:1],
-            SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True),
-            observe=lambda step: seen.append((llm.timeline, llm.predicted_timeline)),
-        )
+        seen = two_steps(llm)
 
-    assert len(seen) == 2
     for measured, predicted in seen:
-        assert measured is not None and predicted is not None
         assert [span.op for span in measured.spans] == [span.op for span in predicted.spans]
         assert lane_orders(measured) == lane_orders(predicted)
         parts = {span.op.part for span in measured.spans}
@@ -347,19 +369,13 @@ def test_a_mix_in_half_precision_gives_the_logits_of_the_gpu(
     dtype: Dtype, models: dict[str, Path]
 ) -> None:
     """Rows in float16, panels in bfloat16; within what the format rounds."""
-    first = SamplingParams(max_tokens=1, temperature=0.0, logprobs=20)
-    found: list[list[Any]] = []
-    for mix in (Mix(runs="gpu"), Mix(runs="split", num_resident=1)):
-        place = lambda spec, mix=mix: mixed(spec, mix, mix, seed=7)  # noqa: E731
-        with placed(models["olmoe"], place, dtype=dtype) as llm:
-            outputs = llm.generate(PROMPTS, first)
-            found.append([out.outputs[0].logprobs for out in outputs])
-
-    for one, other in zip(*found, strict=True):
-        shared = one[0].keys() & other[0].keys()
-        assert len(shared) >= 15
-        for token in shared:
-            assert one[0][token] == pytest.approx(other[0][token], abs=0.1)
+    gpu, split = Mix(runs="gpu"), Mix(runs="split", num_resident=1)
+    assert_near_logits(
+        models["olmoe"],
+        dtype,
+        lambda spec: mixed(spec, gpu, gpu, seed=7),
+        lambda spec: mixed(spec, split, split, seed=7),
+    )
 
 
 def test_the_slowest_experts_are_fetched_first() -> None:
