@@ -20,7 +20,7 @@ from hetero.model.families import TORCH_DTYPES
 from hetero.model.moe import Dispatch, ExpertMethod, Routing, dispatch, experts
 from hetero.model.packed import PackedModule
 from hetero.runtime.devices import Accelerator
-from hetero.runtime.expert_homes import ExpertPlace, LocalExperts, dispatch_numbers
+from hetero.runtime.homes import ExpertPlace, LocalExperts, dispatch_numbers
 from hetero.runtime.host_copies import ModuleWeights
 from hetero.runtime.weights import Weights
 from planner.model_spec import ModelSpec

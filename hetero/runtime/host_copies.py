@@ -20,7 +20,7 @@ from hetero.model.families import (
     views,
 )
 from hetero.model.packed import PackedLayout, PackedModule, rows_of_experts, rows_of_module
-from hetero.runtime.expert_homes import Homes
+from hetero.runtime.homes import Homes
 from planner.model_spec import ModelSpec, Module
 
 ModuleKey = tuple[Module, int | None]

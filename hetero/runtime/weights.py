@@ -17,7 +17,7 @@ from hetero.checkpoint import Checkpoint
 from hetero.model.families import TORCH_DTYPES, ModuleLayout, TensorSlot, module_layout, views
 from hetero.model.packed import Allocate, PackedModule, is_packable, pack_module
 from hetero.runtime.devices import Accelerator
-from hetero.runtime.expert_homes import ExpertPlace, Homes, LocalExperts
+from hetero.runtime.homes import ExpertPlace, Homes, LocalExperts
 from hetero.runtime.host_copies import (
     HostCopies,
     HostCopy,
