@@ -25,7 +25,6 @@ from hetero.measure.fingerprint import cpu_model
 from hetero.model_lookup import find_model, read_model_spec
 from hetero.runtime.devices import EmulatedAccelerator
 from hetero.runtime.executor import Executor
-from hetero.runtime.lanes import InlineLane
 from planner import search
 from planner.hardware import HardwareProfile
 from planner.step_graph import Op, StepGraph, build
@@ -89,7 +88,7 @@ def step_s(graph: StepGraph, *, overlap: bool, repetitions: int) -> float:
     """Median seconds of a step of empty ops."""
     accelerator = EmulatedAccelerator(budget_bytes=1, link_bytes_per_s=1e9, latency_s=0.0)
     try:
-        executor = Executor({"cpu": InlineLane(), **accelerator.lanes}, overlap=overlap)
+        executor = Executor(accelerator.lanes, overlap=overlap)
         found = []
         for _ in range(repetitions):
             begin_s = time.perf_counter()

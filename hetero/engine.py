@@ -15,7 +15,6 @@ from hetero.kv_cache import BlockPools, Caches, moved_layers
 from hetero.model.decoder import Decoder, DecoderStep, KVMove, SubBatchSteps
 from hetero.runtime.devices import Accelerator
 from hetero.runtime.executor import Executor
-from hetero.runtime.lanes import InlineLane
 from hetero.sampler import (
     SampledToken,
     SamplingParams,
@@ -124,9 +123,7 @@ class Engine:
             build_kv_move(placement.prefill, placement.decode, sub_batch=number)
             for number in range(len(moved))
         ]
-        self._executor = Executor(
-            {"cpu": InlineLane(), **(accelerator.lanes if accelerator else {})}, overlap=overlap
-        )
+        self._executor = Executor(accelerator.lanes if accelerator else {}, overlap=overlap)
         self._caches = _allocate_kv(decoder.spec, placement, accelerator, kv_blocks)
         self.scheduler = Scheduler(
             blocks=BlockPools.create(placement, kv_blocks),

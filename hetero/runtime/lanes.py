@@ -6,12 +6,16 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
 
 from cpu_kernels.threads import pin_current_thread
+from hetero.runtime.host_event import HostEvent, HostEvents
+from planner.step_graph import Op
 
 Work = Callable[[], None]
 
@@ -37,36 +41,6 @@ class LaneRunner(Protocol):
     def close(self) -> None: ...
 
 
-class HostEvent:
-    """End of work done by a host thread."""
-
-    def __init__(self) -> None:
-        self._done = threading.Event()
-        self._error: BaseException | None = None
-        self.start_s = 0.0
-        self.end_s = 0.0
-
-    def wait(self) -> None:
-        self._done.wait()
-        if self._error is not None:
-            raise self._error
-
-    def span_s(self, origin_s: float) -> tuple[float, float]:
-        return self.start_s - origin_s, self.end_s - origin_s
-
-    def run(self, work: Work, after: Sequence[LaneEvent]) -> None:
-        """Wait, work, and mark the end; an error is kept for whoever waits."""
-        try:
-            for event in after:
-                event.wait()
-            self.start_s = time.perf_counter()
-            work()
-        except BaseException as error:
-            self._error = error
-        self.end_s = time.perf_counter()
-        self._done.set()
-
-
 class InlineEvent:
     """End of work that the submitting thread has done itself: there is nothing to wait for."""
 
@@ -83,48 +57,55 @@ class InlineEvent:
         return self.start_s - origin_s, self.end_s - origin_s
 
 
-class InlineLane:
-    """The `cpu` lane: work runs in the submitting thread, which saves a hand-over per op."""
+@dataclass(frozen=True, slots=True, eq=False)
+class LaneWork:
+    """One op of a lane's part of a graph.
 
-    def begin_step(self) -> None:
-        pass
+    Attributes
+    ----------
+    event : HostEvent
+        Its end.
+    after : tuple of HostEvent
+        Ends on other lanes that it has to wait for.
+    following : tuple of HostEvent
+        Those that the lane's next op will wait for.
+    """
 
-    def submit(self, work: Work, after: Sequence[LaneEvent]) -> LaneEvent:
-        for event in after:
-            event.wait()
-        start_s = time.perf_counter()
-        work()
-        return InlineEvent(start_s, time.perf_counter())
-
-    def close(self) -> None:
-        pass
+    op: Op
+    event: HostEvent
+    after: tuple[HostEvent, ...]
+    following: tuple[HostEvent, ...]
 
 
 class ThreadLane:
     """A lane with a thread of its own: the emulated accelerator's compute and copies.
 
+    It is given its whole part of a graph at once and then waits for other lanes by itself.
+
     Parameters
     ----------
     name : str
         Name of the thread.
-    core : int, optional
-        Core that the thread is pinned to.
+    cores : collection of int, optional
+        Cores that the thread is pinned to.
     """
 
-    def __init__(self, name: str, core: int | None = None) -> None:
-        self._queue: queue.SimpleQueue[tuple[HostEvent, Work, Sequence[LaneEvent]] | None] = (
-            queue.SimpleQueue()
-        )
-        self._core = core
+    def __init__(self, name: str, cores: Collection[int] = ()) -> None:
+        self._queue: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
+        self._cores = tuple(cores)
         self._thread = threading.Thread(target=self._serve, name=f"hetero-{name}", daemon=True)
         self._thread.start()
 
     def begin_step(self) -> None:
         pass
 
-    def submit(self, work: Work, after: Sequence[LaneEvent]) -> LaneEvent:
-        event = HostEvent()
-        self._queue.put((event, work, after))
+    def start(self, works: Sequence[LaneWork], perform: Callable[[Op], None]) -> None:
+        """Do all of these in order, each after the events that it waits for, up to an error."""
+        self._queue.put(partial(_do_all, works, perform))
+
+    def submit(self, work: Work, after: Sequence[LaneEvent] = ()) -> LaneEvent:
+        (event,) = HostEvents(1).all
+        self._queue.put(partial(_do, event, after, work))
         return event
 
     def close(self) -> None:
@@ -132,15 +113,42 @@ class ThreadLane:
         self._thread.join()
 
     def _serve(self) -> None:
-        if self._core is not None:
-            pin_current_thread([self._core])
+        if self._cores:
+            pin_current_thread(self._cores)
         # torch keeps a thread count per thread only once the thread has asked for it.
         torch.get_num_threads()
         torch.set_num_threads(1)
         with torch.inference_mode():
-            while (item := self._queue.get()) is not None:
-                event, work, after = item
-                event.run(work, after)
+            while (job := self._queue.get()) is not None:
+                job()
+
+
+def _do_all(works: Sequence[LaneWork], perform: Callable[[Op], None]) -> None:
+    for at, work in enumerate(works):
+        _do(work.event, work.after, partial(perform, work.op), work.following)
+        error = work.event.error
+        if error is not None:
+            for left in works[at + 1 :]:
+                left.event.fail(error)
+            return
+
+
+def _do(
+    event: HostEvent,
+    after: Sequence[LaneEvent],
+    work: Work,
+    following: Sequence[HostEvent] = (),
+) -> None:
+    """Wait, work, and mark the end; an error is kept for whoever waits."""
+    try:
+        for earlier in after:
+            earlier.wait()
+        event.start_s = time.perf_counter()
+        work()
+    except BaseException as error:
+        event.fail(error)
+    else:
+        event.end(event.start_s, time.perf_counter(), following)
 
 
 class CudaEvent:
@@ -216,7 +224,15 @@ class CudaLane:
         self.stream.synchronize()
 
 
-def last_core() -> int | None:
-    """The core that the emulated accelerator owns; None on a machine with a single core."""
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    return cores[-1] if len(cores) > 1 else None
+def last_core() -> tuple[int, ...]:
+    """The core that the emulated accelerator owns; none on a machine with a single core."""
+    return _cores()[-1:] if len(_cores()) > 1 else ()
+
+
+def other_cores() -> tuple[int, ...]:
+    """The cores that it leaves to its copies and to the CPU."""
+    return _cores()[:-1]
+
+
+def _cores() -> tuple[int, ...]:
+    return tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else ()

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from hetero.runtime.executor import Executor, issue_order, lane_runs
-from hetero.runtime.lanes import InlineLane, LaneRunner, ThreadLane
+from hetero.runtime.lanes import LaneRunner, ThreadLane
 from planner.step_graph import LANES, Lane, Op, OpKind, StepGraph
 from planner.timeline import lane_orders
 
@@ -30,8 +30,7 @@ CROSSING = StepGraph(
 
 @pytest.fixture
 def lanes() -> Iterator[dict[Lane, LaneRunner]]:
-    found: dict[Lane, LaneRunner] = {"cpu": InlineLane()}
-    found |= {lane: ThreadLane(lane) for lane in LANES if lane != "cpu"}
+    found: dict[Lane, LaneRunner] = {lane: ThreadLane(lane) for lane in LANES if lane != "cpu"}
     yield found
     for lane in found.values():
         lane.close()
@@ -191,3 +190,48 @@ def test_a_run_has_the_times_that_it_tells(lanes: dict[Lane, LaneRunner]) -> Non
     assert given[0] == graph.ops[1:] and given[1] is given[0]
     assert spans[2].start_s == spans[1].end_s and spans[3].start_s == spans[2].end_s
     assert spans[2].seconds == pytest.approx(2.0) and spans[3].seconds == pytest.approx(0.5)
+
+
+def test_an_interrupt_in_the_calling_thread_frees_the_lanes_that_wait_for_it(
+    lanes: dict[Lane, LaneRunner],
+) -> None:
+    """The gpu lane waits for a cpu op that is never done."""
+    graph = StepGraph(
+        phase="decode",
+        ops=(
+            Op(index=0, kind="dense", lane="cpu", layer=0),
+            Op(index=1, kind="dense", lane="gpu", deps=(0,), layer=1),
+            Op(index=2, kind="copy", lane="d2h", deps=(1,), payload="logits"),
+        ),
+    )
+    performed: list[str] = []
+
+    def perform(op: Op) -> None:
+        performed.append(op.lane)
+        if op.lane == "cpu":
+            raise KeyboardInterrupt
+
+    executor = Executor(lanes)
+    with pytest.raises(KeyboardInterrupt):
+        executor.run(graph, perform)
+    assert performed == ["cpu"]
+    executor.run(graph, lambda op: performed.append(op.lane))
+    assert performed == ["cpu", "cpu", "gpu", "d2h"]
+
+
+def test_a_lane_stops_at_its_first_error(lanes: dict[Lane, LaneRunner]) -> None:
+    """What comes after it on the lane may need what it was to give."""
+    graph = StepGraph(
+        phase="decode",
+        ops=tuple(Op(index=at, kind="dense", lane="gpu", layer=at) for at in range(3)),
+    )
+    performed: list[int] = []
+
+    def perform(op: Op) -> None:
+        performed.append(op.index)
+        if op.index == 1:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        Executor(lanes).run(graph, perform)
+    assert performed == [0, 1]
