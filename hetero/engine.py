@@ -236,7 +236,7 @@ class Engine:
         self._move_kv(batch)
         totals = self.stats.phases[batch.phase]
         totals.num_steps += 1
-        totals.num_tokens += batch.shape.num_tokens
+        totals.num_tokens += batch.num_phase_tokens
         totals.seconds += time.perf_counter() - begin_s
         self.last_step = StepResult(
             batch=batch, graph=graph, timeline=timeline, finished=tuple(finished)

@@ -177,7 +177,7 @@ class RunMonitor:
         now_s = self.clock()
         batch = step.result.batch
         phase = batch.phase
-        self._work[phase].add(sum(item.num_tokens for item in batch.items), now_s - self._last_s)
+        self._work[phase].add(batch.num_phase_tokens, now_s - self._last_s)
         self._last_s = now_s
         for sequence in batch.sampled:
             self._num_output_tokens += 1

@@ -27,10 +27,12 @@ class ScheduledSequence:
     """A sequence's share of one step: `num_tokens` tokens after `num_past_tokens` cached ones.
 
     `has_logits` is true where the share ends with the sequence's last token, so that the step
-    samples its next one. Both facts are as scheduled: the sequence moves on.
+    samples its next one. `phase` is decode where it only goes on by a token, also in a step that
+    prefills others. All facts are as scheduled: the sequence moves on.
     """
 
     sequence: Sequence
+    phase: Phase
     num_tokens: int
     num_past_tokens: int
     has_logits: bool
@@ -38,10 +40,15 @@ class ScheduledSequence:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """What one step computes."""
+    """What one step computes; a prefill step may take sequences that decode along."""
 
     phase: Phase
     items: tuple[ScheduledSequence, ...]
+
+    @property
+    def num_phase_tokens(self) -> int:
+        """Tokens of the step's own phase, without those of sequences that are taken along."""
+        return sum(item.num_tokens for item in self.items if item.phase == self.phase)
 
     @property
     def sampled(self) -> tuple[Sequence, ...]:
@@ -120,17 +127,20 @@ class Batch:
 class Scheduler:
     """Chooses the sequences of each step. Mutable.
 
-    Every step has one phase, and every choice follows the order of `add`:
+    Every step runs one phase's graph, and every choice follows the order of `add`:
 
     - Prefill goes first: while prompts wait, steps of up to `max_num_batched_tokens` prompt tokens
       are made. A prompt that does not end in a step goes on in the next one, before any other
       prompt starts; so at most one is part-way. A prompt starts when fewer than `max_num_seqs`
       sequences run and the free blocks hold all of it; no other prompt overtakes it.
-    - Otherwise every running sequence decodes one token.
-    - A sequence is late if some other was decoding when it was added. After a prefill step, and
-      while any sequence decodes, the next late prompt lets one decode step go first. So prompts
-      that arrive together are all prefilled before the first decode step, and an endless stream
-      of new prompts cannot hold up a decoding sequence for more than one step.
+    - Otherwise every running sequence decodes one token. So prompts that arrive together are all
+      prefilled before the first decode step.
+    - Once sequences decode, a prefill step takes all of them along by a token each, where their
+      caches are in the pages in which prompts are computed: it reads the same weights.
+    - Elsewhere a sequence is late if some other was decoding when it was added. After a prefill
+      step, and while any sequence decodes, the next late prompt lets one decode step go first.
+      Either way an endless stream of new prompts cannot hold up a decoding sequence for more than
+      one step.
     - Of two sub-batches a sequence joins the first that has room for all it may come to, else the
       first that has room for what it has now.
     - When a decode step lacks a block, the running sequence of that sub-batch added last gives back
@@ -286,8 +296,12 @@ class Scheduler:
         """The next step, its blocks allocated; None when nothing is unfinished."""
         if not self._unfinished:
             return None
+        if self._takes_along():
+            along = self._decode_items()
+            items = self._prefill_items(self.max_num_batched_tokens - len(along))
+            return self._batch("prefill" if items else "decode", along + items)
         if not self._must_decode():
-            items = self._prefill_items()
+            items = self._prefill_items(self.max_num_batched_tokens)
             if items:
                 self._is_decode_due = True
                 return self._batch("prefill", items)
@@ -296,7 +310,7 @@ class Scheduler:
         if items:
             return self._batch("decode", items)
         # All that decode gave way: a prompt that is part-way goes on.
-        return self._batch("prefill", self._prefill_items())
+        return self._batch("prefill", self._prefill_items(self.max_num_batched_tokens))
 
     def _batch(self, phase: Phase, items: list[ScheduledSequence]) -> Batch:
         assert items, "sequences are unfinished but none can run"
@@ -305,6 +319,17 @@ class Scheduler:
             if item.sequence.first_scheduled_s is None:
                 item.sequence.first_scheduled_s = now_s
         return Batch(phase=phase, items=tuple(items))
+
+    def _takes_along(self) -> bool:
+        """Whether sequences decode whose caches are where prompts are computed.
+
+        One with a single token has not begun to: others of its kind may still be prefilled.
+        """
+        if self.pools.prompts is not None:
+            return False
+        decoding = [each for each in self._running if not each.is_prefill]
+        has_begun = any(each.num_output_tokens > 1 for each in decoding)
+        return has_begun and len(decoding) < self.max_num_batched_tokens
 
     def _must_decode(self) -> bool:
         """Whether it is the turn of the decoding sequences, ahead of a late prompt."""
@@ -320,15 +345,15 @@ class Scheduler:
             return last
         return None
 
-    def _prefill_items(self) -> list[ScheduledSequence]:
+    def _prefill_items(self, room: int) -> list[ScheduledSequence]:
+        """Prompts, or parts of them, of up to so many tokens."""
         items: list[ScheduledSequence] = []
-        room = self.max_num_batched_tokens
         part_way = self._part_way()
         if part_way is not None:
             num_tokens = min(room, part_way.num_tokens - part_way.num_computed_tokens)
             if not self._grow(part_way, num_tokens):
                 return []
-            items.append(_share(part_way, num_tokens))
+            items.append(_share(part_way, "prefill", num_tokens))
             room -= num_tokens
         while room and self._waiting and len(self._running) < self.max_num_seqs:
             sequence = self._waiting[0]
@@ -341,7 +366,7 @@ class Scheduler:
             del self._waiting[0]
             self._insert(self._running, sequence)
             sequence.status = "running"
-            items.append(_share(sequence, num_tokens))
+            items.append(_share(sequence, "prefill", num_tokens))
             room -= num_tokens
         if items:
             self._last_prefilled = items[-1].sequence
@@ -399,7 +424,7 @@ class Scheduler:
                 if sequence.status != "running":
                     break
             else:
-                items.append(_share(sequence, 1))
+                items.append(_share(sequence, "decode", 1))
         return items
 
     def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
@@ -490,10 +515,11 @@ class Scheduler:
         return sequence
 
 
-def _share(sequence: Sequence, num_tokens: int) -> ScheduledSequence:
+def _share(sequence: Sequence, phase: Phase, num_tokens: int) -> ScheduledSequence:
     past = sequence.num_computed_tokens
     return ScheduledSequence(
         sequence=sequence,
+        phase=phase,
         num_tokens=num_tokens,
         num_past_tokens=past,
         has_logits=past + num_tokens == sequence.num_tokens,

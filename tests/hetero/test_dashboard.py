@@ -229,6 +229,7 @@ class Job:
         num_tokens = len(sequence.prompt_token_ids) if phase == "prefill" else 1
         item = ScheduledSequence(
             sequence=sequence,
+            phase=phase,
             num_tokens=num_tokens,
             num_past_tokens=sequence.num_tokens - num_tokens,
             has_logits=True,

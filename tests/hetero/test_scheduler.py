@@ -350,13 +350,47 @@ def test_prompts_that_arrive_together_are_all_prefilled_before_the_first_decode(
     assert_all_as_alone(machine)
 
 
-def test_a_late_prompt_shares_the_steps_with_those_that_decode() -> None:
-    """Its chunks take every second step, and once it decodes nobody waits."""
+def test_prefill_takes_those_that_decode_along() -> None:
+    """A token of 8 for the early one in every chunk of the late one: 7 + 7 + 7 + 3."""
     machine = Machine(max_num_batched_tokens=8)
+    early = machine.add("early", 8, max_tokens=9)
+    assert phases(machine, 2) == "pd"
+    late = machine.add("late", 24)
+    for num_tokens, num_output_tokens in ((7, 3), (7, 4), (7, 5), (3, 6)):
+        batch = machine.step()
+        assert batch is not None and batch.phase == "prefill"
+        assert [(item.phase, item.num_tokens) for item in batch.items] == [
+            ("decode", 1),
+            ("prefill", num_tokens),
+        ]
+        assert batch.num_phase_tokens == num_tokens
+        assert early.num_output_tokens == num_output_tokens
+    assert late.num_output_tokens == 1
+    assert phases(machine, 3) == "ddd"
+    assert_all_as_alone(machine)
+
+
+def test_a_late_prompt_shares_the_steps_with_those_that_decode_elsewhere() -> None:
+    """Its chunks take every second step, and once it decodes nobody waits."""
+    machine = Machine(max_num_batched_tokens=8, num_prompts=8, moving=frozenset({0}))
     machine.add("early", 8, max_tokens=9)
     assert phases(machine, 2) == "pd"
     machine.add("late", 24)
     assert phases(machine, 7) == "pdpdpdd"
+    list(machine.steps())
+    assert_all_as_alone(machine)
+
+
+def test_more_that_decode_than_a_step_holds_are_not_taken_along() -> None:
+    """A prefill step has room for two tokens: prompts and the two that decode take turns."""
+    machine = Machine(max_num_batched_tokens=2)
+    machine.add("a", 2, max_tokens=9)
+    machine.add("b", 2, max_tokens=9)
+    assert phases(machine, 3) == "ppd"
+    machine.add("late", 4)
+    assert phases(machine, 5) == "pdpdd"
+    list(machine.steps())
+    assert_all_as_alone(machine)
 
 
 def test_a_prompt_that_waited_from_the_start_is_not_late() -> None:
