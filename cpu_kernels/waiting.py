@@ -15,9 +15,6 @@ from functools import cache
 from cpu_kernels.compiling import code_address
 from cpu_kernels.threads import available_cores
 
-# What sleeping and waking cost: who looks for as long waits twice as long at most as was needed.
-SPIN_S = 100e-6
-
 WORD_BYTES = 8
 
 
@@ -32,8 +29,8 @@ def words(count: int) -> ctypes.Array[ctypes.c_int64]:
     return (ctypes.c_int64 * count)()
 
 
-def spin(address: int, told: int = 0) -> None:
-    """Look at a word until it is not 0, for `SPIN_S` at most; the interpreter's lock is free.
+def spin(address: int, told: int = 0, *, seconds: float) -> None:
+    """Look at a word until it is not 0, or for so long; the interpreter's lock is free.
 
     Where the process has a single core, whoever writes the word needs it: there is no looking.
 
@@ -44,14 +41,16 @@ def spin(address: int, told: int = 0) -> None:
     told
         Address of a word that becomes 1 first, and 0 for none. Who waits for that one finds the
         interpreter's lock free, which it would else have to sleep for.
+    seconds
+        How long, at most.
 
     Examples
     --------
     >>> flags = words(1)
     >>> flags[0] = 1
-    >>> spin(ctypes.addressof(flags))
+    >>> spin(ctypes.addressof(flags), seconds=1.0)
     """
-    _spin()(address, _num_spins(), told)
+    _spin()(address, _num_spins(seconds), told)
 
 
 @cache
@@ -63,8 +62,8 @@ def _spin() -> Callable[[int, int, int], None]:
 
 
 @cache
-def _num_spins() -> int:
-    """How often a thread looks in `SPIN_S`: by processor a look takes 10 to 200 ns."""
+def _num_spins(seconds: float) -> int:
+    """How often a thread looks in so long: by processor a look takes 10 to 200 ns."""
     if available_cores() == 1:
         return 0
     flags, num_spins, best_s = words(1), 1000, float("inf")
@@ -72,4 +71,4 @@ def _num_spins() -> int:
         begin_s = time.perf_counter()
         _spin()(ctypes.addressof(flags), num_spins, 0)
         best_s = min(best_s, time.perf_counter() - begin_s)
-    return max(100, int(num_spins * SPIN_S / best_s))
+    return max(1, int(num_spins * seconds / best_s))

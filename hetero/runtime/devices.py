@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hetero.errors import EnvironmentProblemError, MemoryBudgetError
-from hetero.runtime.lanes import CudaClock, CudaLane, LaneRunner, ThreadLane, last_core, other_cores
+from hetero.runtime.lanes import CudaClock, CudaLane, LaneRunner, ThreadLane, last_core
 from planner.step_graph import Lane
 
 # Copies of the emulated link are paced in pieces of this size, so that a long one is a steady
@@ -85,8 +85,8 @@ class EmulatedAccelerator:
         self._latency_s = latency_s
         self.lanes: dict[Lane, LaneRunner] = {
             "gpu": ThreadLane("gpu", last_core()),
-            "h2d": ThreadLane("h2d", other_cores()),
-            "d2h": ThreadLane("d2h", other_cores()),
+            "h2d": ThreadLane("h2d"),
+            "d2h": ThreadLane("d2h"),
         }
 
     def allocate(self, num_bytes: int, what: str) -> Tensor:

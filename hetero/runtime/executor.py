@@ -91,6 +91,8 @@ class _Program:
                 needs.add(runs[at - 1][-1].index)
             lane, events = ops[0].lane, self.events.all
             after = tuple(events[each] for each in sorted(needs) if graph.ops[each].lane != lane)
+            for event in after:
+                event.is_awaited = True
             next_after, following[lane] = following.get(lane, ()), after
             if lane == "cpu":
                 mine = tuple(events[op.index] for op in ops)

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-from cpu_kernels.threads import pin_current_thread
+from cpu_kernels.threads import pin_current_thread, sleep_precisely
 from hetero.runtime.host_event import HostEvent, HostEvents
 from planner.step_graph import Op
 
@@ -68,7 +68,7 @@ class LaneWork:
     after : tuple of HostEvent
         Ends on other lanes that it has to wait for.
     following : tuple of HostEvent
-        Those that the lane's next op will wait for.
+        Those that the lane's next op will look for.
     """
 
     op: Op
@@ -105,7 +105,9 @@ class ThreadLane:
 
     def submit(self, work: Work, after: Sequence[LaneEvent] = ()) -> LaneEvent:
         (event,) = HostEvents(1).all
-        self._queue.put(partial(_do, event, after, work))
+        earlier = [each for each in after if isinstance(each, HostEvent)]
+        assert len(earlier) == len(after), "a thread waits for other threads only"
+        self._queue.put(partial(_do, event, earlier, work))
         return event
 
     def close(self) -> None:
@@ -115,6 +117,7 @@ class ThreadLane:
     def _serve(self) -> None:
         if self._cores:
             pin_current_thread(self._cores)
+        sleep_precisely()
         # torch keeps a thread count per thread only once the thread has asked for it.
         torch.get_num_threads()
         torch.set_num_threads(1)
@@ -135,7 +138,7 @@ def _do_all(works: Sequence[LaneWork], perform: Callable[[Op], None]) -> None:
 
 def _do(
     event: HostEvent,
-    after: Sequence[LaneEvent],
+    after: Sequence[HostEvent],
     work: Work,
     following: Sequence[HostEvent] = (),
 ) -> None:
@@ -226,13 +229,5 @@ class CudaLane:
 
 def last_core() -> tuple[int, ...]:
     """The core that the emulated accelerator owns; none on a machine with a single core."""
-    return _cores()[-1:] if len(_cores()) > 1 else ()
-
-
-def other_cores() -> tuple[int, ...]:
-    """The cores that it leaves to its copies and to the CPU."""
-    return _cores()[:-1]
-
-
-def _cores() -> tuple[int, ...]:
-    return tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else ()
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    return tuple(cores[-1:]) if len(cores) > 1 else ()

@@ -30,7 +30,7 @@ def test_the_end_is_not_missed_by_one_that_is_about_to_sleep(
 ) -> None:
     """It happens after the last look and before the sleep."""
     (event,) = HostEvents(1).all
-    monkeypatch.setattr(host_event, "spin", lambda address, told=0: None)
+    monkeypatch.setattr(host_event, "spin", lambda address, told=0, **_: None)
     real = threading.Lock
 
     def lock_after_the_end() -> object:
