@@ -389,14 +389,10 @@ class LLM:
                 positions[str(self._num_requests)] = len(running)
                 running.append(engine.add_request(str(self._num_requests), ids, each))
             num_finished = 0
-            elapsed_s = sum(totals.seconds for totals in engine.stats.phases.values())
             while (result := engine.step()) is not None:
                 self._last_step = result
-                begin_s = elapsed_s
-                elapsed_s = sum(totals.seconds for totals in engine.stats.phases.values())
-                samples.watch(
-                    result.graph, result.batch.shape, result.timeline, elapsed_s - begin_s
-                )
+                if not result.is_beside:
+                    samples.watch(result.graph, result.batch.shape, result.timeline, result.seconds)
                 num_finished += len(result.finished)
                 if observe is not None:
                     observe(

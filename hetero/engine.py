@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +16,8 @@ from hetero.kv_cache import BlockPools, Caches, moved_layers
 from hetero.model.decoder import Decoder, DecoderStep, KVMove, SubBatchSteps
 from hetero.runtime.devices import Accelerator
 from hetero.runtime.executor import Executor
+from hetero.runtime.issue_order import runs_by_itself
+from hetero.runtime.step_run import Performer, StepRun
 from hetero.sampler import (
     SampledToken,
     SamplingParams,
@@ -36,12 +39,18 @@ from planner.workload import PHASES, Phase
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """What one step did: its batch, when its ops ran, and the sequences that ended with it."""
+    """What one step did: its batch, when its ops ran, and the sequences that ended with it.
+
+    `seconds` is how long it took in all; `is_beside` whether another step ran at the same time,
+    which its ops were not priced with.
+    """
 
     batch: Batch
     graph: StepGraph
     timeline: Timeline
     finished: tuple[Sequence, ...]
+    seconds: float
+    is_beside: bool
 
 
 @dataclass(slots=True, kw_only=True)
@@ -60,6 +69,17 @@ class EngineStats:
     phases: dict[Phase, PhaseTotals] = field(
         default_factory=lambda: {phase: PhaseTotals() for phase in PHASES}
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Step:
+    """A step that has begun: what it computes, and where what it samples is put."""
+
+    batch: Batch
+    graph: StepGraph
+    run: StepRun
+    tokens: Mapping[str, SampledToken]
+    begin_s: float
 
 
 @dataclass(slots=True, kw_only=True)
@@ -133,6 +153,11 @@ class Engine:
             max_first_seqs=max_num_seqs - placement.decode.num_second_seqs,
         )
         self._requests: dict[str, _Request] = {}
+        # A prefill step of the accelerator's, beside which decode steps run on the CPU.
+        self._on_its_way: _Step | None = None
+        decode_tiers = (tier for tier in placement.tiers if tier.phase == "decode")
+        self._by_itself: dict[int, bool] = {}  # by the identity of a graph that is kept
+        self._decodes_beside = overlap and not any(tier.uses("gpu") for tier in decode_tiers)
         if accelerator is not None:
             # What was put there so far was put there outside the lanes.
             accelerator.synchronize()
@@ -206,40 +231,87 @@ class Engine:
 
     def abort_all(self) -> None:
         """End every unfinished request and forget it."""
+        if self._on_its_way is not None:
+            # Nothing of it is wanted any more, but lanes still write its pages.
+            with contextlib.suppress(Exception):
+                self._land()
+            self._on_its_way = None
+            self.scheduler.hold(None)
         for seq_id in list(self._requests):
             self.scheduler.abort(seq_id)
             del self._requests[seq_id]
 
     def step(self) -> StepResult | None:
-        """Run one step; None when nothing is unfinished."""
-        begin_s = time.perf_counter()
+        """Run one step to its end; None when nothing is unfinished.
+
+        Where decode is the CPU's alone, a prefill step that the accelerator does by itself begins,
+        and decode steps of other sequences run and are returned until it has ended.
+        """
+        if self._on_its_way is not None:
+            beside = None if self._on_its_way.run.is_ready else self.scheduler.schedule_beside()
+            if beside is not None:
+                return self._finish(self._begin(beside), is_beside=True)
+            return self._land()
         batch = self.scheduler.schedule()
         if batch is None:
             return None
+        step = self._begin(batch)
+        if not self._goes_by_itself(step):
+            return self._finish(step, is_beside=False)
+        self._on_its_way = step
+        self.scheduler.hold(batch)
+        return self.step()
+
+    def _goes_by_itself(self, step: _Step) -> bool:
+        """May decode steps run beside this one, and are there any sequences for them?"""
+        if not self._decodes_beside or step.batch.phase == "decode" or self._accelerator is None:
+            return False
+        if id(step.graph) not in self._by_itself:
+            self._by_itself[id(step.graph)] = runs_by_itself(step.graph)
+        return self._by_itself[id(step.graph)] and self.scheduler.decodes_beside(step.batch)
+
+    def _land(self) -> StepResult:
+        """Finish the prefill step that is on its way."""
+        step = self._on_its_way
+        assert step is not None
+        self._on_its_way = None
+        self.scheduler.hold(None)
+        return self._finish(step, is_beside=True)
+
+    def _begin(self, batch: Batch) -> _Step:
+        """Begin a step: all that other lanes do of it before they need this thread again."""
+        begin_s = time.perf_counter()
         parts = self._parts(batch)
         tier, graph = self._graphs.find(batch.phase, batch.shape.num_tokens, tuple(parts))
         tokens: dict[str, SampledToken] = {}
         steps = [self._step_of(number, part, tier, tokens) for number, part in parts.items()]
         step = steps[0] if len(steps) == 1 else SubBatchSteps(*steps)
-        with torch.inference_mode():
-            try:
-                timeline = self._executor.run(graph, step.perform, step.perform_run)
-            except torch.OutOfMemoryError as error:
-                raise MemoryBudgetError(
-                    f"a {batch.phase} step of {batch.shape.num_tokens} tokens ran out of memory "
-                    f"({error}); plan with a smaller --gpu-mem-gb, or fewer or shorter sequences"
-                ) from None
+        with torch.inference_mode(), _told_of_memory(batch):
+            run = self._executor.start(graph, Performer(step.perform, step.perform_run))
+        return _Step(batch=batch, graph=graph, run=run, tokens=tokens, begin_s=begin_s)
+
+    def _finish(self, step: _Step, *, is_beside: bool) -> StepResult:
+        """Wait for a step, and record what it sampled."""
+        batch = step.batch
+        with torch.inference_mode(), _told_of_memory(batch):
+            timeline = step.run.finish()
         # First tokens are there now; moving the cache is the beginning of decode.
-        sampled = [tokens[sequence.seq_id] for sequence in batch.sampled]
+        sampled = [step.tokens[sequence.seq_id] for sequence in batch.sampled]
         self.scheduler.advance(batch, [token.token_id for token in sampled])
         finished = self._settle(batch, sampled)
         self._move_kv(batch)
+        seconds = time.perf_counter() - step.begin_s
         totals = self.stats.phases[batch.phase]
         totals.num_steps += 1
         totals.num_tokens += batch.num_phase_tokens
-        totals.seconds += time.perf_counter() - begin_s
+        totals.seconds += seconds
         self.last_step = StepResult(
-            batch=batch, graph=graph, timeline=timeline, finished=tuple(finished)
+            batch=batch,
+            graph=step.graph,
+            timeline=timeline,
+            finished=tuple(finished),
+            seconds=seconds,
+            is_beside=is_beside,
         )
         return self.last_step
 
@@ -357,6 +429,18 @@ class Engine:
                 layer.value[sequence.prompt_table] = 0
         if self._accelerator is not None:
             self._accelerator.synchronize()
+
+
+@contextlib.contextmanager
+def _told_of_memory(batch: Batch) -> Iterator[None]:
+    """Say which step it was that memory did not suffice for."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MemoryBudgetError(
+            f"a {batch.phase} step of {batch.shape.num_tokens} tokens ran out of memory "
+            f"({error}); plan with a smaller --gpu-mem-gb, or fewer or shorter sequences"
+        ) from None
 
 
 def _sub_batches(placement: Placement) -> tuple[int, ...]:

@@ -150,7 +150,6 @@ class RunMonitor:
         self._process = psutil.Process()
         # The first call starts the count and gives nothing.
         psutil.cpu_percent()
-        self._last_s = self.start_s
         self._next_s = self.start_s
         self._cost_s = 0.0
         self._work = {phase: _PhaseWork() for phase in PHASES}
@@ -177,8 +176,7 @@ class RunMonitor:
         now_s = self.clock()
         batch = step.result.batch
         phase = batch.phase
-        self._work[phase].add(batch.num_phase_tokens, now_s - self._last_s)
-        self._last_s = now_s
+        self._work[phase].add(batch.num_phase_tokens, step.result.seconds)
         for sequence in batch.sampled:
             self._num_output_tokens += 1
             if sequence.num_output_tokens == 1 and sequence.first_token_s is not None:

@@ -141,6 +141,8 @@ class Scheduler:
       step, and while any sequence decodes, the next late prompt lets one decode step go first.
       Either way an endless stream of new prompts cannot hold up a decoding sequence for more than
       one step.
+    - While a prefill step is on its way on the accelerator (`hold`), the other sequences may decode
+      (`schedule_beside`); those of it keep their blocks.
     - Of two sub-batches a sequence joins the first that has room for all it may come to, else the
       first that has room for what it has now.
     - When a decode step lacks a block, the running sequence of that sub-batch added last gives back
@@ -194,6 +196,7 @@ class Scheduler:
         self._num_added = 0
         self._late: set[str] = set()
         self._is_decode_due = False
+        self._held: frozenset[str] = frozenset()
         self._last_prefilled: Sequence | None = None  # of a step, only the last can be part-way
 
     @property
@@ -312,6 +315,21 @@ class Scheduler:
         # All that decode gave way: a prompt that is part-way goes on.
         return self._batch("prefill", self._prefill_items(self.max_num_batched_tokens))
 
+    def hold(self, batch: Batch | None) -> None:
+        """The sequences of a step that is on its way keep their blocks; None: it has ended."""
+        items = () if batch is None else batch.items
+        self._held = frozenset(item.sequence.seq_id for item in items)
+
+    def decodes_beside(self, batch: Batch) -> bool:
+        """Do sequences decode that are not of this prefill step?"""
+        own = {item.sequence.seq_id for item in batch.items}
+        return any(not each.is_prefill and each.seq_id not in own for each in self._running)
+
+    def schedule_beside(self) -> Batch | None:
+        """A decode step of the sequences that are not held; None where there is none."""
+        items = self._decode_items()
+        return self._batch("decode", items) if items else None
+
     def _batch(self, phase: Phase, items: list[ScheduledSequence]) -> Batch:
         assert items, "sequences are unfinished but none can run"
         now_s = self._clock()
@@ -418,9 +436,14 @@ class Scheduler:
             # It may have given way to an older one.
             if sequence.is_prefill or sequence.status != "running":
                 continue
+            if sequence.seq_id in self._held:
+                continue
             assert sequence.num_tokens < self.token_limit(sequence), "should have been finished"
             while not self._grow(sequence, 1):
-                self._preempt(self._last_to_give_way(sequence.sub_batch))
+                last = self._last_to_give_way(sequence.sub_batch)
+                if last.seq_id in self._held:
+                    return items
+                self._preempt(last)
                 if sequence.status != "running":
                     break
             else:

@@ -23,6 +23,9 @@ Work = Callable[[], None]
 class LaneEvent(Protocol):
     """The end of a piece of work."""
 
+    @property
+    def is_done(self) -> bool: ...
+
     def wait(self) -> None:
         """Block the calling thread until the work has ended; raise what the work raised."""
 
@@ -45,6 +48,8 @@ class InlineEvent:
     """End of work that the submitting thread has done itself: there is nothing to wait for."""
 
     __slots__ = ("end_s", "start_s")
+
+    is_done = True
 
     def __init__(self, start_s: float, end_s: float) -> None:
         self.start_s = start_s
@@ -161,6 +166,10 @@ class CudaEvent:
         self._origin = origin
         self.start = torch.cuda.Event(enable_timing=True)
         self.end = torch.cuda.Event(enable_timing=True)
+
+    @property
+    def is_done(self) -> bool:
+        return bool(self.end.query())
 
     def wait(self) -> None:
         self.end.synchronize()

@@ -246,6 +246,8 @@ class Job:
                     graph=StepGraph(phase=phase, ops=()),
                     timeline=_timeline(seconds),
                     finished=(sequence,) if is_last else (),
+                    seconds=seconds,
+                    is_beside=False,
                 ),
                 text=lambda position: "so far",
                 finished=(0,) if is_last else (),

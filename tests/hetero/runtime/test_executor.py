@@ -8,8 +8,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from hetero.runtime.executor import Executor, issue_order, lane_runs
+from hetero.runtime.executor import Executor
+from hetero.runtime.issue_order import issue_order, lane_runs, runs_by_itself
 from hetero.runtime.lanes import LaneRunner, ThreadLane
+from hetero.runtime.step_run import Performer
 from planner.step_graph import LANES, Lane, Op, OpKind, StepGraph
 from planner.timeline import lane_orders
 
@@ -235,3 +237,59 @@ def test_a_lane_stops_at_its_first_error(lanes: dict[Lane, LaneRunner]) -> None:
     with pytest.raises(ZeroDivisionError):
         Executor(lanes).run(graph, perform)
     assert performed == [0, 1]
+
+
+# The cpu lane looks up, the gpu lane works, and the cpu lane samples.
+ALONE = StepGraph(
+    phase="prefill",
+    ops=(
+        Op(index=0, kind="embed", lane="cpu"),
+        Op(index=1, kind="copy", lane="h2d", deps=(0,), payload="hidden", layer=0),
+        Op(index=2, kind="dense", lane="gpu", deps=(1,), layer=0),
+        Op(index=3, kind="copy", lane="d2h", deps=(2,), payload="logits"),
+        Op(index=4, kind="sample", lane="cpu", deps=(3,)),
+    ),
+)
+ON_CPU = StepGraph(
+    phase="decode", ops=tuple(Op(index=at, kind="dense", lane="cpu", layer=at) for at in range(3))
+)
+
+
+def test_a_step_that_needs_the_calling_thread_at_its_ends_only_runs_by_itself() -> None:
+    assert runs_by_itself(ALONE) and runs_by_itself(ON_CPU)
+    assert not runs_by_itself(CROSSING)
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_the_calling_thread_does_another_step_while_one_is_on_its_way(
+    lanes: dict[Lane, LaneRunner], overlap: bool
+) -> None:
+    """The gpu lane goes on once the other step has been done: each waits for the other."""
+    other_is_done = threading.Event()
+    performed: list[str] = []
+
+    def perform(op: Op) -> None:
+        if op.lane == "gpu":
+            assert other_is_done.wait(timeout=20)
+        performed.append(op.kind)
+
+    executor = Executor(lanes, overlap=overlap)
+    on_its_way = executor.start(ALONE, Performer(perform))
+    executor.run(ON_CPU, lambda op: None)
+    assert not on_its_way.is_ready
+    other_is_done.set()
+    timeline = on_its_way.finish()
+    assert on_its_way.is_ready
+    assert performed == ["embed", "copy", "dense", "copy", "sample"]
+    assert tuple(span.op for span in timeline.spans) == ALONE.ops
+
+
+def test_what_fails_on_its_way_is_raised_at_the_end(lanes: dict[Lane, LaneRunner]) -> None:
+    def perform(op: Op) -> None:
+        if op.lane == "gpu":
+            raise ZeroDivisionError
+
+    run = Executor(lanes).start(ALONE, Performer(perform))
+    with pytest.raises(ZeroDivisionError):
+        run.finish()
+    Executor(lanes).run(ALONE, lambda op: None)
