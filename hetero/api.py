@@ -22,6 +22,7 @@ from hetero.errors import (
     RequestError,
     UsageError,
 )
+from hetero.faults import VARIABLE, Faults
 from hetero.loading import load_engine, make_accelerator
 from hetero.measure.calibration_log import own_log
 from hetero.measure.store import default_cache_dir
@@ -224,7 +225,8 @@ class LLM:
             self._threads_before = torch.get_num_threads()
             self._engine: Engine | None = None
             self._last_step: StepResult | None = None
-            self._accelerator = make_accelerator(plan, self.hardware)
+            faults = Faults.parse(os.environ.get(VARIABLE, ""))
+            self._accelerator = make_accelerator(plan, self.hardware, faults)
             try:
                 self._engine = load_engine(
                     plan,
@@ -239,6 +241,7 @@ class LLM:
                     max_model_len=self._max_model_len,
                     overlap=overlap,
                     say=say,
+                    faults=faults,
                 )
             except BaseException:
                 self.close()
@@ -391,6 +394,8 @@ class LLM:
             num_finished = 0
             while (result := engine.step()) is not None:
                 self._last_step = result
+                for event in result.events:
+                    self._say(f"warning: {event.text}")
                 if not result.is_beside:
                     samples.watch(result.graph, result.batch.shape, result.timeline, result.seconds)
                 num_finished += len(result.finished)
@@ -410,6 +415,7 @@ class LLM:
             ]
         finally:
             engine.abort_all()
+            self._correct_plan(engine)
         if running:
             self.measured = measured(engine.stats, outputs, before)
             self.predicted = estimate(
@@ -417,11 +423,32 @@ class LLM:
                 self.plan.placement,
                 self._costs,
                 workload_of(outputs),
-                num_concurrent=min(len(outputs), engine.scheduler.max_num_seqs),
+                num_concurrent=min(len(outputs), engine.scheduler.max_decode_seqs),
                 backends=self._backends,
             )
             self._record(samples)
         return outputs
+
+    def _correct_plan(self, engine: Engine) -> None:
+        """Say in the plan what prefill steps have become where memory did not suffice."""
+        most = engine.scheduler.max_num_batched_tokens
+        if most >= self.plan.placement.prefill.max_num_tokens:
+            return
+        placement = self.plan.placement.with_chunk(most)
+        found = estimate(
+            self.spec,
+            placement,
+            self._costs,
+            self.plan.workload,
+            num_concurrent=self.plan.wave.num_seqs,
+            backends=self._backends,
+        )
+        bytes_by_device = self.plan.estimate.bytes_by_device
+        self.plan = replace(
+            self.plan,
+            placement=placement,
+            estimate=replace(found, bytes_by_device=bytes_by_device),
+        )
 
     def _record(self, samples: StepSamples) -> None:
         """Add a run to the calibration log; what cannot be written is said once."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hetero.errors import MemoryBudgetError, RequestError
+from hetero.faults import NO_FAULTS, Faults
 from hetero.kv_cache import BlockPools, Caches, moved_layers
 from hetero.model.decoder import Decoder, DecoderStep, KVMove, SubBatchSteps
 from hetero.runtime.devices import Accelerator
@@ -38,11 +39,19 @@ from planner.workload import PHASES, Phase
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EngineEvent:
+    """Something that a user should know of, and what was done about it; `time.perf_counter`."""
+
+    at_s: float
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
     """What one step did: its batch, when its ops ran, and the sequences that ended with it.
 
     `seconds` is how long it took in all; `is_beside` whether another step ran at the same time,
-    which its ops were not priced with.
+    which its ops were not priced with; `events` what happened meanwhile that was not planned.
     """
 
     batch: Batch
@@ -51,6 +60,7 @@ class StepResult:
     finished: tuple[Sequence, ...]
     seconds: float
     is_beside: bool
+    events: tuple[EngineEvent, ...] = ()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -73,12 +83,13 @@ class EngineStats:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Step:
-    """A step that has begun: what it computes, and where what it samples is put."""
+    """A step that has begun: what it computes, where what it samples is put, what it draws from."""
 
     batch: Batch
     graph: StepGraph
     run: StepRun
     tokens: Mapping[str, SampledToken]
+    generators: list[tuple[torch.Generator, Tensor]]
     begin_s: float
 
 
@@ -114,6 +125,8 @@ class Engine:
         Most sequences of a step; most tokens of a sequence.
     overlap : bool
         False runs one op at a time: the reference for the overlapped run.
+    faults : Faults
+        What is to fail; nothing in a usual run.
     """
 
     def __init__(
@@ -128,8 +141,12 @@ class Engine:
         max_num_seqs: int,
         max_model_len: int,
         overlap: bool = True,
+        faults: Faults = NO_FAULTS,
     ) -> None:
         self.stats = EngineStats()
+        self._tried_again: Batch | None = None  # for want of memory
+        self._events: list[EngineEvent] = []  # since the last step that was returned
+        self._faults = faults
         self.last_step: StepResult | None = None
         self._decoder = decoder
         self._placement = placement
@@ -246,21 +263,64 @@ class Engine:
 
         Where decode is the CPU's alone, a prefill step that the accelerator does by itself begins,
         and decode steps of other sequences run and are returned until it has ended.
+
+        A step for which memory does not suffice is run again with fewer tokens, and no later one
+        has more (`StepResult.events` says so). What it had computed is overwritten.
+
+        Raises
+        ------
+        MemoryBudgetError
+            Memory does not suffice for the smallest step either.
+        Exception
+            What an op raised; nothing of the step is kept.
         """
         if self._on_its_way is not None:
             beside = None if self._on_its_way.run.is_ready else self.scheduler.schedule_beside()
-            if beside is not None:
-                return self._finish(self._begin(beside), is_beside=True)
-            return self._land()
+            return self._land() if beside is None else self._run(beside, is_beside=True)
         batch = self.scheduler.schedule()
-        if batch is None:
-            return None
-        step = self._begin(batch)
-        if not self._goes_by_itself(step):
-            return self._finish(step, is_beside=False)
-        self._on_its_way = step
-        self.scheduler.hold(batch)
-        return self.step()
+        return None if batch is None else self._run(batch, is_beside=False)
+
+    def _run(self, batch: Batch, *, is_beside: bool) -> StepResult:
+        """Run a step, or a smaller one in its place."""
+        while True:
+            try:
+                step = self._begin(batch)
+                if not self._goes_by_itself(step):
+                    return self._finish(step, is_beside=is_beside)
+                self._on_its_way = step
+                self.scheduler.hold(batch)
+            except torch.OutOfMemoryError as error:
+                # Its traceback holds the tensors of the step: memory is free after this block only.
+                problem = str(error)
+            else:
+                found = self.step()
+                assert found is not None, "sequences decode beside the step that has begun"
+                return found
+            batch = self._instead_of(batch, problem)
+
+    def _instead_of(self, batch: Batch, problem: str) -> Batch:
+        """What to compute in place of a step for which memory did not suffice.
+
+        A smaller one; the smallest is tried once more, now that what was kept has been given back.
+        """
+        if self._accelerator is not None:
+            self._accelerator.trim()
+        num_tokens, smaller = batch.shape.num_tokens, self.scheduler.cut(batch)
+        step = f"a {batch.phase} step of {num_tokens} token{'s' * (num_tokens > 1)}"
+        if smaller is None:
+            if self._tried_again is batch:
+                raise MemoryBudgetError(
+                    f"{step} ran out of memory ({problem}); plan with a smaller --gpu-mem-gb, or "
+                    "fewer or shorter sequences"
+                )
+            self._tried_again = smaller = batch
+            done = "it was tried again"
+        else:
+            what = "tokens" if batch.phase == "prefill" else "sequences"
+            done = f"no more than {smaller.shape.num_tokens} {what} a step from now on"
+        event = EngineEvent(at_s=time.perf_counter(), text=f"{step} ran out of memory: {done}")
+        self._events.append(event)
+        return smaller
 
     def _goes_by_itself(self, step: _Step) -> bool:
         """May decode steps run beside this one, and are there any sequences for them?"""
@@ -276,7 +336,11 @@ class Engine:
         assert step is not None
         self._on_its_way = None
         self.scheduler.hold(None)
-        return self._finish(step, is_beside=True)
+        try:
+            return self._finish(step, is_beside=True)
+        except torch.OutOfMemoryError as error:
+            problem = str(error)
+        return self._run(self._instead_of(step.batch, problem), is_beside=False)
 
     def _begin(self, batch: Batch) -> _Step:
         """Begin a step: all that other lanes do of it before they need this thread again."""
@@ -284,16 +348,27 @@ class Engine:
         parts = self._parts(batch)
         tier, graph = self._graphs.find(batch.phase, batch.shape.num_tokens, tuple(parts))
         tokens: dict[str, SampledToken] = {}
-        steps = [self._step_of(number, part, tier, tokens) for number, part in parts.items()]
+        generators: list[tuple[torch.Generator, Tensor]] = []
+        steps = [
+            self._step_of(number, part, tier, tokens, generators) for number, part in parts.items()
+        ]
         step = steps[0] if len(steps) == 1 else SubBatchSteps(*steps)
-        with torch.inference_mode(), _told_of_memory(batch):
-            run = self._executor.start(graph, Performer(step.perform, step.perform_run))
-        return _Step(batch=batch, graph=graph, run=run, tokens=tokens, begin_s=begin_s)
+        performer = self._faults.performer(Performer(step.perform, step.perform_run))
+        with torch.inference_mode(), _restoring(generators):
+            run = self._executor.start(graph, performer)
+        return _Step(
+            batch=batch,
+            graph=graph,
+            run=run,
+            tokens=tokens,
+            generators=generators,
+            begin_s=begin_s,
+        )
 
     def _finish(self, step: _Step, *, is_beside: bool) -> StepResult:
         """Wait for a step, and record what it sampled."""
         batch = step.batch
-        with torch.inference_mode(), _told_of_memory(batch):
+        with torch.inference_mode(), _restoring(step.generators):
             timeline = step.run.finish()
         # First tokens are there now; moving the cache is the beginning of decode.
         sampled = [step.tokens[sequence.seq_id] for sequence in batch.sampled]
@@ -312,7 +387,9 @@ class Engine:
             finished=tuple(finished),
             seconds=seconds,
             is_beside=is_beside,
+            events=tuple(self._events),
         )
+        self._events.clear()
         return self.last_step
 
     def _parts(self, batch: Batch) -> Mapping[int, Batch]:
@@ -323,13 +400,25 @@ class Engine:
         return {number: part for number, part in parts.items() if part is not None}
 
     def _step_of(
-        self, sub_batch: int, batch: Batch, tier: TierPlacement, tokens: dict[str, SampledToken]
+        self,
+        sub_batch: int,
+        batch: Batch,
+        tier: TierPlacement,
+        tokens: dict[str, SampledToken],
+        generators: list[tuple[torch.Generator, Tensor]],
     ) -> DecoderStep:
-        """What performs the ops of a sub-batch; its tokens are added to `tokens` by sequence."""
+        """What performs the ops of a sub-batch.
+
+        Its tokens are added to `tokens` by sequence, and to `generators` what gave them, each with
+        its state before.
+        """
         rows = [self._sampling_row(sequence) for sequence in batch.sampled]
         names = [sequence.seq_id for sequence in batch.sampled]
 
         def pick(logits_LV: Tensor) -> None:
+            drawn = [row.generator for row in rows if row.generator is not None]
+            generators.extend((each, each.get_state()) for each in drawn)
+            logits_LV = self._faults.logits(logits_LV)
             tokens.update(zip(names, sample(logits_LV, rows), strict=True))
 
         is_prefill = batch.phase == "prefill"
@@ -432,15 +521,18 @@ class Engine:
 
 
 @contextlib.contextmanager
-def _told_of_memory(batch: Batch) -> Iterator[None]:
-    """Say which step it was that memory did not suffice for."""
+def _restoring(generators: list[tuple[torch.Generator, Tensor]]) -> Iterator[None]:
+    """Give generators back the states that they had, if a step fails after it has drawn from them.
+
+    Of two sub-batches one may have sampled when the other fails.
+    """
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise MemoryBudgetError(
-            f"a {batch.phase} step of {batch.shape.num_tokens} tokens ran out of memory "
-            f"({error}); plan with a smaller --gpu-mem-gb, or fewer or shorter sequences"
-        ) from None
+    except BaseException:
+        for generator, state in reversed(generators):
+            generator.set_state(state)
+        generators.clear()
+        raise
 
 
 def _sub_batches(placement: Placement) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from cpu_kernels.compiling import listening
 from hetero.checkpoint import Checkpoint
 from hetero.engine import Engine
 from hetero.errors import MemoryBudgetError
+from hetero.faults import NO_FAULTS, Faults
 from hetero.measure.memory_limit import available_memory_bytes
 from hetero.model.decoder import Decoder
 from hetero.model.expert_step import ExpertTimes
@@ -29,7 +30,9 @@ from planner.model_spec import ModelSpec
 from planner.plan import Plan
 
 
-def make_accelerator(plan: Plan, hardware: HardwareProfile) -> Accelerator | None:
+def make_accelerator(
+    plan: Plan, hardware: HardwareProfile, faults: Faults = NO_FAULTS
+) -> Accelerator | None:
     """The accelerator that a plan uses, empty; None where the CPU does all the work."""
     if hardware.gpu is None or hardware.link is None or not plan.placement.uses("gpu"):
         return None
@@ -38,8 +41,11 @@ def make_accelerator(plan: Plan, hardware: HardwareProfile) -> Accelerator | Non
             budget_bytes=hardware.gpu.memory_bytes,
             link_bytes_per_s=hardware.link.h2d_bytes_per_s,
             latency_s=hardware.link.latency_s,
+            faults=faults,
         )
-    return CudaAccelerator(budget_bytes=hardware.gpu.memory_bytes - hardware.gpu.reserved_bytes)
+    return CudaAccelerator(
+        budget_bytes=hardware.gpu.memory_bytes - hardware.gpu.reserved_bytes, faults=faults
+    )
 
 
 def load_engine(
@@ -56,6 +62,7 @@ def load_engine(
     max_model_len: int,
     overlap: bool,
     say: Callable[[str], None],
+    faults: Faults = NO_FAULTS,
 ) -> Engine:
     """Read the weights to where the plan wants them, size the KV cache, and warm up.
 
@@ -99,6 +106,7 @@ def load_engine(
         max_num_seqs=num_seqs,
         max_model_len=max_model_len,
         overlap=overlap,
+        faults=faults,
     )
     with _told_of_compilation(say):
         engine.warm_up()

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import time
-from bisect import insort
+from bisect import bisect_right, insort
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
@@ -20,6 +20,8 @@ from planner.kv_blocks import num_blocks_for
 from planner.workload import BatchShape, Phase
 
 _CPU = torch.device("cpu")
+# No prefill step is made smaller than this, which takes no more memory than a decode step.
+MIN_BATCHED_TOKENS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,6 +143,8 @@ class Scheduler:
       step, and while any sequence decodes, the next late prompt lets one decode step go first.
       Either way an endless stream of new prompts cannot hold up a decoding sequence for more than
       one step.
+    - Where memory does not suffice for a step (`cut`), half of it is computed, and no later step of
+      its phase is larger; of more sequences than a decode step may have, all have their turns.
     - While a prefill step is on its way on the accelerator (`hold`), the other sequences may decode
       (`schedule_beside`); those of it keep their blocks.
     - Of two sub-batches a sequence joins the first that has room for all it may come to, else the
@@ -164,7 +168,8 @@ class Scheduler:
     max_num_seqs : int
         Most sequences that hold blocks at a time; the size of the largest decode step.
     max_num_batched_tokens : int
-        Most tokens of a prefill step.
+        Most tokens of a prefill step. This and `max_decode_seqs`, most sequences of a decode step,
+        become smaller with `cut`.
     max_model_len : int
         Most tokens of a sequence, prompt and output.
     clock : callable
@@ -185,6 +190,7 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
+        self.max_decode_seqs = max_num_seqs
         self.max_first_seqs = max_num_seqs if max_first_seqs is None else max(1, max_first_seqs)
         self.pools = blocks
         self._clock = clock
@@ -197,6 +203,7 @@ class Scheduler:
         self._late: set[str] = set()
         self._is_decode_due = False
         self._held: frozenset[str] = frozenset()
+        self._last_turn = -1  # number of the last sequence of a decode step that had not all
         self._last_prefilled: Sequence | None = None  # of a step, only the last can be part-way
 
     @property
@@ -330,6 +337,37 @@ class Scheduler:
         items = self._decode_items()
         return self._batch("decode", items) if items else None
 
+    def cut(self, batch: Batch) -> Batch | None:
+        """Half of a step for which memory did not suffice; None where it is the smallest.
+
+        The others' turn comes later, and no later step of its phase is larger than this one.
+        """
+        if batch.phase == "decode":
+            return self._cut_decode(batch)
+        room = batch.shape.num_tokens // 2
+        if room < MIN_BATCHED_TOKENS:
+            return None
+        self.max_num_batched_tokens = room
+        items: list[ScheduledSequence] = []
+        for item in batch.items:
+            num_tokens = min(room, item.num_tokens)
+            room -= num_tokens
+            if num_tokens:
+                items.append(_share(item.sequence, item.phase, num_tokens))
+            elif item.phase == "prefill":
+                # Only one prompt may be part-way.
+                self._wait_again(item.sequence)
+        prefilled = [item.sequence for item in items if item.phase == "prefill"]
+        self._last_prefilled = prefilled[-1] if prefilled else None
+        return replace(batch, items=tuple(items))
+
+    def _cut_decode(self, batch: Batch) -> Batch | None:
+        if len(batch.items) == 1:
+            return None
+        self.max_decode_seqs = len(batch.items) // 2
+        self._last_turn = self._numbers[batch.items[self.max_decode_seqs - 1].sequence.seq_id]
+        return replace(batch, items=batch.items[: self.max_decode_seqs])
+
     def _batch(self, phase: Phase, items: list[ScheduledSequence]) -> Batch:
         assert items, "sequences are unfinished but none can run"
         now_s = self._clock()
@@ -347,7 +385,8 @@ class Scheduler:
             return False
         decoding = [each for each in self._running if not each.is_prefill]
         has_begun = any(each.num_output_tokens > 1 for each in decoding)
-        return has_begun and len(decoding) < self.max_num_batched_tokens
+        num_along = min(len(decoding), self.max_decode_seqs)
+        return has_begun and num_along < self.max_num_batched_tokens
 
     def _must_decode(self) -> bool:
         """Whether it is the turn of the decoding sequences, ahead of a late prompt."""
@@ -432,11 +471,8 @@ class Scheduler:
 
     def _decode_items(self) -> list[ScheduledSequence]:
         items: list[ScheduledSequence] = []
-        for sequence in tuple(self._running):
-            # It may have given way to an older one.
-            if sequence.is_prefill or sequence.status != "running":
-                continue
-            if sequence.seq_id in self._held:
+        for sequence in self._whose_turn():
+            if sequence.status != "running":  # it has given way to an older one
                 continue
             assert sequence.num_tokens < self.token_limit(sequence), "should have been finished"
             while not self._grow(sequence, 1):
@@ -449,6 +485,19 @@ class Scheduler:
             else:
                 items.append(_share(sequence, "decode", 1))
         return items
+
+    def _whose_turn(self) -> list[Sequence]:
+        """The sequences of a decode step, in the order of `add`; where not all can be, in turns."""
+        found = [
+            each for each in self._running if not each.is_prefill and each.seq_id not in self._held
+        ]
+        if len(found) <= self.max_decode_seqs:
+            return found
+        numbers = [self._numbers[each.seq_id] for each in found]
+        first = bisect_right(numbers, self._last_turn)
+        turns = [(first + at) % len(found) for at in range(self.max_decode_seqs)]
+        self._last_turn = numbers[turns[-1]]
+        return [found[at] for at in sorted(turns)]
 
     def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
         """Give a sequence the blocks for its next tokens; False where too few are free."""
@@ -479,12 +528,15 @@ class Scheduler:
         )
 
     def _preempt(self, sequence: Sequence) -> None:
+        self._wait_again(sequence)
+        sequence.num_preemptions += 1
+
+    def _wait_again(self, sequence: Sequence) -> None:
         self._release(sequence)
         self._running.remove(sequence)
         self._insert(self._waiting, sequence)
         sequence.status = "waiting"
         sequence.num_computed_tokens = 0
-        sequence.num_preemptions += 1
 
     def _insert(self, sequences: list[Sequence], sequence: Sequence) -> None:
         insort(sequences, sequence, key=lambda each: self._numbers[each.seq_id])

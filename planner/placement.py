@@ -314,6 +314,19 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             return self.tier(phase)
         return self.tier(phase, num_tokens).alone(sub_batches[0])
 
+    def with_chunk(self, max_num_tokens: int) -> Placement:
+        """The same with prefill steps of so many tokens at most."""
+        replace = msgspec.structs.replace
+        return replace(
+            self,
+            prefill=replace(self.prefill, max_num_tokens=max_num_tokens),
+            smaller=tuple(
+                tier
+                for tier in self.smaller
+                if tier.phase == "decode" or tier.max_num_tokens < max_num_tokens
+            ),
+        )
+
     @property
     def tiers(self) -> tuple[TierPlacement, ...]:
         """All tiers."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hetero.errors import EnvironmentProblemError, MemoryBudgetError
+from hetero.faults import NO_FAULTS, Faults
 from hetero.runtime.lanes import CudaClock, CudaLane, LaneRunner, ThreadLane, last_core
 from planner.step_graph import Lane
 
@@ -56,6 +57,9 @@ class Accelerator(Protocol):
 
     def synchronize(self) -> None: ...
 
+    def trim(self) -> None:
+        """Give back what is kept of memory that is not in use."""
+
     def close(self) -> None: ...
 
 
@@ -73,11 +77,21 @@ class EmulatedAccelerator:
         Rate of each copy direction.
     latency_s : float
         Time that a copy takes beyond its bytes.
+    faults : Faults
+        What is to fail; nothing in a usual run.
     """
 
     kind: Literal["cuda", "emulated"] = "emulated"
 
-    def __init__(self, *, budget_bytes: int, link_bytes_per_s: float, latency_s: float) -> None:
+    def __init__(
+        self,
+        *,
+        budget_bytes: int,
+        link_bytes_per_s: float,
+        latency_s: float,
+        faults: Faults = NO_FAULTS,
+    ) -> None:
+        self._faults = faults
         self.device = torch.device("cpu")
         self.budget_bytes = budget_bytes
         self.used_bytes = 0
@@ -91,6 +105,8 @@ class EmulatedAccelerator:
 
     def allocate(self, num_bytes: int, what: str) -> Tensor:
         _check_budget(self, num_bytes, what)
+        if self._faults.fires("allocate"):
+            raise _lacks_memory(what, num_bytes, self.used_bytes, free_bytes=num_bytes // 2)
         self.used_bytes += num_bytes
         return torch.empty(num_bytes, dtype=torch.uint8)
 
@@ -122,6 +138,9 @@ class EmulatedAccelerator:
         for lane in self.lanes.values():
             lane.submit(lambda: None, ()).wait()
 
+    def trim(self) -> None:
+        pass
+
     def close(self) -> None:
         for lane in self.lanes.values():
             lane.close()
@@ -138,7 +157,8 @@ class CudaAccelerator:
 
     kind: Literal["cuda", "emulated"] = "cuda"
 
-    def __init__(self, *, budget_bytes: int, index: int = 0) -> None:
+    def __init__(self, *, budget_bytes: int, index: int = 0, faults: Faults = NO_FAULTS) -> None:
+        self._faults = faults
         if not torch.cuda.is_available():
             raise EnvironmentProblemError(cuda_missing())
         self.device = torch.device("cuda", index)
@@ -163,15 +183,14 @@ class CudaAccelerator:
 
     def allocate(self, num_bytes: int, what: str) -> Tensor:
         _check_budget(self, num_bytes, what)
+        if self._faults.fires("allocate"):
+            raise _lacks_memory(what, num_bytes, self.used_bytes, free_bytes=num_bytes // 2)
         try:
             tensor = torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
         except torch.cuda.OutOfMemoryError:
             free, _ = torch.cuda.mem_get_info(self.device)
             free = min(free, self._limit_bytes - torch.cuda.memory_reserved(self.device))
-            raise MemoryBudgetError(
-                f"{what} needs {num_bytes / 1e9:.2f} GB on the GPU but {free / 1e9:.2f} GB is "
-                f"free now; plan with --gpu-mem-gb {(self.used_bytes + free) / 1e9:.1f} or less"
-            ) from None
+            raise _lacks_memory(what, num_bytes, self.used_bytes, free_bytes=free) from None
         self.used_bytes += num_bytes
         return tensor
 
@@ -212,6 +231,10 @@ class CudaAccelerator:
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.device)
 
+    def trim(self) -> None:
+        self.synchronize()
+        torch.cuda.empty_cache()
+
     def close(self) -> None:
         self.synchronize()
         for tensor, _ in self._registered:
@@ -231,6 +254,16 @@ def cuda_missing() -> str:
     return (
         f"--accelerator cuda was asked for but torch {torch.__version__} finds no CUDA device; "
         "check the driver with nvidia-smi or use --accelerator none"
+    )
+
+
+def _lacks_memory(
+    what: str, num_bytes: int, used_bytes: int, *, free_bytes: int
+) -> MemoryBudgetError:
+    """Another program has what was free when it was planned."""
+    return MemoryBudgetError(
+        f"{what} needs {num_bytes / 1e9:.4g} GB on the GPU but {free_bytes / 1e9:.4g} GB is free "
+        f"now; plan with --gpu-mem-gb {(used_bytes + free_bytes) / 1e9:.4g} or less"
     )
 
 
