@@ -7,14 +7,17 @@ import mmap
 import time
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from hetero.errors import MemoryBudgetError, RequestError
 from hetero.faults import NO_FAULTS, Faults
-from hetero.kv_cache import BlockPools, Caches, moved_layers
-from hetero.model.decoder import Decoder, DecoderStep, KVMove, SubBatchSteps
+from hetero.kv_cache import BlockPools, Caches, MovedPages
+from hetero.kv_tables import KVTables
+from hetero.model.decoder import Decoder, DecoderStep, KVMove, OtherPages, SubBatchSteps
+from hetero.model.divided_cache import DividedCacheStep
 from hetero.runtime.devices import Accelerator
 from hetero.runtime.executor import Executor
 from hetero.runtime.issue_order import runs_by_itself
@@ -154,11 +157,10 @@ class Engine:
         self._tokenizer = tokenizer
         self._eos_token_ids = eos_token_ids
         self._graphs = TierGraphs(decoder.spec, placement)
-        moved = moved_layers(placement, kv_blocks)
-        self._prompt_layers = frozenset(index for layers in moved for index in layers)
+        self._kv_tables = KVTables.create(placement, kv_blocks)
         self._kv_moves = [
             build_kv_move(placement.prefill, placement.decode, sub_batch=number)
-            for number in range(len(moved))
+            for number in _sub_batches(placement)
         ]
         self._executor = Executor(accelerator.lanes if accelerator else {}, overlap=overlap)
         self._caches = _allocate_kv(decoder.spec, placement, accelerator, kv_blocks)
@@ -421,8 +423,8 @@ class Engine:
             logits_LV = self._faults.logits(logits_LV)
             tokens.update(zip(names, sample(logits_LV, rows), strict=True))
 
-        is_prefill = batch.phase == "prefill"
-        has_prompt_pages = is_prefill and bool(self._prompt_layers)
+        is_prefill, tables = batch.phase == "prefill", self._kv_tables
+        others = tables.of_prompts() if is_prefill else ()
         return DecoderStep(
             self._decoder,
             tier,
@@ -430,8 +432,19 @@ class Engine:
             batch.tensors(),
             pick,
             sub_batch,
-            prompt_layers=self._prompt_layers if has_prompt_pages else frozenset(),
-            prompts=batch.prompt_tensors() if has_prompt_pages else None,
+            others=[
+                OtherPages(layers=layers, batch=batch.tensors_in(table)) for layers, table in others
+            ],
+            divided=self._divided_step(batch) if tables.divided and not is_prefill else None,
+        )
+
+    def _divided_step(self, batch: Batch) -> DividedCacheStep:
+        """What layers share whose caches are divided."""
+        return DividedCacheStep(
+            self.spec,
+            num_front_tokens=self._placement.decode.num_gpu_kv_tokens,
+            fronts=self._caches.fronts,
+            rest=self._kv_tables.rest_rows(batch),
         )
 
     def _check_tokens(self, token_ids: Collection[int]) -> None:
@@ -459,14 +472,14 @@ class Engine:
             assert self._accelerator is not None
             move = KVMove(
                 self._accelerator,
-                self._caches.prefill,
-                self._caches.decode[sequence.sub_batch],
-                sequence.prompt_table,
-                sequence.block_table,
+                partial(self._moved_pages, sequence),
             )
             with torch.inference_mode():
                 self._executor.run(self._kv_moves[sequence.sub_batch], move.perform)
             self.scheduler.leave_prompt_pages(sequence)
+
+    def _moved_pages(self, sequence: Sequence, layer: int) -> MovedPages:
+        return self._kv_tables.moved_pages(self._caches, layer, sequence)
 
     def _settle(self, batch: Batch, sampled: list[SampledToken]) -> list[Sequence]:
         """Record what was sampled and end the sequences that are complete."""
@@ -509,13 +522,9 @@ class Engine:
     def _clear_pages(self, sequence: Sequence) -> None:
         """Zero a sequence's cache: a NaN in a reused page would survive the mask of its reader."""
         with torch.inference_mode():
-            for layer in self._caches.decode[sequence.sub_batch].layers:
-                layer.key[sequence.block_table] = 0
-                layer.value[sequence.block_table] = 0
-            for index in self._prompt_layers if sequence.prompt_table else ():
-                layer = self._caches.prefill.layer(index)
-                layer.key[sequence.prompt_table] = 0
-                layer.value[sequence.prompt_table] = 0
+            for layer, pages in self._kv_tables.pages(self._caches, sequence):
+                layer.key[pages] = 0
+                layer.value[pages] = 0
         if self._accelerator is not None:
             self._accelerator.synchronize()
 

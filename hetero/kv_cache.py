@@ -4,15 +4,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
 from hetero.model.families import TORCH_DTYPES
-from planner.kv_blocks import KV_BLOCK_TOKENS, KVBlocks, num_blocks_for
+from planner.kv_blocks import (
+    BlockSpan,
+    KVBlocks,
+    num_blocks_for,
+    num_front_blocks,
+    num_pages,
+    prompt_span,
+)
 from planner.model_spec import ModelSpec
-from planner.placement import Device, Placement
+from planner.placement import KV_BLOCK_TOKENS, Device, Placement
 from planner.step_graph import moved_kv_layers
 from planner.workload import Phase
 
@@ -105,17 +112,24 @@ class BlockPools:
         Blocks in which prompts are computed whose cache moves when they end.
     moving : frozenset of int
         The sub-batches of those prompts.
+    prompt_span : BlockSpan
+        The blocks of such a prompt that are among them.
+    fronts : BlockAllocator or None
+        Where caches are divided: of the first `num_front_blocks` blocks of every sequence.
     """
 
     decode: tuple[BlockAllocator, ...]
     prompts: BlockAllocator | None = None
     moving: frozenset[int] = frozenset()
+    prompt_span: BlockSpan = field(default_factory=BlockSpan)
+    fronts: BlockAllocator | None = None
+    num_front_blocks: int = 0
 
     @classmethod
     def create(cls, placement: Placement, blocks: KVBlocks) -> BlockPools:
         """All blocks of a placement, free."""
         moved = moved_layers(placement, blocks)
-        decode = [BlockAllocator(blocks.first)]
+        decode = [BlockAllocator(blocks.first, blocks.fronts)]
         if blocks.second:
             decode.append(BlockAllocator(blocks.second))
         prompts = None
@@ -125,21 +139,62 @@ class BlockPools:
             decode=tuple(decode),
             prompts=prompts,
             moving=frozenset(number for number, layers in enumerate(moved) if layers),
+            prompt_span=prompt_span(placement) or BlockSpan(),
+            fronts=BlockAllocator(blocks.fronts) if blocks.fronts else None,
+            num_front_blocks=num_front_blocks(placement),
         )
+
+    @property
+    def allocators(self) -> tuple[BlockAllocator, ...]:
+        """All of them."""
+        others = (self.prompts, self.fronts)
+        return (*self.decode, *(pool for pool in others if pool is not None))
+
+    def _max_blocks(self, sub_batch: int) -> int:
+        """Most blocks of one sequence: none has more in its front than there are."""
+        return self.num_front_blocks + self.decode[sub_batch].num_blocks
 
     @property
     def max_num_tokens(self) -> int:
         """Most tokens of one sequence."""
-        return max(pool.num_blocks for pool in self.decode) * BLOCK_SIZE
+        return max(map(self._max_blocks, range(len(self.decode)))) * BLOCK_SIZE
 
     @property
     def max_prompt_tokens(self) -> int:
         """Most tokens of one prompt."""
         most = 0
-        for number, pool in enumerate(self.decode):
-            prompts = self.prompts_of(number) or pool
-            most = max(most, min(pool.num_blocks, prompts.num_blocks))
+        for number in range(len(self.decode)):
+            blocks, prompts = self._max_blocks(number), self.prompts_of(number)
+            in_prompts = None if prompts is None else self.prompt_span.most(prompts.num_blocks)
+            most = max(most, blocks if in_prompts is None else min(blocks, in_prompts))
         return most * BLOCK_SIZE
+
+    def num_prompt_blocks(self, num_blocks: int) -> int:
+        """Blocks of its own that a prompt of so many blocks has while it is computed."""
+        return self.prompt_span.count(num_blocks)
+
+    def has_room(self, sub_batch: int, num_held: int, num_more: int) -> bool:
+        """Are so many blocks free for a sequence that has some?"""
+        num_front = self._num_in_front(num_held + num_more) - self._num_in_front(num_held)
+        has_front = self.fronts is None or num_front <= self.fronts.num_free
+        return has_front and num_more - num_front <= self.decode[sub_batch].num_free
+
+    def take(self, sub_batch: int, num_held: int, num_more: int) -> list[int]:
+        """Blocks for a sequence that has some, of which there is room for these."""
+        num_front = self._num_in_front(num_held + num_more) - self._num_in_front(num_held)
+        front = self.fronts.allocate(num_front) if self.fronts is not None else []
+        rest = self.decode[sub_batch].allocate(num_more - num_front)
+        assert front is not None and rest is not None
+        return front + rest
+
+    def give_back(self, sub_batch: int, blocks: Sequence[int]) -> None:
+        """Free all blocks of a sequence."""
+        if self.fronts is not None:
+            self.fronts.free(blocks[: self.num_front_blocks])
+        self.decode[sub_batch].free(blocks[self.num_front_blocks :])
+
+    def _num_in_front(self, num_blocks: int) -> int:
+        return min(num_blocks, self.num_front_blocks)
 
     def prompts_of(self, sub_batch: int) -> BlockAllocator | None:
         """Where prompts of a sub-batch are computed; None where it is where they are decoded."""
@@ -147,10 +202,11 @@ class BlockPools:
 
     def fits(self, sub_batch: int, *, num_tokens: int, num_prefilled: int) -> bool:
         """Could all blocks hold one sequence of so many tokens, so many of them in prefill?"""
-        if num_blocks_for(num_tokens) > self.decode[sub_batch].num_blocks:
+        if num_blocks_for(num_tokens) > self._max_blocks(sub_batch):
             return False
         prompts = self.prompts_of(sub_batch)
-        return prompts is None or num_blocks_for(num_prefilled) <= prompts.num_blocks
+        num_prompt_blocks = self.num_prompt_blocks(num_blocks_for(num_prefilled))
+        return prompts is None or num_prompt_blocks <= prompts.num_blocks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,6 +215,16 @@ class LayerKV:
 
     key: Tensor  # NGPK
     value: Tensor  # NGPK
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MovedPages:
+    """Pages of a layer that a prompt leaves when it ends, and as many that it comes to."""
+
+    source: LayerKV
+    at_source: list[int]
+    target: LayerKV
+    at_target: list[int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,11 +282,14 @@ class Caches:
     prefill : PagedKV
         Layers that keep their device have the pages that the first sub-batch decodes from.
     decode : tuple of PagedKV
-        By sub-batch.
+        By sub-batch. Of divided caches what is on the CPU.
+    fronts : Mapping of int to LayerKV
+        Of divided caches what is on the GPU, by layer.
     """
 
     prefill: PagedKV
     decode: tuple[PagedKV, ...]
+    fronts: Mapping[int, LayerKV] = field(default_factory=dict)
 
     @classmethod
     def allocate(
@@ -231,6 +300,8 @@ class Caches:
         empty: Callable[[Device, int], Tensor],
     ) -> Caches:
         """Pages for all blocks; `empty` as in `PagedKV.allocate`."""
+        if placement.decode.num_gpu_kv_tokens:
+            return _allocate_divided(spec, placement, blocks, empty)
 
         def devices(phase: Phase) -> list[Device]:
             return [layer.kv for layer in placement.tier(phase).layers]
@@ -253,3 +324,32 @@ class Caches:
         own = dict(zip(moved[0], prompts.layers, strict=True))
         layers = tuple(own.get(index, layer) for index, layer in enumerate(first.layers))
         return cls(prefill=PagedKV(layers=layers), decode=tuple(decode))
+
+
+def _allocate_divided(
+    spec: ModelSpec,
+    placement: Placement,
+    blocks: KVBlocks,
+    empty: Callable[[Device, int], Tensor],
+) -> Caches:
+    """Pages where caches are divided: a layer has some on each device that has a part of it."""
+    pairs = tuple(zip(placement.prefill.layers, placement.decode.layers, strict=True))
+    found: dict[tuple[Device, int], LayerKV] = {}
+    devices: tuple[Device, ...] = ("cpu", "gpu")
+    for device in devices:
+        counts = [num_pages(*pair, blocks, device) for pair in pairs]
+        flat = empty(device, sum(n * block_bytes(spec, [at]) for at, n in enumerate(counts)))
+        elements, start = flat.view(TORCH_DTYPES[spec.dtype]), 0
+        for index, count in enumerate(counts):
+            shape = (2, count, spec.num_kv_heads, BLOCK_SIZE, spec.head_dim)
+            stop = start + count * block_bytes(spec, [index]) // spec.dtype_bytes
+            key, value = elements[start:stop].view(shape)
+            found[device, index] = LayerKV(key=key, value=value)
+            start = stop
+    prefill = tuple(found[before.kv, at] for at, (before, _) in enumerate(pairs))
+    decode = tuple(found[after.kv, at] for at, (_, after) in enumerate(pairs))
+    return Caches(
+        prefill=PagedKV(layers=prefill),
+        decode=(PagedKV(layers=decode),),
+        fronts={at: found["gpu", at] for at, pair in enumerate(pairs) if pair[1].num_gpu_kv_tokens},
+    )

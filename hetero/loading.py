@@ -24,7 +24,14 @@ from hetero.runtime.weights import load_weights
 from hetero.tokenizer import Tokenizer, read_eos_token_ids
 from planner.cost_model import Backends, CostModel
 from planner.hardware import HardwareProfile
-from planner.kv_blocks import KVBlocks, kv_blocks, num_blocks_for
+from planner.kv_blocks import (
+    BlockSpan,
+    KVBlocks,
+    kv_blocks,
+    num_blocks_for,
+    num_front_blocks,
+    prompt_span,
+)
 from planner.memory import kv_block_capacity, needs
 from planner.model_spec import ModelSpec
 from planner.plan import Plan
@@ -157,10 +164,13 @@ def _kv_blocks(
     planned = kv_blocks(plan.placement, usual)
     capacity = kv_block_capacity(spec, plan.placement, usual, hardware)
     longest = num_blocks_for(max_model_len)
+    after_front = BlockSpan(start=num_front_blocks(plan.placement)).count(longest)
+    in_prompts = (prompt_span(plan.placement) or BlockSpan()).count(longest)
     return KVBlocks(
-        first=min(max(longest, planned.first), capacity.first),
+        first=min(max(after_front, planned.first), capacity.first),
         second=planned.second,
-        prompts=min(max(longest, planned.prompts), capacity.prompts),
+        prompts=min(max(in_prompts, planned.prompts), capacity.prompts),
+        fronts=planned.fronts,
     )
 
 

@@ -139,13 +139,24 @@ def where_text(tier: TierPlacement, spec: ModelSpec | None = None) -> str:
     ]
     num_caches = sum(layer.kv_on_cpu for layer in tier.layers)
     if num_caches:
-        parts.insert(1, f"caches of {num_caches} of the gpu's layers on the cpu")
+        parts.insert(1, f"caches of {num_caches} of the gpu's layers on the cpu{_fronts(tier)}")
     parts.append(f"head {_run_name(tier.head.runs)}")
     if tier.num_second_seqs:
         parts.append(
             f"in two sub-batches: {tier.num_second_seqs} sequences keep their caches on the cpu"
         )
     return "; ".join(parts)
+
+
+def _fronts(tier: TierPlacement) -> str:
+    """What of these caches is on the GPU all the same."""
+    count = tier.num_gpu_kv_tokens
+    num_layers = sum(layer.num_gpu_kv_tokens > 0 for layer in tier.layers)
+    if not count:
+        return ""
+    is_all = num_layers == sum(layer.kv_on_cpu for layer in tier.layers)
+    where = "" if is_all else f" in {num_layers} of them"
+    return f" from token {count} on{where}"
 
 
 def steps_text(tier: TierPlacement, placement: Placement) -> str:

@@ -88,8 +88,13 @@ class Batch:
 
     def prompt_tensors(self, device: torch.device = _CPU) -> BatchTensors:
         """The same in the pages in which prompts are computed whose cache moves when they end."""
-        sequences = [item.sequence for item in self.items]
-        return self._tensors([each.prompt_table or each.block_table for each in sequences], device)
+        return self.tensors_in(lambda each: each.prompt_table or each.block_table, device)
+
+    def tensors_in(
+        self, table: Callable[[Sequence], list[int]], device: torch.device = _CPU
+    ) -> BatchTensors:
+        """The same in the pages that a table gives for a sequence, by their position in it."""
+        return self._tensors([table(item.sequence) for item in self.items], device)
 
     def _tensors(self, block_tables: list[list[int]], device: torch.device) -> BatchTensors:
         counts_S = np.array([item.num_tokens for item in self.items])
@@ -267,7 +272,7 @@ class Scheduler:
             assert prompts is not None
             raise RequestError(
                 f"the prompt has {num_prompt_tokens} tokens but the part of the KV cache in which "
-                f"prompts are computed holds {prompts.num_blocks * BLOCK_SIZE}; shorten the "
+                f"prompts are computed holds {self.pools.max_prompt_tokens}; shorten the "
                 "prompt, or plan for prompts of its length"
             )
 
@@ -444,7 +449,7 @@ class Scheduler:
         with_room = [
             number
             for number in self._fitting(sequence, sequence.num_tokens)
-            if num_needed <= pools.decode[number].num_free
+            if pools.has_room(number, 0, num_needed)
             and (number > 0 or are_alike or counts[0] < self.max_first_seqs)
         ]
         if not with_room:
@@ -459,7 +464,8 @@ class Scheduler:
         chosen = min(with_room, key=lambda number: counts[number]) if are_alike else with_room[0]
         # Those are free again after a step: it is not worth another sub-batch.
         prompts = pools.prompts_of(chosen)
-        return chosen if prompts is None or num_now <= prompts.num_free else None
+        num_prompts = pools.num_prompt_blocks(num_now)
+        return chosen if prompts is None or num_prompts <= prompts.num_free else None
 
     def _num_promised(self, sub_batch: int) -> int:
         """Blocks of the running sequences of a sub-batch when each has come to its limit."""
@@ -502,18 +508,21 @@ class Scheduler:
     def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
         """Give a sequence the blocks for its next tokens; False where too few are free."""
         num_cached = sequence.num_computed_tokens + num_tokens
-        num_more = 0
-        if num_cached > len(sequence.block_table) * BLOCK_SIZE:
-            num_more = self._num_needed(sequence, num_cached) - len(sequence.block_table)
-        prompts = self.pools.prompts_of(sequence.sub_batch)
+        num_held, num_more = len(sequence.block_table), 0
+        if num_cached > num_held * BLOCK_SIZE:
+            num_more = self._num_needed(sequence, num_cached) - num_held
+        pools, sub_batch = self.pools, sequence.sub_batch
+        prompts = pools.prompts_of(sub_batch)
         num_prompts = 0
         if prompts is not None and sequence.is_prefill:
-            num_prompts = num_blocks_for(num_cached) - len(sequence.prompt_table)
-        pool = self.pools.decode[sequence.sub_batch]
-        if num_more > pool.num_free or (prompts is not None and num_prompts > prompts.num_free):
+            num_prompts = pools.num_prompt_blocks(num_blocks_for(num_cached))
+            num_prompts -= len(sequence.prompt_table)
+        if not pools.has_room(sub_batch, num_held, num_more):
+            return False
+        if prompts is not None and num_prompts > prompts.num_free:
             return False
         if num_more:
-            sequence.block_table += pool.allocate(num_more) or []
+            sequence.block_table += pools.take(sub_batch, num_held, num_more)
         if prompts is not None and num_prompts:
             sequence.prompt_table += prompts.allocate(num_prompts) or []
         return True
@@ -542,7 +551,7 @@ class Scheduler:
         insort(sequences, sequence, key=lambda each: self._numbers[each.seq_id])
 
     def _release(self, sequence: Sequence) -> None:
-        self.pools.decode[sequence.sub_batch].free(sequence.block_table)
+        self.pools.give_back(sequence.sub_batch, sequence.block_table)
         sequence.block_table = []
         self.leave_prompt_pages(sequence)
 

@@ -14,8 +14,8 @@ from planner.device import DeviceKind, DeviceProfile, Sample
 from planner.hardware import HardwareProfile
 from planner.kernel_table import SOURCES, KernelEstimate, KernelTable, Source
 from planner.kernels import Backend, Kernel, KernelCall, Resource
-from planner.kv_blocks import KV_BLOCK_TOKENS
 from planner.model_spec import LayerSpec, ModelSpec, Module
+from planner.placement import KV_BLOCK_TOKENS
 from planner.popularity import Popularity, independent_tokens
 from planner.priors import prior
 from planner.simulate import Slowdowns, simulate
@@ -45,6 +45,10 @@ NUM_TORCH_PASSES: dict[OpKind, int] = {
     "dense": 5,
     "head": 4,
 }
+# Passes over the scores of the GPU's part of a divided cache: scale, gather, mask, log-sum-exp and
+# weights; and over what both devices give, where it is merged.
+NUM_FRONT_PASSES = 13
+NUM_MERGE_PASSES = 10
 # The module whose backend an op goes by, where it is not the op's own.
 _MODULE_OF_KIND: dict[str, Module] = {
     "attention": "attention",
@@ -74,6 +78,7 @@ NUM_COPIES: dict[Payload, int] = {
     "kv": 2,
 }
 _LOGIT_BYTES = 4
+_LSE_BYTES = 4
 _BATCH_BYTES_PER_TOKEN = 24  # token id, position and slot, int64 each
 _ROUTING_ENTRY_BYTES = 12  # an int64 expert id and a float32 weight
 # A throttled link takes what it is told to; what others reach of their line rate: priors.py.
@@ -144,10 +149,13 @@ def copy_bytes(op: Op, spec: ModelSpec, shape: BatchShape) -> float:
     if op.payload == "kv":
         assert op.layer is not None
         kept = spec.state_bytes(op.layer)  # of the one sequence that a move is of
-        return float(shape.num_tokens * spec.kv_bytes_per_token(op.layer) + kept)
+        on_gpu = min(shape.num_tokens, op.num_gpu_kv_tokens)
+        num_tokens = on_gpu if on_gpu and op.lane == "h2d" else shape.num_tokens - on_gpu
+        return float(num_tokens * spec.kv_bytes_per_token(op.layer) + kept)
     if op.payload in ("qkv", "attended"):
         width = spec.q_size + (2 * spec.kv_size if op.payload == "qkv" else 0)
-        return float(rows * width * spec.dtype_bytes)
+        lse = spec.num_heads if op.part == "rest" else 0
+        return float(rows * (width * spec.dtype_bytes + lse * _LSE_BYTES))
     if op.payload == "hidden" and op.layer is None:
         rows = shape.num_logits
     num_bytes = float(rows * spec.hidden_size * spec.dtype_bytes)
@@ -462,7 +470,7 @@ def _op_calls(
             (KernelCall(kernel="embed", backend="torch", num_tokens=rows), 1.0),
             (_rowwise("elementwise", spec.hidden_size, rows, "torch"), 1.0),
         ]
-    calls = _small_calls(op, spec, rows) if backend == "numba" else _passes(op, spec, rows)
+    calls = _small_calls(op, spec, rows) if backend == "numba" else _passes(op, spec, shape, rows)
     if op.kind == "experts":
         if not load.distinct:
             return []
@@ -474,12 +482,18 @@ def _op_calls(
     return calls
 
 
-def _passes(op: Op, spec: ModelSpec, rows: int) -> _Calls:
+def _passes(op: Op, spec: ModelSpec, shape: BatchShape, rows: int) -> _Calls:
     """What torch does beside products, attention and experts."""
     count, width = float(NUM_TORCH_PASSES[op.kind]), spec.hidden_size
     if op.kind == "experts":
         return []  # which were measured with what is around their products
     if op.kind == "attend":
+        seen = _seen_tokens(op, spec, shape)
+        if not seen:
+            return []
+        if op.part == "resident":
+            scores = _rowwise("elementwise", spec.num_heads * seen, rows, "torch")
+            return [(scores, float(NUM_FRONT_PASSES))]
         # to float32 and back by torch; our kernel writes keys and values into the cache
         qkv = spec.q_size + 2 * spec.kv_size
         return [
@@ -489,7 +503,11 @@ def _passes(op: Op, spec: ModelSpec, rows: int) -> _Calls:
     if op.kind == "dense" and op.part == "missed":
         count -= 1  # the residual goes with the residents
     if op.kind != "dispatch":
-        return [(_rowwise("elementwise", width, rows, "torch"), count)]
+        passes = [(_rowwise("elementwise", width, rows, "torch"), count)]
+        if op.kind == "attention_output" and op.num_gpu_kv_tokens:
+            merge = _rowwise("elementwise", spec.q_size, rows, "torch")
+            passes.append((merge, float(NUM_MERGE_PASSES)))
+        return passes
     assert op.layer is not None
     # one pass gathers rows for all choices, the others sort numbers
     choices = rows * spec.layers[op.layer].num_experts_per_token
@@ -579,7 +597,9 @@ def _attention_calls(
     heads = spec.attention_heads(op.layer, shape.phase)
     if shape.phase == "decode":
         # Not rounded: the cost is affine in the context, so the mean context gives the mean cost.
-        context = spec.seen_tokens(op.layer, shape.num_past_tokens + 1)
+        context = _seen_tokens(op, spec, shape)
+        if not context:
+            return []
         call = KernelCall(
             kernel="decode_attention",
             shape=heads,
@@ -610,6 +630,17 @@ def _attention_calls(
         context=past,
     )
     return [(call, shape.num_seqs * tokens / span)]
+
+
+def _seen_tokens(op: Op, spec: ModelSpec, shape: BatchShape) -> float:
+    """Tokens of its context that a query sees in a decode step; of a divided cache, of a part."""
+    assert op.layer is not None
+    context = shape.num_past_tokens + 1
+    seen = spec.seen_tokens(op.layer, context)
+    if op.kind != "attend" or not op.num_gpu_kv_tokens:
+        return seen
+    rest = min(seen, max(0.0, context - op.num_gpu_kv_tokens))
+    return rest if op.part == "rest" else seen - rest
 
 
 def _experts_call(op: Op, spec: ModelSpec, backend: Backend, load: ExpertLoad) -> KernelCall:
@@ -671,7 +702,7 @@ class Pricer:
         """What ops of one price share."""
         kind = None if op.layer is None else self._kind_of_layer[op.layer]
         part = (op.part, op.num_resident, op.max_fetched, op.sub_batch, op.num_second_seqs)
-        return (op.kind, op.lane, op.payload, op.module, kind, part)
+        return (op.kind, op.lane, op.payload, op.module, kind, part, op.num_gpu_kv_tokens)
 
     def cost(self, op: Op) -> OpCost:
         """Price of an op without corrections."""

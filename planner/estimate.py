@@ -145,12 +145,13 @@ class WavePricer:
         # Decode steps read prompt_len .. prompt_len + output_len - 2 tokens of past.
         past = wave.prompt_len + max(0, wave.output_len - 2) / 2
         self._decode = Pricer(spec, costs, decode_shape(wave.num_seqs, past), backends)
+        self._decode_at: dict[float, Pricer] = {past: self._decode}
         self.backends = backends
 
     def with_chunk(self, chunk_tokens: int) -> WavePricer:
         """The same with other prefill steps; prices of decode steps are shared."""
         other = WavePricer(self._spec, self._costs, self._wave, chunk_tokens, self.backends)
-        other._decode = self._decode
+        other._decode, other._decode_at = self._decode, self._decode_at
         return other
 
     def steps(self, phase: Phase) -> tuple[tuple[float, Pricer], ...]:
@@ -181,8 +182,32 @@ class WavePricer:
 
     def decode_step_s(self, graphs: TierGraphs) -> float:
         """Price one decode step at mean context."""
-        graph = graphs.of(self._decode.shape)
-        return makespan_s(graph, self._decode, self._slowdowns) + self._decode.host_s
+        return sum(
+            share * (makespan_s(graphs.of(price.shape), price, self._slowdowns) + price.host_s)
+            for share, price in self._decode_steps(graphs)
+        )
+
+    def _decode_steps(self, graphs: TierGraphs) -> list[tuple[float, Pricer]]:
+        """Decode steps that stand for all, each with the share of those that it stands for.
+
+        One at mean context; where caches are divided, one of the steps in which the GPU still has
+        all and one of the others: only from there on contexts grow on the CPU.
+        """
+        start, num_steps = self._wave.prompt_len, self._wave.output_len - 1
+        num_before = min(graphs.num_gpu_kv_tokens - start, num_steps)
+        if not graphs.num_gpu_kv_tokens or not 0 < num_before < num_steps:
+            return [(1.0, self._decode)]
+        num_after = num_steps - num_before
+        return [
+            (count / num_steps, self._decode_with_past(first + (count - 1) / 2))
+            for first, count in ((start, num_before), (start + num_before, num_after))
+        ]
+
+    def _decode_with_past(self, num_past_tokens: float) -> Pricer:
+        if num_past_tokens not in self._decode_at:
+            shape = decode_shape(self._wave.num_seqs, num_past_tokens)
+            self._decode_at[num_past_tokens] = Pricer(self._spec, self._costs, shape, self.backends)
+        return self._decode_at[num_past_tokens]
 
     def placement_move_s(self, placement: Placement) -> float:
         """Seconds of moving the caches of all sequences from prefill's devices to decode's."""
@@ -212,7 +237,7 @@ class WavePricer:
 
     def decode_terms(self, graphs: TierGraphs) -> PhaseTerms:
         """What the seconds of `decode_step_s` are made of."""
-        return self._terms(graphs, [(1.0, self._decode)])
+        return self._terms(graphs, self._decode_steps(graphs))
 
     def _terms(self, graphs: TierGraphs, steps: list[tuple[float, Pricer]]) -> PhaseTerms:
         """Add up steps, each so many times; the bottleneck is the costliest one's."""

@@ -6,15 +6,21 @@ from dataclasses import dataclass
 
 from planner.hardware import HardwareProfile
 from planner.kv_blocks import (
-    KV_BLOCK_TOKENS,
     KVBlocks,
     bytes_per_block,
     kv_blocks,
     kv_bytes,
     num_blocks_for,
+    num_more_prompts,
 )
 from planner.model_spec import LayerSpec, ModelSpec, Module
-from planner.placement import NUM_STREAM_BUFFERS, Device, Placement, TierPlacement
+from planner.placement import (
+    KV_BLOCK_TOKENS,
+    NUM_STREAM_BUFFERS,
+    Device,
+    Placement,
+    TierPlacement,
+)
 from planner.workload import Phase, Workload
 
 _LOGIT_BYTES = 4
@@ -170,23 +176,45 @@ def needs(
 
 def activation_bytes(spec: ModelSpec, tier: TierPlacement, wave: Workload, device: Device) -> int:
     """Upper bound on the live activations of one step of a tier on a device, logits included."""
-    return step_activation_bytes(
-        spec,
-        wave,
-        device,
-        tier.phase,
-        tier.max_num_tokens,
-        computes=tier.uses(device),
-        widest_kv_bytes=max(
-            (
-                spec.kv_bytes_per_token(index)
-                for index, layer in enumerate(tier.layers)
-                if layer.kv == device
-            ),
-            default=0,
+    widest = max(
+        (
+            spec.kv_bytes_per_token(index)
+            for index, layer in enumerate(tier.layers)
+            if layer.kv == device
         ),
-        num_second_seqs=tier.num_second_seqs,
+        default=0,
     )
+
+    def with_caches(widest_kv_bytes: int) -> int:
+        return step_activation_bytes(
+            spec,
+            wave,
+            device,
+            tier.phase,
+            tier.max_num_tokens,
+            computes=tier.uses(device),
+            widest_kv_bytes=widest_kv_bytes,
+            num_second_seqs=tier.num_second_seqs,
+        )
+
+    if device == "cpu" or not tier.num_gpu_kv_tokens:
+        return with_caches(widest)
+    return max(with_caches(widest), with_caches(0) + _front_bytes(spec, tier, wave))
+
+
+def _front_bytes(spec: ModelSpec, tier: TierPlacement, wave: Workload) -> int:
+    """What the GPU gathers of the fronts of a layer whose caches are divided.
+
+    Keys, or values, as they are and in float32; scores of every head, and weights.
+    """
+    num_tokens = min(tier.num_gpu_kv_tokens, _whole_blocks(wave.context_len))
+    widest = max(
+        spec.kv_bytes_per_token(index)
+        for index, layer in enumerate(tier.layers)
+        if layer.num_gpu_kv_tokens
+    )
+    each = widest // 2 + widest // spec.dtype_bytes * 2 + 2 * spec.num_heads * 4
+    return wave.num_seqs * num_tokens * each
 
 
 def step_activation_bytes(
@@ -249,5 +277,6 @@ def kv_block_capacity(
     return KVBlocks(
         first=planned.first + extra,
         second=planned.second,
-        prompts=planned.prompts + extra if planned.prompts else 0,
+        prompts=planned.prompts + num_more_prompts(placement, workload, extra),
+        fronts=planned.fronts,
     )

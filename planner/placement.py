@@ -12,6 +12,8 @@ from planner.workload import DEFAULT_CHUNK_TOKENS, Phase
 
 Device = Literal["gpu", "cpu"]
 
+# Tokens of a block of a KV cache.
+KV_BLOCK_TOKENS = 16
 # Two buffers: one is filled while the other is read.
 NUM_STREAM_BUFFERS = 2
 
@@ -92,14 +94,21 @@ class LayerPlacement(
         Of attention that runs on the GPU in decode steps: the KV cache is on the CPU all the same,
         which computes scores and values over it; the GPU computes the projections. Otherwise the
         cache is on the device that computes attention.
+    num_gpu_kv_tokens : int
+        With `kv_on_cpu`: of every sequence so many tokens, the first ones, in whole blocks, have
+        their keys and values on the GPU all the same. Each device attends over its part, at the
+        same time, and the GPU merges what both give. Sequences grow on the CPU only.
     """
 
     attention: ModulePlacement
     ffn: ModulePlacement
     router: ModulePlacement | None = None
     kv_on_cpu: bool = False
+    num_gpu_kv_tokens: Annotated[int, Meta(ge=0)] = 0
 
     def __post_init__(self) -> None:
+        if self.num_gpu_kv_tokens:
+            self._check_divided_cache()
         if self.kv_on_cpu and self.attention.device == "cpu":
             raise ValueError("kv_on_cpu is of attention that runs on the gpu, this runs on the cpu")
         if any(where is not None and where.is_mixed for where in (self.attention, self.router)):
@@ -110,9 +119,26 @@ class LayerPlacement(
         elif self.ffn.is_mixed and self.router.device != "gpu":
             raise ValueError("experts on both devices need their router on the gpu")
 
+    def _check_divided_cache(self) -> None:
+        count = self.num_gpu_kv_tokens
+        if not self.kv_on_cpu:
+            raise ValueError(
+                f"num_gpu_kv_tokens is {count}, which is of caches on the cpu beside projections "
+                "on the gpu: set kv_on_cpu, or leave it out"
+            )
+        if count % KV_BLOCK_TOKENS:
+            below = count - count % KV_BLOCK_TOKENS
+            raise ValueError(
+                f"num_gpu_kv_tokens is {count}, but a cache is divided after whole blocks of "
+                f"{KV_BLOCK_TOKENS} tokens: {below} or {below + KV_BLOCK_TOKENS}"
+            )
+
     @property
     def kv(self) -> Device:
-        """The device that holds the KV cache, and computes scores and values over it."""
+        """The device that holds the KV cache, and computes scores and values over it.
+
+        Of a divided cache, the one that holds what sequences grow by.
+        """
         return "cpu" if self.kv_on_cpu else self.attention.device
 
     def modules(self) -> tuple[tuple[Module, ModulePlacement], ...]:
@@ -155,6 +181,7 @@ class TierPlacement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
                     f"num_second_seqs is {self.num_second_seqs}, but attention of layer "
                     f"{on_cpu[0]} runs on the cpu: sub-batches need it on the gpu in every layer"
                 )
+        self._check_divided_caches()
         if self.embedding.is_mixed or self.head.is_mixed:
             raise ValueError("only a feed-forward or experts can have residents")
         is_split = any(layer.ffn.runs == "split" for layer in self.layers)
@@ -163,6 +190,24 @@ class TierPlacement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
                 f"num_expert_slots is {self.num_expert_slots}, but layers that run split need "
                 f"{NUM_STREAM_BUFFERS} at least"
             )
+
+    def _check_divided_caches(self) -> None:
+        counts = sorted({each.num_gpu_kv_tokens for each in self.layers} - {0})
+        if len(counts) > 1:
+            raise ValueError(
+                f"num_gpu_kv_tokens is {counts[0]} in one layer and {counts[-1]} in another: the "
+                "caches of a tier are divided after the same tokens in all layers that are"
+            )
+        if counts and self.num_second_seqs:
+            raise ValueError(
+                f"num_second_seqs is {self.num_second_seqs} and num_gpu_kv_tokens {counts[0]}: "
+                "either sequences or their caches are divided between the devices, not both"
+            )
+
+    @property
+    def num_gpu_kv_tokens(self) -> int:
+        """Tokens of every sequence on the GPU in layers whose caches are divided; 0: none is."""
+        return max((each.num_gpu_kv_tokens for each in self.layers), default=0)
 
     def lives_on(self, device: Device) -> frozenset[tuple[Module, int | None]]:
         """Modules (with their layer) whose weights this tier wants on a device, whole or in part.
@@ -359,7 +404,8 @@ def _why_not_beside(tier: TierPlacement, whole: TierPlacement) -> str:
         return f"has {len(tier.layers)} layers, the {tier.phase} tier {len(whole.layers)}"
     pairs = [(tier.embedding, whole.embedding), (tier.head, whole.head)]
     for mine, its in zip(tier.layers, whole.layers, strict=True):
-        if mine.kv != its.kv or len(mine.modules()) != len(its.modules()):
+        keeps = (mine.kv, mine.num_gpu_kv_tokens) == (its.kv, its.num_gpu_kv_tokens)
+        if not keeps or len(mine.modules()) != len(its.modules()):
             return f"keeps other caches than the {tier.phase} tier"
         pairs += zip(
             (where for _, where in mine.modules()),

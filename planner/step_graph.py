@@ -39,7 +39,8 @@ OpKind = Literal[
 ]
 # Which of a layer's experts: those resident on the GPU, the missed ones (all others), and of these,
 # where a step's tokens decide, those that are fetched to the GPU and the rest. Of a divided
-# feed-forward: its columns that are resident, and the missed ones.
+# feed-forward: its columns that are resident, and the missed ones. Of a divided cache: the first
+# tokens of every sequence, which are on the GPU, and the rest.
 Part = Literal["all", "resident", "missed", "fetched", "rest"]
 Payload = Literal[
     "batch",
@@ -95,7 +96,7 @@ class Op(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         For a copy of weights and the op that reads them, the staging buffer.
     part : Part
         For experts, their dispatch and copies of them, which of the layer's; for a divided
-        feed-forward, which of its columns.
+        feed-forward, which of its columns; for attention over a divided cache, which tokens.
     num_resident : int
         For ops of a part, how many of the layer's experts, or shares of its columns, are resident
         on the GPU.
@@ -106,6 +107,9 @@ class Op(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         weights are of both.
     num_second_seqs : int
         For ops of a sub-batch, sequences of the second one in a step of the planned size.
+    num_gpu_kv_tokens : int
+        For ops of a divided cache, tokens of every sequence that are on the GPU;
+        `attention_output` then merges what both devices give.
     deps : tuple of int
         Ops (of any lane) that must have ended before this one begins.
     """
@@ -123,6 +127,7 @@ class Op(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     max_fetched: int = 0
     sub_batch: int | None = None
     num_second_seqs: int = 0
+    num_gpu_kv_tokens: int = 0
 
     @property
     def term(self) -> Term:
@@ -196,6 +201,7 @@ class _Builder:
         num_resident: int = 0,
         max_fetched: int = 0,
         sub_batch: int | None = None,
+        num_gpu_kv_tokens: int = 0,
     ) -> int:
         self.ops.append(
             Op(
@@ -212,6 +218,7 @@ class _Builder:
                 max_fetched=max_fetched,
                 sub_batch=sub_batch,
                 num_second_seqs=0 if sub_batch is None else self.tier.num_second_seqs,
+                num_gpu_kv_tokens=num_gpu_kv_tokens,
             )
         )
         return len(self.ops) - 1
@@ -371,15 +378,31 @@ class _Chain:
         return self._hidden
 
     def _attention_on_both(self, layer: int, readers: list[int]) -> Iterator[int]:
-        """Projections on the GPU, scores and values on the CPU."""
-        builder = self._builder
+        """Projections on the GPU, scores and values on the CPU; of a divided cache on both."""
+        builder, divided_after = self._builder, self._tier.layers[layer].num_gpu_kv_tokens
         weights, buffer = builder.weights(layer, "attention"), builder.buffer(layer)
         projected = self._add(
             "qkv", "gpu", (self._hidden, *weights), layer=layer, module="attention", buffer=buffer
         )
+
+        def add(kind: OpKind, lane: Lane, part: Part, after: int, payload: Payload | None) -> int:
+            return self._add(
+                kind,
+                lane,
+                (after,),
+                layer=layer,
+                payload=payload,
+                part=part,
+                num_gpu_kv_tokens=divided_after,
+            )
+
         there = self._move("qkv", "cpu", projected, layer)
-        attended = self._add("attend", "cpu", (there,), layer=layer)
-        back = self._move("attended", "gpu", attended, layer)
+        rest: Part = "rest" if divided_after else "all"
+        attended = add("attend", "cpu", rest, there, None)
+        back = add("copy", "h2d", rest, attended, "attended")
+        parts = [back, projected]
+        if divided_after:
+            parts.append(add("attend", "gpu", "resident", projected, None))
         # After what comes back, which would else wait behind weights not due yet.
         builder.arrive(layer)
         if self._sub_batch is not None:
@@ -387,10 +410,11 @@ class _Chain:
         self._hidden = self._add(
             "attention_output",
             "gpu",
-            (back, projected),
+            tuple(parts),
             layer=layer,
             module="attention",
             buffer=buffer,
+            num_gpu_kv_tokens=divided_after,
         )
         readers.append(self._hidden)
 
@@ -520,18 +544,27 @@ def moved_kv_layers(
 ) -> tuple[int, ...]:
     """Layers whose KV cache changes device when a sequence goes from prefill to decode.
 
-    Of a sequence of the second sub-batch (1): all layers, from the GPU to the CPU.
+    Of a sequence of the second sub-batch (1): all layers, from the GPU to the CPU. Divided caches
+    are among them: one of their parts is computed on the other device.
     """
     pairs = enumerate(zip(prefill.layers, decode.layers, strict=True))
     if sub_batch:
         return tuple(index for index, (before, _) in pairs if before.kv == "gpu")
-    return tuple(index for index, (before, after) in pairs if before.kv != after.kv)
+    return tuple(
+        index
+        for index, (before, after) in pairs
+        if before.kv != after.kv or after.num_gpu_kv_tokens
+    )
 
 
 def build_kv_move(
     prefill: TierPlacement, decode: TierPlacement, *, sub_batch: int = 0
 ) -> StepGraph:
-    """Copies of a sequence's KV cache where prefill and decode keep it on different devices."""
+    """Copies of a sequence's KV cache where prefill and decode keep it on different devices.
+
+    Of a divided cache the part that prefill computes on the other device: the rest goes to the CPU,
+    or the first tokens to the GPU.
+    """
     ops = [
         Op(
             index=index,
@@ -539,6 +572,7 @@ def build_kv_move(
             lane="d2h" if prefill.layers[layer].kv == "gpu" else "h2d",
             layer=layer,
             payload="kv",
+            num_gpu_kv_tokens=decode.layers[layer].num_gpu_kv_tokens,
         )
         for index, layer in enumerate(moved_kv_layers(prefill, decode, sub_batch=sub_batch))
     ]

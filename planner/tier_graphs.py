@@ -31,6 +31,11 @@ class TierGraphs:
             self._found[step] = self._graphs[key]
         return self._found[step]
 
+    @property
+    def num_gpu_kv_tokens(self) -> int:
+        """Tokens of every sequence on the GPU where decode has its caches divided; 0: nowhere."""
+        return self._placement.decode.num_gpu_kv_tokens
+
     def of(self, shape: BatchShape) -> StepGraph:
         """The graph of a step as it is planned: in two sub-batches, where there is one for each."""
         has_two = self._placement.decode.num_second_seqs > 0 and shape.num_seqs > 1

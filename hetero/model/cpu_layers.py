@@ -96,26 +96,26 @@ def cpu_attention_step(
     *,
     block_size: int,
     windows: Collection[int | None],
-    slots: str = "slots",
+    name: str = "",
 ) -> CpuAttentionStep:
     """Rotations, indices and masks of a step, for layers with any of `windows`.
 
-    `slots` names the memory of the tokens' places: a step may have more than one set of them.
+    `name` is of their memory: a step may have more than one set of them.
     """
     space, num_tokens = kernels.workspace(batch.num_tokens), batch.num_tokens
     shape = (num_tokens, len(kernels.inv_freq_F))
-    cos_TF, sin_TF = (space.array(name, shape, np.float32) for name in ("cos", "sin"))
+    cos_TF, sin_TF = (space.array(name + which, shape, np.float32) for which in ("cos", "sin"))
     rotary_tables(batch.positions_T.numpy(), kernels.inv_freq_F, cos_TF, sin_TF)
-    slots_T = space.array(slots, (num_tokens,), np.int64)
+    slots_T = space.array(f"{name}slots", (num_tokens,), np.int64)
     slots_T[:] = batch.slots_T.numpy()
     lens_S, tables_SB = batch.context_lens_S.numpy(), batch.block_tables_SB.numpy()
     prompts: dict[int | None, tuple[PromptReads, ...]] = {}
     if batch.phase == "decode":
         lens, tables = lens_S, tables_SB
-        lens_S = space.array("lens", lens.shape, np.int32)
+        lens_S = space.array(f"{name}lens", lens.shape, np.int32)
         lens_S[:] = lens
         width = -(-tables.shape[1] // _TABLE_STEP) * _TABLE_STEP
-        tables_SB = space.array("tables", (batch.num_seqs, width), np.int32)
+        tables_SB = space.array(f"{name}tables", (batch.num_seqs, width), np.int32)
         tables_SB[:, : tables.shape[1]] = tables
     else:
         for window in set(windows):
@@ -211,6 +211,18 @@ def attend_projected(
 
     Writes the new keys and values into their pages; the result has its heads joined.
     """
+    return attend_projected_part(qkv_THK, kv, step, kernels, spec, window)[0]
+
+
+def attend_projected_part(
+    qkv_THK: Tensor,
+    kv: LayerKV,
+    step: CpuAttentionStep,
+    kernels: CpuKernels,
+    spec: ModelSpec,
+    window: int | None,
+) -> tuple[Tensor, NDArray[np.float32]]:
+    """The same and the log-sum-exp of every head's scores, until the next layer's are written."""
     num_tokens = len(qkv_THK)
     space = kernels.workspace(num_tokens)
     qkv = space.array("qkv", (num_tokens, spec.q_size + 2 * spec.kv_size), np.float32)
@@ -239,7 +251,7 @@ def attend_projected(
     space.program(key, keeps, links).run(qkv, attended)
     found = torch.empty(attended.shape, dtype=qkv_THK.dtype)
     _convert(torch.from_numpy(attended), found)
-    return found
+    return found, _lse_array(num_tokens, kernels, spec.num_heads)
 
 
 def _convert(source: Tensor, target: Tensor) -> None:
@@ -275,9 +287,13 @@ def _attend(
         num_threads=kernels.num_threads,
         scratch=space.scratch,
         out=attended.reshape(q_THK.shape),
-        lse=space.array("lse", q_THK.shape[:2], np.float32),
+        lse=_lse_array(num_tokens, kernels, num_heads),
     )
     return links, attended
+
+
+def _lse_array(num_tokens: int, kernels: CpuKernels, num_heads: int) -> NDArray[np.float32]:
+    return kernels.workspace(num_tokens).array("lse", (num_tokens, num_heads), np.float32)
 
 
 def _project(

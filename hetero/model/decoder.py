@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hetero.kv_cache import BLOCK_SIZE, PagedKV
+from hetero.kv_cache import BLOCK_SIZE, MovedPages, PagedKV
 from hetero.model import cpu_layers
 from hetero.model.attention import (
     AttentionKernel,
@@ -29,6 +29,7 @@ from hetero.model.batch import BatchTensors
 from hetero.model.cpu_layers import CpuAttentionStep, as_tensor
 from hetero.model.cpu_run import FindPacked, build_run, split_runs
 from hetero.model.cpu_workspace import CpuKernels
+from hetero.model.divided_cache import DividedCacheStep
 from hetero.model.expert_step import ExpertDevices, ExpertStep, ExpertTimes
 from hetero.model.families import TORCH_DTYPES
 from hetero.model.head import embed, head
@@ -136,6 +137,14 @@ def _expert_method(spec: ModelSpec, accelerator: Accelerator) -> ExpertMethod:
     return expert_method(accelerator.device, TORCH_DTYPES[spec.dtype], widths)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OtherPages:
+    """Layers that have the sequences of a step in pages of their own, and its indices there."""
+
+    layers: frozenset[int]
+    batch: BatchTensors
+
+
 class DecoderStep:
     """The values that flow through one step, or through one of its sub-batches. Mutable.
 
@@ -157,8 +166,10 @@ class DecoderStep:
         Given logits_LV on the CPU; its result is kept by the caller.
     sub_batch : int
         Which sub-batch's.
-    prompt_layers, prompts : frozenset of int, BatchTensors, optional
-        Layers with pages of their own for prompts, and the step's indices there.
+    others : sequence of OtherPages
+        Layers that have the sequences in other pages than `batch` says.
+    divided : DividedCacheStep, optional
+        What layers share whose caches are divided, in decode.
     """
 
     def __init__(
@@ -170,25 +181,32 @@ class DecoderStep:
         sample: Callable[[Tensor], None],
         sub_batch: int = 0,
         *,
-        prompt_layers: frozenset[int] = frozenset(),
-        prompts: BatchTensors | None = None,
+        others: Sequence[OtherPages] = (),
+        divided: DividedCacheStep | None = None,
     ) -> None:
         self._decoder = decoder
         self._tier = tier
         self._kv = kv
         self._sample = sample
         self._batches: dict[Device, BatchTensors] = {"cpu": batch}
-        self._prompt_layers = prompt_layers
-        self._prompts: dict[Device, BatchTensors] = {} if prompts is None else {"cpu": prompts}
+        self._divided = divided
+        # Pages by number: 0 those of the batch, then the others; layers that have these.
+        self._pages: list[dict[Device, BatchTensors]] = [self._batches]
+        self._pages += [{"cpu": each.batch} for each in others]
+        self._pages_of_layer = {
+            layer: number for number, each in enumerate(others, start=1) for layer in each.layers
+        }
         self._cpu_kernels = decoder.cpu_kernels[sub_batch]
         self._rotations: dict[Device, tuple[Tensor, Tensor]] = {}
-        # By device and by whether the layer is one of `prompt_layers`.
-        self._attention: dict[tuple[Device, bool], AttentionStep] = {}
-        self._cpu_attention: dict[bool, CpuAttentionStep] = {}
+        # By device and by the number of the pages.
+        self._attention: dict[tuple[Device, int], AttentionStep] = {}
+        self._cpu_attention: dict[int, CpuAttentionStep] = {}
+        self._rest_attention: CpuAttentionStep | None = None
         # Arrays between ops of the CPU's kernels, tensors elsewhere: from one to the other takes
         # 10 us, as long as a kernel.
         self._hidden_TD: Tensor | NDArray[Any] | None = None
-        # Queries, keys and values on their way to the CPU, and what it gives for them.
+        # Queries, keys and values, the same on the CPU, and what it gives for them.
+        self._projected_THK: Tensor | None = None
         self._qkv_THK: Tensor | None = None
         self._attended: Tensor | None = None
         # Of a divided feed-forward: what goes to the CPU, the residual with the resident columns,
@@ -208,12 +226,11 @@ class DecoderStep:
         elif op.kind == "attention":
             self._hidden_TD = self._attention_layer(op)
         elif op.kind == "qkv":
-            self._qkv_THK = self._project(op)
+            self._projected_THK = self._project(op)
         elif op.kind == "attend":
-            self._attended = self._attend(op)
+            self._attend(op)
         elif op.kind == "attention_output":
-            assert self._attended is not None
-            self._hidden_TD = attention_output(self._attended, self._hidden(), self._weights(op))
+            self._hidden_TD = self._attention_output(op)
         elif op.kind == "dense":
             self._dense(op)
         elif op.kind == "router":
@@ -343,7 +360,7 @@ class DecoderStep:
             self._weights(op),
             self._kv.layer(op.layer),
             *self._rotation(op.device),
-            self._attention_step(op.device, in_prompts=op.layer in self._prompt_layers),
+            self._attention_step(op.device, self._pages_of_layer.get(op.layer, 0)),
             spec,
             window=spec.layers[op.layer].window,
             num_threads=self._decoder.kernels[op.device].num_threads,
@@ -355,17 +372,36 @@ class DecoderStep:
         parts = project(self._hidden(), self._weights(op), *rotation, self._decoder.spec)
         return torch.cat(parts, dim=1)
 
-    def _attend(self, op: Op) -> Tensor:
-        assert op.layer is not None and self._qkv_THK is not None
-        spec = self._decoder.spec
-        return cpu_layers.attend_projected(
-            self._qkv_THK,
-            self._kv.layer(op.layer),
-            self._cpu_step(),
-            self._cpu_kernels,
-            spec,
-            spec.layers[op.layer].window,
-        )
+    def _attend(self, op: Op) -> None:
+        assert op.layer is not None
+        if op.part == "resident":
+            assert self._divided is not None and self._projected_THK is not None
+            self._divided.attend_front(op.layer, self._projected_THK, self._batches["gpu"])
+            return
+        spec, kv, qkv_THK = self._decoder.spec, self._kv.layer(op.layer), self._qkv_THK
+        assert qkv_THK is not None
+        kernels, window = self._cpu_kernels, spec.layers[op.layer].window
+        if op.part == "all":
+            self._attended = cpu_layers.attend_projected(
+                qkv_THK, kv, self._cpu_step(), kernels, spec, window
+            )
+            return
+
+        def attend(rows_THK: Tensor) -> tuple[Tensor, Tensor]:
+            step = self._rest_step()
+            found, lse = cpu_layers.attend_projected_part(rows_THK, kv, step, kernels, spec, window)
+            return found, torch.from_numpy(lse)
+
+        assert self._divided is not None
+        self._attended = self._divided.attend_rest(qkv_THK, attend)
+
+    def _attention_output(self, op: Op) -> Tensor:
+        attended = self._attended
+        assert attended is not None
+        if op.num_gpu_kv_tokens:
+            assert self._divided is not None
+            attended = self._divided.merge(attended)
+        return attention_output(attended, self._hidden(), self._weights(op))
 
     def _rotation(self, device: Device) -> tuple[Tensor, Tensor]:
         """Rotary rows of the step's positions."""
@@ -377,16 +413,16 @@ class DecoderStep:
             )
         return self._rotations[device]
 
-    def _attention_step(self, device: Device, *, in_prompts: bool) -> AttentionStep:
-        if (device, in_prompts) not in self._attention:
-            self._attention[device, in_prompts] = attention_step(
-                (self._prompts if in_prompts else self._batches)[device],
+    def _attention_step(self, device: Device, pages: int) -> AttentionStep:
+        if (device, pages) not in self._attention:
+            self._attention[device, pages] = attention_step(
+                self._pages[pages][device],
                 dtype=self._dtype,
                 block_size=BLOCK_SIZE,
                 windows={layer.window for layer in self._decoder.spec.layers},
                 kernel=self._decoder.kernels[device].attention,
             )
-        return self._attention[device, in_prompts]
+        return self._attention[device, pages]
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -398,22 +434,33 @@ class DecoderStep:
             self._hidden_array(),
             weights,
             self._kv.layer(layer),
-            self._cpu_step(in_prompts=layer in self._prompt_layers),
+            self._cpu_step(self._pages_of_layer.get(layer, 0)),
             kernels,
             spec,
             spec.layers[layer].window,
         )
 
-    def _cpu_step(self, *, in_prompts: bool = False) -> CpuAttentionStep:
-        if in_prompts not in self._cpu_attention:
-            self._cpu_attention[in_prompts] = cpu_layers.cpu_attention_step(
-                (self._prompts if in_prompts else self._batches)["cpu"],
-                self._cpu_kernels,
-                block_size=BLOCK_SIZE,
-                windows={each.window for each in self._decoder.spec.layers},
-                slots="prompt slots" if in_prompts else "slots",
-            )
-        return self._cpu_attention[in_prompts]
+    def _cpu_step(self, pages: int = 0) -> CpuAttentionStep:
+        if pages not in self._cpu_attention:
+            name = f"pages {pages} " if pages else ""
+            self._cpu_attention[pages] = self._new_cpu_step(self._pages[pages]["cpu"], name)
+        return self._cpu_attention[pages]
+
+    def _rest_step(self) -> CpuAttentionStep:
+        """Of the sequences that have tokens on the CPU, where caches are divided."""
+        if self._rest_attention is None:
+            assert self._divided is not None and self._divided.rest.batch is not None
+            self._rest_attention = self._new_cpu_step(self._divided.rest.batch, "rest ")
+        return self._rest_attention
+
+    def _new_cpu_step(self, batch: BatchTensors, name: str) -> CpuAttentionStep:
+        return cpu_layers.cpu_attention_step(
+            batch,
+            self._cpu_kernels,
+            block_size=BLOCK_SIZE,
+            windows={each.window for each in self._decoder.spec.layers},
+            name=name,
+        )
 
     def _route(self, op: Op) -> None:
         assert op.layer is not None
@@ -474,12 +521,11 @@ class DecoderStep:
         move = accelerator.upload if op.lane == "h2d" else accelerator.download
         if op.payload == "batch":
             batch = self._batches["gpu"] = self._batches["cpu"].map(move)
-            if self._prompts:
-                prompts = self._prompts["cpu"]
-                self._prompts["gpu"] = replace(
+            for pages in self._pages[1:]:
+                pages["gpu"] = replace(
                     batch,
-                    slots_T=move(prompts.slots_T),
-                    block_tables_SB=move(prompts.block_tables_SB),
+                    slots_T=move(pages["cpu"].slots_T),
+                    block_tables_SB=move(pages["cpu"].block_tables_SB),
                 )
         elif op.part == "fetched":
             self._experts.fetch(op)
@@ -496,8 +542,8 @@ class DecoderStep:
                 hidden = hidden.index_select(0, self._batches[source].logit_rows_L)
             self._hidden_TD = move(hidden)
         elif op.payload == "qkv":
-            assert self._qkv_THK is not None
-            self._qkv_THK = move(self._qkv_THK)
+            assert self._projected_THK is not None
+            self._qkv_THK = move(self._projected_THK)
         elif op.payload == "attended":
             assert self._attended is not None
             self._attended = move(self._attended)
@@ -537,30 +583,27 @@ class SubBatchSteps:
 class KVMove:
     """Performs the copies of a sequence's KV cache from the prefill tier's device to decode's.
 
-    It lies in the blocks of `prompt_table` before, and in as many of `block_table` after.
+    `pages` says for a layer where it lies before, and after.
     """
 
     def __init__(
         self,
         accelerator: Accelerator,
-        before: PagedKV,
-        after: PagedKV,
-        prompt_table: list[int],
-        block_table: list[int],
+        pages: Callable[[int], MovedPages],
     ) -> None:
         self._accelerator = accelerator
-        self._before = before
-        self._after = after
-        self._sources = torch.tensor(prompt_table)
-        self._targets = torch.tensor(block_table[: len(prompt_table)])
+        self._pages = pages
 
     def perform(self, op: Op) -> None:
         """Copy one layer's blocks."""
         assert op.payload == "kv" and op.layer is not None
         move = self._accelerator.upload if op.lane == "h2d" else self._accelerator.download
-        source, target = self._before.layer(op.layer), self._after.layer(op.layer)
-        at_source = self._sources.to(source.key.device)
-        at_target = self._targets.to(target.key.device)
+        pages = self._pages(op.layer)
+        source, target = pages.source, pages.target
+        if not pages.at_source:
+            return
+        at_source = torch.tensor(pages.at_source).to(source.key.device)
+        at_target = torch.tensor(pages.at_target).to(target.key.device)
         target.key[at_target] = self._land(move(source.key[at_source]), target.key)
         target.value[at_target] = self._land(move(source.value[at_source]), target.value)
 

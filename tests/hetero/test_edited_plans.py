@@ -31,7 +31,10 @@ MACHINE = toy_machine().with_emulated_gpu(memory_bytes=60_000_000, link_bytes_pe
 
 
 def _plan() -> Plan:
-    """A plan of every kind of layer: residents of split, streamed and CPU experts, an order."""
+    """A plan of every kind of layer: residents of split, streamed and CPU experts, an order.
+
+    And in decode a cache on the CPU, and one whose first tokens are on the GPU.
+    """
     plan = search(SPEC, MACHINE, Workload(prompt_len=20, output_len=12, num_seqs=2))
     places = (
         *(ModulePlacement(lives="cpu", runs=runs, num_resident=4) for runs in ("split", "cpu")),
@@ -57,6 +60,11 @@ def _plan() -> Plan:
         )
         for phase in ("prefill", "decode")
     }
+    decode = tiers["decode"]
+    on_cpu = [replace(layer, kv_on_cpu=True) for layer in decode.layers[2:4]]
+    on_cpu[1] = replace(on_cpu[1], num_gpu_kv_tokens=16)
+    layers = (*decode.layers[:2], *on_cpu, *decode.layers[4:])
+    tiers["decode"] = replace(decode, layers=layers)
     order = tuple(tuple(reversed(range(layer.num_experts))) for layer in SPEC.layers)
     times = TrialTimes(ttft_s=1.0, tpot_s=0.5, e2e_s=2.0)
     tried = TrialRow(

@@ -167,6 +167,11 @@ def test_caches_on_the_cpu_and_sub_batches_are_told(spec: ModelSpec) -> None:
     text = where_text(replace(tier, layers=layers))
     caches = "caches of 2 of the gpu's layers on the cpu"
     assert text == f"attention gpu 6; {caches}; experts gpu 6; head gpu"
+    divided = (*layers[:5], replace(layers[5], num_gpu_kv_tokens=48))
+    text = where_text(replace(tier, layers=divided))
+    assert f"{caches} from token 48 on in 1 of them; experts" in text
+    divided = (*divided[:4], replace(layers[4], num_gpu_kv_tokens=48), divided[5])
+    assert f"{caches} from token 48 on; experts" in where_text(replace(tier, layers=divided))
     text = where_text(replace(tier, num_second_seqs=12))
     apart = "in two sub-batches: 12 sequences keep their caches on the cpu"
     assert text == f"attention gpu 6; experts gpu 6; head gpu; {apart}"

@@ -117,7 +117,9 @@ def _tier(tier: TierPlacement) -> str:
 
 def _layer(layer: LayerPlacement) -> str:
     parts = "/".join(_module(where) for _, where in layer.modules())
-    return parts + (" kv on cpu" if layer.kv_on_cpu else "")
+    count = layer.num_gpu_kv_tokens
+    where = f" kv on cpu from {count}" if count else " kv on cpu"
+    return parts + (where if layer.kv_on_cpu else "")
 
 
 def _module(where: ModulePlacement) -> str:

@@ -19,7 +19,13 @@ from hetero import LLM, SamplingParams
 from hetero.model.cpu_run import CpuRun, build_run
 from hetero.model.decoder import DecoderStep
 from hetero.runtime.devices import EmulatedAccelerator
-from planner.cost_model import NUM_COPIES, NUM_TORCH_PASSES, CostModel
+from planner.cost_model import (
+    NUM_COPIES,
+    NUM_FRONT_PASSES,
+    NUM_MERGE_PASSES,
+    NUM_TORCH_PASSES,
+    CostModel,
+)
 from planner.placement import MIXED, ON_CPU, ON_GPU, ModulePlacement
 from planner.plan import Plan
 from planner.step_graph import Op, OpKind, Payload
@@ -105,6 +111,27 @@ def test_the_parts_of_a_divided_feed_forward_have_one_residual(tmp_path: Path) -
     assert min(counts["resident"]) == pytest.approx(NUM_TORCH_PASSES["dense"], abs=2)
 
 
+def test_the_passes_over_a_divided_cache_are_counted_in_the_model(tmp_path: Path) -> None:
+    """The GPU's part of attention, and the merge, which comes on top of the output's own."""
+    counts: dict[str, list[int]] = defaultdict(list)
+    perform = DecoderStep.perform
+
+    def counted(step: DecoderStep, op: Op) -> None:
+        with PassCounter() as counter:
+            perform(step, op)
+        if op.kind == "attention_output" or (op.kind == "attend" and op.part == "resident"):
+            counts[op.kind].append(counter.num_passes)
+
+    save_tiny_model("qwen3-moe", tmp_path, dtype=torch.bfloat16)
+    plan = plan_of(tmp_path, kv_on_cpu=True, num_gpu_kv_tokens=16)
+    with mock.patch.object(DecoderStep, "perform", counted):
+        run(tmp_path, plan, prompt_len=20)
+
+    merged = NUM_TORCH_PASSES["attention_output"] + NUM_MERGE_PASSES
+    assert min(counts["attend"]) == pytest.approx(NUM_FRONT_PASSES, abs=2)
+    assert min(counts["attention_output"]) == pytest.approx(merged, abs=2)
+
+
 def test_the_copies_of_a_payload_are_counted_in_the_model(tmp_path: Path) -> None:
     """Uploads and downloads of a decode step in which the CPU attends and has the experts."""
     counts: dict[Payload, set[int]] = defaultdict(set)
@@ -145,7 +172,13 @@ def test_the_copies_of_a_payload_are_counted_in_the_model(tmp_path: Path) -> Non
     }
 
 
-def plan_of(folder: Path, *, kv_on_cpu: bool, ffn: ModulePlacement = ON_GPU) -> Plan:
+def plan_of(
+    folder: Path,
+    *,
+    kv_on_cpu: bool,
+    ffn: ModulePlacement = ON_GPU,
+    num_gpu_kv_tokens: int = 0,
+) -> Plan:
     """A plan with all but the feed-forward on the GPU, and in decode perhaps the caches."""
     with LLM(folder, profile=toy_machine(), accelerator="emulated", strategy="gpu") as llm:
         plan, placement = llm.plan, llm.plan.placement
@@ -153,16 +186,18 @@ def plan_of(folder: Path, *, kv_on_cpu: bool, ffn: ModulePlacement = ON_GPU) -> 
     if ffn.is_mixed:  # it is divided alike in all tiers
         prefill = replace(placement.prefill, strategy=MIXED, cut=0, layers=layers)
         placement = replace(placement, prefill=prefill)
-    layers = tuple(replace(layer, kv_on_cpu=kv_on_cpu) for layer in layers)
+    layers = tuple(
+        replace(layer, kv_on_cpu=kv_on_cpu, num_gpu_kv_tokens=num_gpu_kv_tokens) for layer in layers
+    )
     decode = replace(placement.decode, strategy=MIXED, cut=0, layers=layers)
     return replace(plan, placement=replace(placement, decode=decode))
 
 
-def run(folder: Path, plan: Plan) -> None:
+def run(folder: Path, plan: Plan, prompt_len: int = 3) -> None:
     """Generate two tokens of one sequence, an op at a time."""
     greedy = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
     with LLM(folder, plan=plan, profile=toy_machine(), overlap=False) as llm:
-        llm.generate([{"prompt_token_ids": [3, 14, 15]}], greedy)
+        llm.generate([{"prompt_token_ids": list(range(3, 3 + prompt_len))}], greedy)
 
 
 def test_the_links_of_an_op_on_the_cpu_are_counted_in_its_layers(tmp_path: Path) -> None:
