@@ -47,7 +47,7 @@ NUM_TORCH_PASSES: dict[OpKind, int] = {
 }
 # Passes over the scores of the GPU's part of a divided cache: scale, gather, mask, log-sum-exp and
 # weights; and over what both devices give, where it is merged.
-NUM_FRONT_PASSES = 13
+NUM_FRONT_PASSES = 12
 NUM_MERGE_PASSES = 10
 # The module whose backend an op goes by, where it is not the op's own.
 _MODULE_OF_KIND: dict[str, Module] = {
@@ -78,6 +78,7 @@ NUM_COPIES: dict[Payload, int] = {
     "kv": 2,
 }
 _LOGIT_BYTES = 4
+_SCORE_BYTES = 4
 _LSE_BYTES = 4
 _BATCH_BYTES_PER_TOKEN = 24  # token id, position and slot, int64 each
 _ROUTING_ENTRY_BYTES = 12  # an int64 expert id and a float32 weight
@@ -493,7 +494,11 @@ def _passes(op: Op, spec: ModelSpec, shape: BatchShape, rows: int) -> _Calls:
             return []
         if op.part == "resident":
             scores = _rowwise("elementwise", spec.num_heads * seen, rows, "torch")
-            return [(scores, float(NUM_FRONT_PASSES))]
+            passes = [(scores, float(NUM_FRONT_PASSES))]
+            if spec.dtype_bytes < _SCORE_BYTES:  # keys and values are widened
+                widened = _rowwise("elementwise", 2 * spec.kv_size * seen, rows, "torch")
+                passes.append((widened, 1.0))
+            return passes
         # to float32 and back by torch; our kernel writes keys and values into the cache
         qkv = spec.q_size + 2 * spec.kv_size
         return [

@@ -37,15 +37,17 @@ _NUM_ALIKE = 2
 
 
 def with_smaller_tiers(candidate: Candidate) -> Candidate:
-    """A placement with tiers for steps of fewer tokens, where these gain by running otherwise."""
+    """A placement with tiers for steps of fewer tokens, where these gain by running otherwise.
+
+    Of a phase that has none yet.
+    """
     placement, wave = candidate.placement, candidate.wave
     if wave.costs.hardware.gpu is None:
         return candidate
-    found = candidate
-    for tier in (
-        *_tiers(candidate, "prefill", PREFILL_TIERS),
-        *_tiers(candidate, "decode", DECODE_TIERS),
-    ):
+    found, known = candidate, {tier.phase for tier in placement.smaller}
+    sizes: dict[Phase, tuple[int, ...]] = {"prefill": PREFILL_TIERS, "decode": DECODE_TIERS}
+    missing = [phase for phase in sizes if phase not in known]
+    for tier in (each for phase in missing for each in _tiers(candidate, phase, sizes[phase])):
         smaller = (*found.placement.smaller, tier)
         trial = Candidate(replace(placement, smaller=smaller), wave)
         if trial.lacking_bytes == 0 and trial.times.e2e_s <= found.times.e2e_s:
@@ -175,6 +177,7 @@ def _options(
 ) -> tuple[LayerPlacement, ...]:
     attentions = [(where.attention, where.kv_on_cpu)]
     is_free = where.kv == where.attention.lives == "cpu" and layer.attention is None
+    is_free = is_free and not where.num_gpu_kv_tokens
     if phase == "decode" and is_free:
         attentions = [(ON_CPU, False), (STREAMED, True)]
     routers = [None] if where.router is None else _ways(where.router)
@@ -185,7 +188,13 @@ def _options(
         if ffn.is_mixed and router is not None and router.device == "cpu":
             continue
         found.append(
-            LayerPlacement(attention=attention, router=router, ffn=ffn, kv_on_cpu=kv_on_cpu)
+            LayerPlacement(
+                attention=attention,
+                router=router,
+                ffn=ffn,
+                kv_on_cpu=kv_on_cpu,
+                num_gpu_kv_tokens=where.num_gpu_kv_tokens,
+            )
         )
     return tuple(found)
 
