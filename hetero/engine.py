@@ -20,6 +20,7 @@ from hetero.model.decoder import Decoder, DecoderStep, KVMove, OtherPages, SubBa
 from hetero.model.divided_cache import DividedCacheStep
 from hetero.runtime.devices import Accelerator
 from hetero.runtime.executor import Executor
+from hetero.runtime.expert_slots import SlotCounts
 from hetero.runtime.issue_order import runs_by_itself
 from hetero.runtime.step_run import Performer, StepRun
 from hetero.sampler import (
@@ -186,6 +187,11 @@ class Engine:
         return self._decoder.spec
 
     @property
+    def slot_counts(self) -> Mapping[int, SlotCounts]:
+        """By split layer, what its steps found in expert slots and copied; a snapshot."""
+        return self._decoder.weights.expert_slots.counts()
+
+    @property
     def has_unfinished(self) -> bool:
         return self.scheduler.has_unfinished
 
@@ -237,6 +243,7 @@ class Engine:
             pass
         self.release(sequence)
         self.stats, self.last_step = EngineStats(), None
+        self._decoder.weights.expert_slots.forget_counts()
 
     def text(self, sequence: Sequence) -> str:
         """Text that a request has so far and that no stop string can take back."""
@@ -355,7 +362,9 @@ class Engine:
             self._step_of(number, part, tier, tokens, generators) for number, part in parts.items()
         ]
         step = steps[0] if len(steps) == 1 else SubBatchSteps(*steps)
-        performer = self._faults.performer(Performer(step.perform, step.perform_run))
+        performer = self._faults.performer(
+            Performer(step.perform, step.perform_run, step.perform_until)
+        )
         with torch.inference_mode(), _restoring(generators):
             run = self._executor.start(graph, performer)
         return _Step(

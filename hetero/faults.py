@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hetero.errors import UsageError
+from hetero.runtime.lanes import IsCalled
 from hetero.runtime.step_run import Performer
 from planner.step_graph import Op
 
@@ -114,7 +115,7 @@ class Faults:
         """What does the ops of a step, failing where it is to."""
         if not self._faults:
             return performer
-        inner = performer.perform_run
+        inner, until = performer.perform_run, performer.perform_until
 
         def perform(op: Op) -> None:
             self._pass(op)
@@ -126,8 +127,16 @@ class Faults:
             assert inner is not None
             return inner(ops)
 
+        def perform_until(op: Op, is_called: IsCalled) -> None:
+            self._pass(op)
+            assert until is not None
+            until(op, is_called)
+
         return replace(
-            performer, perform=perform, perform_run=None if inner is None else perform_run
+            performer,
+            perform=perform,
+            perform_run=None if inner is None else perform_run,
+            perform_until=None if until is None else perform_until,
         )
 
     def _pass(self, op: Op) -> None:

@@ -16,8 +16,13 @@ Device = Literal["gpu", "cpu"]
 KV_BLOCK_TOKENS = 16
 # Two buffers: one is filled while the other is read.
 NUM_STREAM_BUFFERS = 2
+# Pieces of an expert that is copied ahead of its layer's gate: what is urgent waits for one at most
+# (ProMoE's three).
+NUM_EXPERT_CHUNKS = 3
 
 Runs = Literal["gpu", "cpu", "stream", "split"]
+# What decides which experts lie in a layer's slots: the policies of `planner/routing`.
+Slots = Literal["static", "lru"]
 # What tells a tier from the others of its placement: `TierPlacement.key`.
 TierKey = tuple[Phase, int]
 
@@ -42,11 +47,20 @@ class ModulePlacement(
         Of experts that live on the CPU: so many, the first of the placement's order, live on the
         GPU and run there in its place. Of a dense feed-forward: so many of the `DENSE_SHARES` of
         its columns.
+    slots : Slots
+        Of experts that run split: `static` residents stay; with `lru` those are only the first
+        content of as many slots, in which what a step fetches takes the place of what was used
+        longest ago. The CPU then has all experts.
+    prefetch : bool
+        Of experts that run split: those that the layer's gate would choose for the hidden states of
+        the layer before are copied ahead, while the link has nothing else to do.
     """
 
     lives: Device
     runs: Runs
     num_resident: Annotated[int, Meta(ge=0)] = 0
+    slots: Slots = "static"
+    prefetch: bool = False
 
     def __post_init__(self) -> None:
         known = (("gpu", "gpu"), ("cpu", "cpu"), ("cpu", "stream"), ("cpu", "split"))
@@ -56,6 +70,14 @@ class ModulePlacement(
             raise ValueError(
                 f"num_resident is {self.num_resident}, but a module that lives on the gpu is there "
                 "whole"
+            )
+        if self.runs != "split" and (self.prefetch or self.slots != "static"):
+            what = "prefetch is true" if self.prefetch else f"slots is {self.slots}"
+            raise ValueError(f"{what}, but only experts that run split fetch any, not {self.runs}")
+        if self.slots != "static" and not self.num_resident:
+            raise ValueError(
+                f"slots is {self.slots} but num_resident, the number of slots, is 0; it must be 1 "
+                "at least"
             )
 
     @property
@@ -118,6 +140,8 @@ class LayerPlacement(
                 raise ValueError("only experts can run split")
         elif self.ffn.is_mixed and self.router.device != "gpu":
             raise ValueError("experts on both devices need their router on the gpu")
+        if self.ffn.prefetch and (self.router is None or self.router.lives != "gpu"):
+            raise ValueError("prefetch is true, which needs the router's weights on the gpu")
 
     def _check_divided_cache(self) -> None:
         count = self.num_gpu_kv_tokens
@@ -140,6 +164,11 @@ class LayerPlacement(
         Of a divided cache, the one that holds what sequences grow by.
         """
         return "cpu" if self.kv_on_cpu else self.attention.device
+
+    @property
+    def device_before_ffn(self) -> Device:
+        """The device that has the hidden states when the feed-forward or the experts begin."""
+        return (self.router or self.attention).device
 
     def modules(self) -> tuple[tuple[Module, ModulePlacement], ...]:
         """Every module of the layer with its placement, in order of use."""
@@ -190,6 +219,22 @@ class TierPlacement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
                 f"num_expert_slots is {self.num_expert_slots}, but layers that run split need "
                 f"{NUM_STREAM_BUFFERS} at least"
             )
+        self._check_slots()
+
+    def _check_slots(self) -> None:
+        for index, layer in enumerate(self.layers):
+            if self.num_second_seqs and (layer.ffn.slots != "static" or layer.ffn.prefetch):
+                raise ValueError(
+                    f"num_second_seqs is {self.num_second_seqs}, but layer {index} has slots that "
+                    "change or prefetch: these are of steps with one sub-batch"
+                )
+            if layer.ffn.prefetch and index == 0:
+                raise ValueError("layer 0 has prefetch, but no layer before it to guess in")
+            if layer.ffn.prefetch and self.layers[index - 1].device_before_ffn != "gpu":
+                raise ValueError(
+                    f"layer {index} has prefetch, but layer {index - 1} has its hidden states on "
+                    "the cpu: guessing needs them on the gpu"
+                )
 
     def _check_divided_caches(self) -> None:
         counts = sorted({each.num_gpu_kv_tokens for each in self.layers} - {0})
@@ -304,6 +349,27 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
                 raise ValueError(f"tier {at} of smaller {reason}")
         if len({tier.key for tier in self.tiers}) < len(self.tiers):
             raise ValueError("two tiers of one phase are for steps of the same number of tokens")
+        for tier in self.tiers:
+            for index, layer in enumerate(tier.layers):
+                if layer.ffn.slots != "static":
+                    self._check_slots(index)
+
+    def _check_slots(self, index: int) -> None:
+        """Where a layer's slots change, all tiers know them so, or have nothing in them."""
+        wheres = [(name, tier.layers[index].ffn) for name, tier in self.named_tiers]
+        count = next(each.num_resident for _, each in wheres if each.slots != "static")
+        for name, where in wheres:
+            has_none = where.lives == "cpu" and where.num_resident == 0
+            if (where.slots == "static" or where.num_resident != count) and not has_none:
+                found = f"num_resident is {where.num_resident}"
+                if where.lives == "gpu":
+                    found = "all experts are resident"
+                elif where.num_resident == count:
+                    found = f"slots is {where.slots}"
+                raise ValueError(
+                    f"layer {index} has {count} slots that change in one tier, but {found} in "
+                    f"{name}: a tier must have the same slots there, or no resident experts"
+                )
 
     def _check_sub_batches(self) -> None:
         if any(layer.kv == "cpu" for layer in self.prefill.layers):
@@ -323,10 +389,15 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         return max(tier.num_resident(spec, layer) for tier in (self.prefill, self.decode))
 
     def num_on_cpu(self, spec: ModelSpec, layer: int) -> int:
-        """Experts of a layer that live on the CPU: all but those that both tiers have resident."""
+        """Experts of a layer that live on the CPU: all but those that both tiers have resident.
+
+        Where the slots change, all: what is in one now may be needed on the CPU later.
+        """
         assert spec.layers[layer].is_moe
-        least = min(tier.num_resident(spec, layer) for tier in (self.prefill, self.decode))
-        return spec.layers[layer].num_experts - least
+        tiers = (self.prefill, self.decode)
+        least = min(tier.num_resident(spec, layer) for tier in tiers)
+        changes = any(tier.layers[layer].ffn.slots != "static" for tier in tiers)
+        return spec.layers[layer].num_experts - (0 if changes else least)
 
     def order_of_experts(self, spec: ModelSpec, layer: int) -> tuple[int, ...]:
         """Experts of a layer, those first that are to be resident first."""

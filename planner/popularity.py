@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from planner.errors import PlannerError
+from planner.lru_hits import lru_hit_rates
 
 # Where nothing is known of a model: the r-th most popular expert is chosen in proportion to
 # r^-0.6, and a prompt's tokens choose as half as many independent ones would. In recorded choices
@@ -129,3 +130,22 @@ class Popularity:
         chosen = sorted(row, reverse=True)[:num_resident]
         distinct = math.fsum(1.0 - math.pow(1.0 - each, num_tokens) for each in chosen)
         return distinct, math.fsum(chosen) / math.fsum(row)
+
+    def lru_load(self, layer: int, num_tokens: float, num_slots: int) -> tuple[float, float]:
+        """The same of slots that keep what was used last (`lru_hit_rates`), in steps of so many.
+
+        Where it is known who is popular, no slots do better than those of `resident_load`, if
+        tokens choose independently; where it is not, these learn it.
+
+        Examples
+        --------
+        >>> distinct, share = Popularity.even(8, 2).lru_load(0, 1, 4)
+        >>> round(distinct, 9), round(share, 9)  # half of two
+        (1.0, 0.5)
+        """
+        row = self.probabilities[layer]
+        uses = [1.0 - math.pow(1.0 - each, num_tokens) for each in row]
+        held = lru_hit_rates(uses, num_slots)
+        distinct = math.fsum(rate * use for rate, use in zip(held, uses, strict=True))
+        chosen = math.fsum(rate * each for rate, each in zip(held, row, strict=True))
+        return distinct, chosen / math.fsum(row)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+
+from msgspec.structs import replace
 
 from planner.step_graph import LANES, Lane, Op, OpKind, StepGraph
 from planner.timeline import Span, Timeline
@@ -14,6 +17,24 @@ Slowdowns = Mapping[tuple[Lane, Lane], float]
 LONG_KINDS: frozenset[OpKind] = frozenset({"attention", "attend", "experts", "dense"})
 
 
+def work_until_called_s(done_s: float, whole_s: float, chunk_s: float) -> float:
+    """Seconds of work that an op does which gives way, called after `done_s` of them.
+
+    It looks up between its chunks, so that it ends the chunk that it has begun. Called before it
+    has begun, it does nothing.
+
+    Examples
+    --------
+    >>> work_until_called_s(4.0, 9.0, 3.0), work_until_called_s(6.0, 9.0, 3.0)
+    (6.0, 6.0)
+    """
+    if chunk_s <= 0.0:
+        return min(done_s, whole_s)
+    # what rounding adds to whole chunks begins no other
+    num_chunks = math.ceil(done_s / chunk_s - 1e-9)
+    return min(whole_s, max(done_s, num_chunks * chunk_s))
+
+
 def op_times(
     graph: StepGraph, seconds: Callable[[Op], float], slowdowns: Slowdowns | None = None
 ) -> list[tuple[float, float]]:
@@ -21,10 +42,14 @@ def op_times(
 
     An op begins when its lane is free and its dependencies have ended. Lanes never reorder, as the
     executor's do not, and a graph is in topological order, so one pass over it is exact where
-    lanes do not slow each other down.
+    lanes do not slow each other down. An op that gives way is over when it has done its work, or
+    with a chunk of it once the next op of its lane could begin (`work_until_called_s`); nothing but
+    that one may depend on it.
 
     Parameters
     ----------
+    seconds : callable
+        Predicted seconds of an op; asked for one with `num_chunks` too, if it gives way.
     slowdowns : mapping, optional
         What lanes that share a memory or a core cost each other; a graph in which no two such
         lanes have work that takes long is simulated without.
@@ -33,14 +58,27 @@ def op_times(
         return _shared_times(graph, seconds, slowdowns)
     free_s = dict.fromkeys(LANES, 0.0)
     times: list[tuple[float, float]] = []
+    # of each lane an op that gives way to the next, with its seconds and those of a chunk
+    giving_way: dict[Lane, tuple[Op, float, float]] = {}
     for op in graph.ops:
         start_s = free_s[op.lane]
         for dep in op.deps:
             end_s = times[dep][1]
             if end_s > start_s:
                 start_s = end_s
-        end_s = free_s[op.lane] = start_s + seconds(op)
+        if op.lane in giving_way:
+            earlier, whole_s, chunk_s = giving_way.pop(op.lane)
+            began_s = times[earlier.index][0]
+            end_s = began_s + work_until_called_s(start_s - began_s, whole_s, chunk_s)
+            times[earlier.index] = (began_s, end_s)
+            start_s = max(start_s, end_s)
+        op_s = seconds(op)
+        end_s = start_s + op_s
         times.append((start_s, end_s))
+        if op.part == "prefetched" and op.gives_way:
+            giving_way[op.lane] = (op, op_s, seconds(replace(op, num_chunks=1)))
+            end_s = start_s  # the lane is free when it is called
+        free_s[op.lane] = end_s
     return times
 
 
@@ -59,6 +97,9 @@ def _shared_times(
     queues = [iter(graph.lane(lane)) for lane in lanes]
     # of each lane the op that is next or at work; lanes at work, and what is left at full speed
     heads = [next(queue, None) for queue in queues]
+    # of an op that gives way the one that calls it; its seconds and those of a chunk
+    callers: dict[int, Op | None] = {}
+    pieces: dict[int, tuple[float, float]] = {}
     idle, working, left_s = list(range(len(lanes))), list[int](), [0.0] * len(lanes)
     starts, ends = [0.0] * len(graph.ops), [-1.0] * len(graph.ops)
     clock = 0.0
@@ -76,6 +117,14 @@ def _shared_times(
                 starts[op.index] = clock
                 left_s[lane] = seconds(op)
                 working.append(lane)
+                if op.part == "prefetched" and op.gives_way:
+                    callers[lane] = next(queues[lane], None)
+                    pieces[lane] = (left_s[lane], seconds(replace(op, num_chunks=1)))
+        for lane, caller in callers.items():
+            if caller is not None and all(ends[dep] >= 0.0 for dep in caller.deps):
+                whole_s, chunk_s = pieces[lane]
+                done_s = whole_s - left_s[lane]
+                left_s[lane] = work_until_called_s(done_s, whole_s, chunk_s) - done_s
         if not working:
             assert min(ends, default=0.0) >= 0.0, "the graph is not in a topological order"
             return list(zip(starts, ends, strict=True))
@@ -90,7 +139,7 @@ def _shared_times(
                 op = heads[lane]
                 assert op is not None
                 ends[op.index] = clock
-                heads[lane] = next(queues[lane], None)
+                heads[lane] = callers.pop(lane) if lane in callers else next(queues[lane], None)
                 working.remove(lane)
                 idle.append(lane)
 

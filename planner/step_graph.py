@@ -16,6 +16,7 @@ from planner.placement import (
     Device,
     LayerPlacement,
     ModulePlacement,
+    Slots,
     TierPlacement,
 )
 from planner.workload import Phase
@@ -31,6 +32,7 @@ OpKind = Literal[
     "router",
     "dispatch",
     "experts",
+    "admit",
     "combine",
     "dense",
     "head",
@@ -38,10 +40,11 @@ OpKind = Literal[
     "copy",
 ]
 # Which of a layer's experts: those resident on the GPU, the missed ones (all others), and of these,
-# where a step's tokens decide, those that are fetched to the GPU and the rest. Of a divided
-# feed-forward: its columns that are resident, and the missed ones. Of a divided cache: the first
-# tokens of every sequence, which are on the GPU, and the rest.
-Part = Literal["all", "resident", "missed", "fetched", "rest"]
+# where a step's tokens decide, those that are fetched to the GPU and the rest; and those that are
+# guessed a layer before and copied ahead. Of a divided feed-forward: its columns that are resident,
+# and the missed ones. Of a divided cache: the first tokens of every sequence, which are on the GPU,
+# and the rest.
+Part = Literal["all", "resident", "missed", "fetched", "rest", "prefetched"]
 Payload = Literal[
     "batch",
     "weights",
@@ -49,6 +52,7 @@ Payload = Literal[
     "qkv",
     "attended",
     "routing",
+    "guess",
     "expert_output",
     "dense_input",
     "dense_output",
@@ -67,6 +71,7 @@ _TERM_OF_KIND: dict[OpKind, Term] = {
     "router": "router",
     "dispatch": "dispatch",
     "experts": "experts",
+    "admit": "dispatch",
     "combine": "dispatch",
     "dense": "dense",
     "head": "head",
@@ -84,10 +89,12 @@ class Op(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         Position in the graph; ops of a lane run in this order.
     kind : OpKind
         `attention` is a layer's whole attention; where the GPU computes its projections and the CPU
-        attends over the cache there are three: `qkv`, `attend` and `attention_output`. `dispatch`
-        sorts tokens by expert, and decides what a split layer fetches; `combine` adds the outputs
-        of experts, or of the parts of a layer, to the hidden states; `embed` looks up token
-        embeddings; `copy` moves a `payload` between the memories.
+        attends over the cache there are three: `qkv`, `attend` and `attention_output`. `router`
+        chooses experts; of the part `prefetched` it guesses those of the next layer. `dispatch`
+        sorts tokens by expert, and decides what a split layer fetches, or what is copied ahead;
+        `admit` puts what was fetched into slots; `combine` adds the outputs of experts, or of the
+        parts of a layer, to the hidden states; `embed` looks up token embeddings; `copy` moves a
+        `payload` between the memories.
     layer : int or None
         Layer that the op belongs to.
     module : Module or None
@@ -101,7 +108,13 @@ class Op(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         For ops of a part, how many of the layer's experts, or shares of its columns, are resident
         on the GPU.
     max_fetched : int
-        For parts that a step decides on, experts that are fetched at most.
+        For parts that a step decides on, experts that are fetched at most, copied ahead or not.
+    slots : Slots
+        For parts of experts, what decides which of them are resident.
+    prefetch : bool
+        For parts of experts, whether some of the missed ones are copied ahead.
+    num_chunks : int or None
+        For experts copied ahead, so many pieces of them; None where the step decides how many.
     sub_batch : int or None
         Which part of the step's sequences the op is of, where they run as two: 0 or 1; copies of
         weights are of both.
@@ -125,9 +138,21 @@ class Op(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     part: Part = "all"
     num_resident: int = 0
     max_fetched: int = 0
+    slots: Slots = "static"
+    prefetch: bool = False
+    num_chunks: int | None = None
     sub_batch: int | None = None
     num_second_seqs: int = 0
     num_gpu_kv_tokens: int = 0
+
+    @property
+    def gives_way(self) -> bool:
+        """Does it end early, after one of its chunks, once the next op of its lane is ready?
+
+        Nothing waits for such an op but that one; of what it has done others see as much as there
+        is when they look.
+        """
+        return self.part == "prefetched" and self.kind == "copy" and self.payload == "weights"
 
     @property
     def term(self) -> Term:
@@ -200,6 +225,8 @@ class _Builder:
         part: Part = "all",
         num_resident: int = 0,
         max_fetched: int = 0,
+        slots: Slots = "static",
+        prefetch: bool = False,
         sub_batch: int | None = None,
         num_gpu_kv_tokens: int = 0,
     ) -> int:
@@ -216,6 +243,8 @@ class _Builder:
                 part=part,
                 num_resident=num_resident,
                 max_fetched=max_fetched,
+                slots=slots,
+                prefetch=prefetch,
                 sub_batch=sub_batch,
                 num_second_seqs=0 if sub_batch is None else self.tier.num_second_seqs,
                 num_gpu_kv_tokens=num_gpu_kv_tokens,
@@ -231,6 +260,14 @@ class _Builder:
         """The copy that brings a module, if it is streamed."""
         copy = self._copies.get((layer, module))
         return () if copy is None else (copy,)
+
+    def slot_half(self) -> tuple[int, tuple[int, ...]]:
+        """The half of the slots that the next split layer has, and what must end before it is used.
+
+        These are the readers of the split layer before the last one.
+        """
+        readers = self.slot_readers
+        return len(readers) % NUM_STREAM_BUFFERS, tuple(readers[-NUM_STREAM_BUFFERS:-1])
 
     def start_streaming(self) -> None:
         """Fill the buffers that the first layer does not have to wait for."""
@@ -336,14 +373,20 @@ class _Chain:
             else:
                 yield from self._attention_on_both(index, readers)
             for module, placement in layer.modules()[1:]:
+                if module == "router":
+                    self._go_to(placement.device, index)
+                    readers.append(self._module(module, self._where, index))
+                    continue
+                if placement.runs != "split":  # which guesses while its experts run
+                    self._prefetch(index + 1, self._guess(index + 1))
                 if module == "experts":
                     readers.append(self._experts(index, layer))
-                    continue
-                self._go_to(placement.device, index)
-                if module == "dense" and placement.is_mixed:
+                elif placement.is_mixed:
+                    self._go_to(placement.device, index)
                     readers.append(self._divided_dense(index, placement))
-                    continue
-                readers.append(self._module(module, self._where, index))
+                else:
+                    self._go_to(placement.device, index)
+                    readers.append(self._module(module, self._where, index))
             self._builder.leave(index, readers)
         self._go_to(tier.head.device, None)
         logits = self._add("head", self._where, (self._hidden,), module="head")
@@ -470,6 +513,8 @@ class _Chain:
                 part=part,
                 num_resident=num_resident,
                 max_fetched=max_fetched,
+                slots=where.slots,
+                prefetch=where.prefetch,
             )
 
         outputs: list[int] = []
@@ -485,11 +530,10 @@ class _Chain:
         there = self._move("routing", "cpu", routed, index)
         part: Part = "rest" if where.runs == "split" else "missed"
         on_cpu = add("dispatch", "cpu", part, (there,), max_fetched=max_fetched)
+        guess: int | None = None
         if where.runs == "split":
-            # The slots of the split layer before the last one, free once its experts have run.
-            readers = self._builder.slot_readers
-            slots = len(readers) % NUM_STREAM_BUFFERS
-            free = readers[-NUM_STREAM_BUFFERS:-1]
+            guess = self._guess(index + 1)
+            slots, free = self._builder.slot_half()
             fetch = add(
                 "copy", "h2d", "fetched", (on_cpu, *free), buffer=slots, max_fetched=max_fetched
             )
@@ -498,12 +542,49 @@ class _Chain:
             fetched = add(
                 "experts", "gpu", "fetched", (sort,), buffer=slots, max_fetched=max_fetched
             )
-            readers.append(fetched)
+            reader = fetched
+            if where.slots != "static":
+                # It overwrites what the residents' experts have read, from what these have.
+                read = (*outputs, fetched)
+                reader = add("admit", "gpu", "fetched", read, buffer=slots, max_fetched=max_fetched)
+            self._builder.slot_readers.append(reader)
             outputs.append(fetched)
         missed = add("experts", "cpu", part, (on_cpu,), max_fetched=max_fetched)
         outputs.append(self._move("expert_output", "gpu", missed, index))
+        self._prefetch(index + 1, guess)
         self._hidden = self._add("combine", "gpu", tuple(outputs), layer=index)
         return missed
+
+    def _guess(self, layer: int) -> int | None:
+        """What a layer that prefetches would choose for the present hidden states, on the CPU.
+
+        They are one layer too old, which changes few choices (Mixtral-Offloading).
+        """
+        layers = self._tier.layers
+        if layer >= len(layers) or not layers[layer].ffn.prefetch:
+            return None
+        guess = self._add(
+            "router", "gpu", (self._hidden,), layer=layer, module="router", part="prefetched"
+        )
+        return self._add("copy", "d2h", (guess,), layer=layer, payload="guess", part="prefetched")
+
+    def _prefetch(self, layer: int, guess: int | None) -> None:
+        """Copy experts of the next layer ahead, until something urgent follows on the link."""
+        if guess is None:
+            return
+        where, max_fetched = self._tier.layers[layer].ffn, self._builder.max_fetched
+        slots, free = self._builder.slot_half()
+        add = partial(
+            self._add,
+            layer=layer,
+            part="prefetched",
+            num_resident=where.num_resident,
+            max_fetched=max_fetched,
+            slots=where.slots,
+            prefetch=True,
+        )
+        chosen = add("dispatch", "cpu", (guess,))
+        add("copy", "h2d", (chosen, *free), payload="weights", module="experts", buffer=slots)
 
     def _divided_dense(self, index: int, where: ModulePlacement) -> int:
         """Columns on both devices, or from two memories: each part by itself, added at the end.

@@ -239,6 +239,8 @@ class DecoderStep:
             self._experts.dispatch(op)
         elif op.kind == "experts":
             self._experts.run(op)
+        elif op.kind == "admit":
+            self._experts.admit(op)
         elif op.kind == "combine":
             self._combine(op)
         elif op.kind == "head":
@@ -246,6 +248,10 @@ class DecoderStep:
         else:
             assert self._logits_LV is not None
             self._sample(self._logits_LV)
+
+    def perform_until(self, op: Op, is_called: Callable[[], bool]) -> None:
+        """Do an op that gives way, asking now and then."""
+        self._experts.prefetch(op, is_called)
 
     def perform_run(self, ops: tuple[Op, ...]) -> list[float]:
         """Do neighbouring ops of the `cpu` lane; the times at which each of them ended.
@@ -472,16 +478,17 @@ class DecoderStep:
                 op.device, cpu_layers.route_layer(x_TD, packed, kernels, spec, top_k)
             )
             return
-        self._experts.set_routing(
-            op.device,
-            route(
-                self._hidden(),
-                self._weights(op),
-                norm_eps=spec.norm_eps,
-                top_k=top_k,
-                norm_topk_prob=spec.norm_topk_prob,
-            ),
+        routing = route(
+            self._hidden(),
+            self._weights(op),
+            norm_eps=spec.norm_eps,
+            top_k=top_k,
+            norm_topk_prob=spec.norm_topk_prob,
         )
+        if op.part == "prefetched":
+            self._experts.set_guess(op.layer, routing.expert_ids_Tk)
+        else:
+            self._experts.set_routing(op.device, routing)
 
     def _combine(self, op: Op) -> None:
         assert op.layer is not None
@@ -529,6 +536,11 @@ class DecoderStep:
                 )
         elif op.part == "fetched":
             self._experts.fetch(op)
+        elif op.gives_way:
+            self._experts.prefetch(op, lambda: False)
+        elif op.payload == "guess":
+            assert op.layer is not None
+            self._experts.copy_guess(op.layer, move)
         elif op.payload == "weights":
             assert op.module is not None and op.layer is not None and op.buffer is not None
             staging = self._decoder.weights.staging(self._tier)
@@ -574,6 +586,10 @@ class SubBatchSteps:
     def perform(self, op: Op) -> None:
         """Do one op; called on its lane once its dependencies have ended."""
         self._steps[op.sub_batch or 0].perform(op)
+
+    def perform_until(self, op: Op, is_called: Callable[[], bool]) -> None:
+        """Do an op that gives way."""
+        self._steps[op.sub_batch or 0].perform_until(op, is_called)
 
     def perform_run(self, ops: tuple[Op, ...]) -> list[float]:
         """Do neighbouring ops of the `cpu` lane, all of one sub-batch."""

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,11 +20,14 @@ from hetero.model.families import TORCH_DTYPES
 from hetero.model.moe import Dispatch, ExpertMethod, Routing, dispatch, experts
 from hetero.model.packed import PackedModule
 from hetero.runtime.devices import Accelerator
+from hetero.runtime.expert_slots import Admission, SlotCounts
 from hetero.runtime.homes import ExpertPlace, LocalExperts, dispatch_numbers
 from hetero.runtime.host_copies import ModuleWeights
+from hetero.runtime.prefetch import Prefetch, chunk_begin
 from hetero.runtime.weights import Weights
 from planner.model_spec import ModelSpec
 from planner.placement import Device, TierPlacement
+from planner.routing.policy import not_held
 from planner.split_rules import num_fetched
 from planner.step_graph import Op, Part
 
@@ -112,8 +115,17 @@ class ExpertStep:
         # What the CPU's kernels are given, which sort the tokens themselves, or what torch is.
         self._sorted: dict[Part, Dispatch | CpuRouting] = {}
         self._outputs: dict[Part, ExpertOutput] = {}
+        # Of the split layer at work: what is copied after the gate; where that and what came ahead
+        # is staged, as the host and as the GPU see it; what of it gets slots, and its tensors.
         self._fetched: tuple[int, ...] = ()
-        self._fetched_E: Tensor | None = None
+        self._places: dict[int, int] = {}
+        self._places_E: Tensor | None = None
+        self._admission: Admission | None = None
+        self._admitted_E: Tensor | None = None
+        self._staged: ModuleWeights = {}
+        # By layer, what the layer before it guesses and copies ahead.
+        self._guesses: dict[int, Tensor] = {}
+        self._prefetches: dict[int, Prefetch] = {}
 
     def set_routing(self, device: Device, routing: Routing | CpuRouting) -> None:
         """The choice of a layer's experts that a device has made."""
@@ -153,26 +165,77 @@ class ExpertStep:
             part = "rest" if where.runs == "split" else "missed"
         self._outputs[part] = move(self.as_tensor(self._outputs[part]))
 
-    def fetch(self, op: Op) -> None:
-        """Copy the experts that the step has chosen into their slots, and their slots' numbers."""
+    def set_guess(self, layer: int, guess_Tk: Tensor) -> None:
+        """What the gate of the next layer would choose for the hidden states of this one."""
+        self._guesses[layer] = guess_Tk
+
+    def copy_guess(self, layer: int, move: Callable[[Tensor], Tensor]) -> None:
+        """Copy that to the host."""
+        self._guesses[layer] = move(self._guesses[layer])
+
+    def prefetch(self, op: Op, is_called: Callable[[], bool]) -> None:
+        """Copy experts of the next layer into their slots, until something urgent is ready."""
         accelerator, layer, buffer = self._devices.accelerator, op.layer, op.buffer
         assert accelerator is not None and layer is not None and buffer is not None
-        staging = self._devices.weights.staging(self._tier)
-        on_cpu_E = self._local(op, "cpu").numbers_E
-        for slot, expert in enumerate(self._fetched):
-            source = staging.expert_source(layer, int(on_cpu_E[expert]))
-            accelerator.copy_into(staging.slot(layer, buffer, slot), source)
-        if self._fetched:
-            slots_E = np.full(len(on_cpu_E), NO_EXPERT, np.int64)
-            slots_E[list(self._fetched)] = np.arange(len(self._fetched))
-            self._fetched_E = accelerator.upload(dispatch_numbers(slots_E, len(self._fetched)))
+        staging, on_cpu_E = self._devices.weights.staging(self._tier), self._on_cpu(op)
+
+        def copy_chunk(expert: int, slot: int, chunk: int) -> None:
+            source_B = staging.expert_source(layer, int(on_cpu_E[expert]))
+            target_B = staging.slot(layer, buffer, slot)
+            begin, end = (chunk_begin(len(source_B), each) for each in (chunk, chunk + 1))
+            accelerator.copy_now(target_B[begin:end], source_B[begin:end])
+
+        self._prefetches[layer].copy(copy_chunk, is_called)
+
+    def fetch(self, op: Op) -> None:
+        """Copy the experts that the step has chosen into their slots, and their slots' numbers.
+
+        What has come of one ahead is not copied again.
+        """
+        accelerator, layer, buffer = self._devices.accelerator, op.layer, op.buffer
+        assert accelerator is not None and layer is not None and buffer is not None
+        staging, on_cpu_E = self._devices.weights.staging(self._tier), self._on_cpu(op)
+        prefetch = self._prefetches.get(layer)
+        for expert in self._fetched:
+            source_B = staging.expert_source(layer, int(on_cpu_E[expert]))
+            num_chunks = 0 if prefetch is None else prefetch.num_chunks(expert)
+            begin = chunk_begin(len(source_B), num_chunks)
+            if begin < len(source_B):
+                target_B = staging.slot(layer, buffer, self._places[expert])
+                accelerator.copy_into(target_B[begin:], source_B[begin:])
+        if not self._places:
+            return
+        places_E = np.full(len(on_cpu_E), NO_EXPERT, np.int64)
+        places_E[list(self._places)] = list(self._places.values())
+        tables = [dispatch_numbers(places_E, self._num_places)]
+        if self._admission is not None:
+            tables.append(self._admission.numbers(len(on_cpu_E)))
+        self._places_E, *others = accelerator.upload(torch.stack(tables)).unbind()
+        self._admitted_E = others[0] if others else None
+
+    def admit(self, op: Op) -> None:
+        """Put fetched experts into the slots that they got, and let the GPU find them there."""
+        assert op.layer is not None
+        if self._admission is None:
+            return
+        assert self._admitted_E is not None
+        weights = self._devices.weights
+        held = weights.resident("gpu", "experts", op.layer)
+        for place, slot in self._admission.moves:
+            for role, rows in self._staged.items():
+                held[role][slot].copy_(rows[place])
+        weights.expert_slots.admit(self._admission, self._admitted_E)
+        self._staged = {}
 
     def dispatch(self, op: Op) -> None:
         """Sort the tokens of a part by expert; of the rest of a split layer after dividing it."""
+        if op.part == "prefetched":
+            self._choose_prefetched(op)
+            return
         if op.part == "fetched":
-            if self._fetched:
-                count = len(self._fetched)
-                self._sorted[op.part] = dispatch(self._routing("gpu"), count, self._fetched_E)
+            if self._places:
+                routing, count = self._routing("gpu"), self._num_places
+                self._sorted[op.part] = dispatch(routing, count, self._places_E)
             return
         local = self._local(op, self._place(op))
         if op.part == "rest":
@@ -185,7 +248,7 @@ class ExpertStep:
 
     def run(self, op: Op) -> None:
         """Run the experts of a part; of those that are fetched there may be none in a step."""
-        if op.part == "fetched" and not self._fetched:
+        if op.part == "fetched" and not self._places:
             return
         # Taken out: the sorted tokens of a prompt are the largest values of a step.
         given, packed = self._sorted.pop(op.part), self._packed(op)
@@ -194,8 +257,10 @@ class ExpertStep:
             kernels = self._devices.cpu_kernels
             self._outputs[op.part] = cpu_layers.experts_layer(given, packed, kernels)
         else:
-            method = self._devices.methods[op.device]
-            self._outputs[op.part] = experts(given, self._weights(op), method=method)
+            method, weights = self._devices.methods[op.device], self._weights(op)
+            self._outputs[op.part] = experts(given, weights, method=method)
+            if op.part == "fetched" and self._admission is not None:
+                self._staged = weights  # packed ones are turned into rows once
 
     def _routing(self, device: Device) -> Routing:
         """The routing on a device as tensors."""
@@ -222,8 +287,22 @@ class ExpertStep:
     def _local(self, op: Op, place: ExpertPlace) -> LocalExperts:
         """The experts of an op's part, or of the missed ones of which these are some."""
         assert op.layer is not None
-        part: Part = "missed" if op.part in ("fetched", "rest") else op.part
-        return self._devices.weights.local_experts(op.layer, part, place, op.num_resident)
+        weights = self._devices.weights
+        part: Part = "missed" if op.part in ("fetched", "rest", "prefetched") else op.part
+        if op.slots != "static":
+            if op.part == "resident":
+                return weights.expert_slots.local(op.layer)
+            part = "all"  # any of them may be missed
+        return weights.local_experts(op.layer, part, place, op.num_resident)
+
+    def _on_cpu(self, op: Op) -> NDArray[np.int64]:
+        """The number that each expert of a layer has on the CPU."""
+        return self._local(op, "cpu").numbers_E
+
+    @property
+    def _num_places(self) -> int:
+        """Staged experts, from the first place to the last one taken."""
+        return max(self._places.values(), default=-1) + 1
 
     def _packed(self, op: Op) -> PackedModule | None:
         """The layer's experts as the CPU's kernels read them, for an op that these do."""
@@ -236,7 +315,7 @@ class ExpertStep:
         assert layer is not None
         if op.part == "fetched":
             assert buffer is not None
-            return weights.staging(self._tier).fetched(layer, buffer, len(self._fetched))
+            return weights.staging(self._tier).fetched(layer, buffer, self._num_places)
         if self._place(op) == "staging":
             assert buffer is not None
             return weights.staging(self._tier).weights("experts", layer, buffer)
@@ -244,16 +323,57 @@ class ExpertStep:
 
     def _without_fetched(self, op: Op, local: LocalExperts) -> LocalExperts:
         """Choose which missed experts are fetched; what is left to the CPU."""
-        times = self._devices.times
-        assert op.layer is not None and times is not None, "a split layer needs expert times"
+        times, slots = self._devices.times, self._devices.weights.expert_slots
+        layer = op.layer
+        assert layer is not None and times is not None, "a split layer needs expert times"
         ids_Tk = self._routings["cpu"].expert_ids_Tk
-        ids = ids_Tk.numpy() if isinstance(ids_Tk, Tensor) else ids_Tk
-        counts_E = np.bincount(ids.ravel(), minlength=len(local.numbers_E))
-        is_missed_E = (local.numbers_E != NO_EXPERT) & (counts_E > 0)
-        tokens_of = {each: int(counts_E[each]) for each in np.flatnonzero(is_missed_E).tolist()}
-        self._fetched = choose_fetched(tokens_of, op.layer, times, op.max_fetched)
+        ids_Tk = ids_Tk.numpy() if isinstance(ids_Tk, Tensor) else ids_Tk
+        counts_E = np.bincount(ids_Tk.ravel(), minlength=len(local.numbers_E))
+        chosen = np.flatnonzero(counts_E).tolist()
+        held = slots.held(layer, op.slots, op.num_resident)
+        slots.access(layer, op.slots, held, ids_Tk)
+        missed = not_held(chosen, held)
+        ahead = self._prefetches.get(layer)
+        arrived = frozenset[int]() if ahead is None else ahead.arrived()
+        ready = [expert for expert in missed if expert in arrived]
+        tokens_of = {each: int(counts_E[each]) for each in missed if each not in arrived}
+        most = op.max_fetched - len(ready)
+        self._fetched = choose_fetched(tokens_of, layer, times, most)
+        self._places = _places(ready, self._fetched, ahead, op.max_fetched)
+        self._admission = slots.admission(layer, op.slots, self._places, chosen)
+        slots.count(
+            layer,
+            SlotCounts(
+                num_hits=len(chosen) - len(missed),
+                num_misses=len(missed),
+                num_fetched=len(self._fetched),
+                num_prefetched=len(arrived),
+                num_used=len(ready),
+            ),
+        )
         numbers_E = local.numbers_E.copy()
-        numbers_E[list(self._fetched)] = NO_EXPERT
+        numbers_E[[*held, *self._places]] = NO_EXPERT
         return replace(
             local, numbers_E=numbers_E, dispatch_E=dispatch_numbers(numbers_E, local.count)
         )
+
+    def _choose_prefetched(self, op: Op) -> None:
+        """Choose what is copied ahead of the next layer's gate."""
+        assert op.layer is not None
+        slots, guess_Tk = self._devices.weights.expert_slots, self._guesses.pop(op.layer)
+        experts = slots.choose_prefetched(
+            op.layer, op.slots, op.num_resident, guess_Tk.numpy(), op.max_fetched
+        )
+        self._prefetches[op.layer] = Prefetch(experts)
+
+
+def _places(
+    ready: Sequence[int], fetched: Sequence[int], ahead: Prefetch | None, num_places: int
+) -> dict[int, int]:
+    """Where missed experts are staged: where they are or were to come ahead, or anywhere else."""
+    slots = {} if ahead is None else ahead.slots
+    taken = {expert: slots[expert] for expert in (*ready, *fetched) if expert in slots}
+    free = iter(sorted(frozenset(range(num_places)).difference(taken.values())))
+    return {
+        expert: taken[expert] if expert in taken else next(free) for expert in (*ready, *fetched)
+    }

@@ -51,6 +51,9 @@ class Accelerator(Protocol):
     def copy_into(self, target: Tensor, source: Tensor) -> None:
         """Copy within a lane's work, at the link's rate."""
 
+    def copy_now(self, target: Tensor, source: Tensor) -> None:
+        """The same, and wait until it has ended: of work that gives way."""
+
     def upload(self, source: Tensor) -> Tensor: ...
 
     def download(self, source: Tensor) -> Tensor: ...
@@ -125,6 +128,9 @@ class EmulatedAccelerator:
             stop = min(start + _PACED_BYTES, source.nbytes)
             to[start:stop].copy_(from_[start:stop])
             self._pace(begin_s, stop)
+
+    def copy_now(self, target: Tensor, source: Tensor) -> None:
+        self.copy_into(target, source)
 
     def upload(self, source: Tensor) -> Tensor:
         target = torch.empty_like(source)
@@ -212,6 +218,10 @@ class CudaAccelerator:
 
     def copy_into(self, target: Tensor, source: Tensor) -> None:
         target.copy_(source, non_blocking=True)
+
+    def copy_now(self, target: Tensor, source: Tensor) -> None:
+        self.copy_into(target, source)
+        torch.cuda.current_stream(self.device).synchronize()
 
     def upload(self, source: Tensor) -> Tensor:
         pinned = torch.empty_like(source, pin_memory=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import threading
@@ -18,6 +19,11 @@ from hetero.runtime.host_event import HostEvent, HostEvents
 from planner.step_graph import Op
 
 Work = Callable[[], None]
+# Work that gives way: it asks now and then whether something urgent is ready.
+IsCalled = Callable[[], bool]
+WorkUntil = Callable[[IsCalled], None]
+# An op that gives way, with how to ask.
+PerformUntil = Callable[[Op, IsCalled], None]
 
 
 class LaneEvent(Protocol):
@@ -74,12 +80,19 @@ class LaneWork:
         Ends on other lanes that it has to wait for.
     following : tuple of HostEvent
         Those that the lane's next op will look for.
+    is_last : bool
+        There is no next op.
     """
 
     op: Op
     event: HostEvent
     after: tuple[HostEvent, ...]
     following: tuple[HostEvent, ...]
+    is_last: bool
+
+    def is_called(self) -> bool:
+        """Could the lane's next op begin, but for this one?"""
+        return not self.is_last and all(event.is_done for event in self.following)
 
 
 class ThreadLane:
@@ -104,9 +117,14 @@ class ThreadLane:
     def begin_step(self) -> None:
         pass
 
-    def start(self, works: Sequence[LaneWork], perform: Callable[[Op], None]) -> None:
+    def start(
+        self,
+        works: Sequence[LaneWork],
+        perform: Callable[[Op], None],
+        perform_until: PerformUntil | None = None,
+    ) -> None:
         """Do all of these in order, each after the events that it waits for, up to an error."""
-        self._queue.put(partial(_do_all, works, perform))
+        self._queue.put(partial(_do_all, works, perform, perform_until))
 
     def submit(self, work: Work, after: Sequence[LaneEvent] = ()) -> LaneEvent:
         (event,) = HostEvents(1).all
@@ -131,9 +149,16 @@ class ThreadLane:
                 job()
 
 
-def _do_all(works: Sequence[LaneWork], perform: Callable[[Op], None]) -> None:
+def _do_all(
+    works: Sequence[LaneWork],
+    perform: Callable[[Op], None],
+    perform_until: PerformUntil | None,
+) -> None:
     for at, work in enumerate(works):
-        _do(work.event, work.after, partial(perform, work.op), work.following)
+        do = partial(perform, work.op)
+        if work.op.gives_way and perform_until is not None:
+            do = partial(perform_until, work.op, work.is_called)
+        _do(work.event, work.after, do, work.following)
         error = work.event.error
         if error is not None:
             for left in works[at + 1 :]:
@@ -214,12 +239,16 @@ class CudaLane:
         self.stream = stream
         self._clock = clock
         self._sets_clock = sets_clock
+        # Work that gives way is done by a thread, on a stream of its own.
+        self._helper: ThreadLane | None = None
+        self._giving_way: tuple[threading.Event, LaneEvent] | None = None
 
     def begin_step(self) -> None:
         if self._sets_clock:
             self._clock.set()
 
     def submit(self, work: Work, after: Sequence[LaneEvent]) -> LaneEvent:
+        self._call()
         event = CudaEvent(self._clock)
         for earlier in after:
             if isinstance(earlier, CudaEvent):
@@ -232,7 +261,38 @@ class CudaLane:
             event.end.record(self.stream)
         return event
 
+    def submit_until(self, work: WorkUntil, after: Sequence[LaneEvent]) -> LaneEvent:
+        """Work that gives way to what is submitted next, which waits for a chunk of it at most.
+
+        It waits on the host for each chunk, before it asks.
+        """
+        self._call()
+        if self._helper is None:
+            self._helper = ThreadLane("gives-way")
+        stream, called = torch.cuda.Stream(self.stream.device), threading.Event()
+
+        def on_stream() -> None:
+            for earlier in after:
+                earlier.wait()
+            with torch.cuda.stream(stream):
+                work(called.is_set)
+
+        event = self._helper.submit(on_stream)
+        self._giving_way = (called, event)
+        return event
+
+    def _call(self) -> None:
+        """End the work that gives way; an error of it is for whoever waits for its own event."""
+        if self._giving_way is not None:
+            called, event = self._giving_way
+            self._giving_way = None
+            called.set()
+            with contextlib.suppress(Exception):
+                event.wait()
+
     def close(self) -> None:
+        if self._helper is not None:
+            self._helper.close()
         self.stream.synchronize()
 
 

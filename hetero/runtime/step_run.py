@@ -11,7 +11,15 @@ from typing import Protocol
 
 from hetero.runtime.host_event import HostEvent, HostEvents
 from hetero.runtime.issue_order import issue_order, lane_runs, num_ahead
-from hetero.runtime.lanes import InlineEvent, LaneEvent, LaneRunner, LaneWork, ThreadLane
+from hetero.runtime.lanes import (
+    CudaLane,
+    InlineEvent,
+    LaneEvent,
+    LaneRunner,
+    LaneWork,
+    PerformUntil,
+    ThreadLane,
+)
 from planner.step_graph import Lane, Op, StepGraph
 from planner.timeline import Span, Timeline
 
@@ -27,10 +35,14 @@ class Performer:
     perform_run : callable or None
         Does several of the `cpu` lane (`issue_order.lane_runs`), the same tuple in every step, and
         returns when each ended (`time.perf_counter`). None: they are performed one by one.
+    perform_until : callable or None
+        Does an op that gives way (`Op.gives_way`), and is told how to ask whether the next op of
+        its lane is ready. None: such an op is performed as a whole.
     """
 
     perform: Callable[[Op], None]
     perform_run: Callable[[tuple[Op, ...]], Sequence[float]] | None = None
+    perform_until: PerformUntil | None = None
 
     def neighbours(self, ops: tuple[Op, ...]) -> list[tuple[float, float]]:
         """Do neighbours of the `cpu` lane in this thread; when each began and ended."""
@@ -96,12 +108,13 @@ class Program:
             after = tuple(events[each] for each in sorted(needs) if graph.ops[each].lane != lane)
             for event in after:
                 event.is_awaited = True
+            is_last = lane not in following
             next_after, following[lane] = following.get(lane, ()), after
             if lane == "cpu":
                 mine = tuple(events[op.index] for op in ops)
                 self.of_cpu.append(_CpuWork(ops, mine, after, next_after))
             else:
-                work = LaneWork(ops[0], events[ops[0].index], after, next_after)
+                work = LaneWork(ops[0], events[ops[0].index], after, next_after, is_last)
                 self.of_lane.setdefault(lane, []).append(work)
         self.of_cpu.reverse()
         for works in self.of_lane.values():
@@ -120,7 +133,7 @@ class ProgramRun:
         self._origin_s = time.perf_counter()
         program.events.clear()
         for lane, works in program.of_lane.items():
-            lanes[lane].start(works, performer.perform)
+            lanes[lane].start(works, performer.perform, performer.perform_until)
         self._work(program.num_ahead)
 
     @property
@@ -208,14 +221,19 @@ class StreamRun:
                     continue
                 (op,) = ops
                 after = [events[dep] for dep in op.deps]
-                work = partial(self._performer.perform, op)
-                events[op.index] = self._lanes[op.lane].submit(work, after)
+                events[op.index] = self._submit(op, after)
                 if not self._overlap:
                     events[op.index].wait()
         except BaseException:
             # Lanes with work in flight read this step's tensors.
             drain(events.values())
             raise
+
+    def _submit(self, op: Op, after: Sequence[LaneEvent]) -> LaneEvent:
+        lane, performer = self._lanes[op.lane], self._performer
+        if op.gives_way and performer.perform_until is not None and isinstance(lane, CudaLane):
+            return lane.submit_until(partial(performer.perform_until, op), after)
+        return lane.submit(partial(performer.perform, op), after)
 
 
 def timeline_of(

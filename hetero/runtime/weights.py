@@ -17,6 +17,7 @@ from hetero.checkpoint import Checkpoint
 from hetero.model.families import TORCH_DTYPES, ModuleLayout, TensorSlot, module_layout, views
 from hetero.model.packed import Allocate, PackedModule, is_packable, pack_module
 from hetero.runtime.devices import Accelerator
+from hetero.runtime.expert_slots import ExpertSlots
 from hetero.runtime.homes import ExpertPlace, Homes, LocalExperts
 from hetero.runtime.host_copies import (
     HostCopies,
@@ -47,7 +48,7 @@ class Weights:
     """Where every module's tensors are; made by `load_weights`.
 
     One host copy serves CPU compute and copying. Modules resident on the accelerator only are not
-    kept on the host.
+    kept on the host. `expert_slots` knows which experts are where they may change.
     """
 
     def __init__(
@@ -58,7 +59,9 @@ class Weights:
         packed: Mapping[ModuleKey, PackedModule],
         staging: Mapping[TierKey, Staging],
         accelerator: Accelerator | None,
+        expert_slots: ExpertSlots,
     ) -> None:
+        self.expert_slots = expert_slots
         self._spec = spec
         self._homes = homes
         self._resident = resident
@@ -215,7 +218,9 @@ def load_weights(
     copies = HostCopies(spec, homes, resident["cpu"], packed)
     staging = {tier.key: _staging(copies, tier) for tier in placement.tiers}
     allocate_staging(list(staging.values()), accelerator)
-    return Weights(spec, homes, resident, packed, staging, accelerator)
+    gpu = torch.device("cpu") if accelerator is None else accelerator.device
+    expert_slots = ExpertSlots(homes, placement, gpu)
+    return Weights(spec, homes, resident, packed, staging, accelerator, expert_slots)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

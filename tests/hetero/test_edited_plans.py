@@ -183,10 +183,77 @@ def test_an_edited_field_is_refused_by_name_or_the_plan_fits(
         ), edit
 
 
+TIER = ("placement", "decode")
+
+
+def _slots(document: Any) -> Any:
+    """The plan's split layer with slots that change, and another after it that copies ahead."""
+    document = copy.deepcopy(document)
+    ahead = {"lives": "cpu", "runs": "split", "num_resident": 4, "slots": "lru", "prefetch": True}
+    for tier in ("prefill", "decode"):
+        layers = document["placement"][tier]["layers"]
+        layers[0]["ffn"]["slots"] = "lru"
+        layers[1]["ffn"] = dict(ahead)
+    return document
+
+
+WITH_SLOTS = _slots(DOCUMENT)
+AHEAD: Field = ("placement", "decode", "layers", 1, "ffn")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ((*AHEAD, "slots"), "lfu", "Invalid enum value 'lfu'"),
+        ((*AHEAD, "slots"), "static", "4 slots that change in one tier, but slots is static in"),
+        ((*AHEAD, "num_resident"), 3, "4 slots that change in one tier, but num_resident is 3 in"),
+        ((*AHEAD, "num_resident"), 0, "num_resident, the number of slots, is 0; it must be 1"),
+        ((*AHEAD, "prefetch"), 1, "Expected `bool`, got `int`"),
+        ((*AHEAD, "runs"), "cpu", "prefetch is true, but only experts that run split fetch any"),
+        ((*AHEAD[:-1], "router", "lives"), "cpu", "a module that lives on cpu cannot run as gpu"),
+        (
+            (*AHEAD[:-1], "router"),
+            {"lives": "cpu", "runs": "stream"},
+            "prefetch is true, which needs the router's weights on the gpu",
+        ),
+        (
+            (*AHEAD[:-2], 0, "ffn", "prefetch"),
+            True,
+            "layer 0 has prefetch, but no layer before it to guess in",
+        ),
+        ((*TIER, "num_expert_slots"), 1, "num_expert_slots is 1, but layers that run split need 2"),
+    ],
+)
+def test_an_edited_plan_with_slots_that_change_is_refused_with_the_reason(
+    path: Field, value: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = copy.deepcopy(WITH_SLOTS)
+    at(document, path[:-1])[path[-1]] = value
+    assert message in str(as_loaded(tmp_path / "plan.json", document, monkeypatch))
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ((), None),
+        ((*AHEAD, "prefetch"), False),
+        ((*TIER, "num_expert_slots"), 2),
+        ((*TIER, "num_expert_slots"), 16),
+        (("placement", "prefill", "layers", 1, "ffn"), {"lives": "cpu", "runs": "stream"}),
+    ],
+)
+def test_an_edited_plan_with_slots_that_change_runs(
+    path: Field, value: Any, expected: list[tuple[int, ...]], tmp_path: Path
+) -> None:
+    """Within the accelerator's budget, and with the tokens of all-CPU."""
+    document = copy.deepcopy(WITH_SLOTS)
+    if path:
+        at(document, path[:-1])[path[-1]] = value
+    assert_runs(tmp_path / "plan.json", document, expected)
+
+
 PROMPTS: Any = [{"prompt_token_ids": list(range(first, first + 20))} for first in (5, 50)]
 GREEDY = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
-
-TIER = ("placement", "decode")
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +289,10 @@ def test_an_edited_plan_that_fits_runs(
     document = copy.deepcopy(DOCUMENT)
     if path:
         at(document, path[:-1])[path[-1]] = value
-    file = tmp_path / "plan.json"
+    assert_runs(tmp_path / "plan.json", document, expected)
+
+
+def assert_runs(file: Path, document: Any, expected: list[tuple[int, ...]]) -> None:
     file.write_text(json.dumps(document))
     with LLM(profile=toy_machine(), plan=file) as llm:
         need = needs(SPEC, llm.plan.placement, llm.plan.wave, llm.hardware)["gpu"]
