@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from hetero.errors import (
     UsageError,
 )
 from hetero.faults import VARIABLE, Faults
-from hetero.loading import load_engine, make_accelerator
+from hetero.loading import load_engine, make_accelerator, pageable_costs
 from hetero.measure.calibration_log import own_log
 from hetero.measure.store import default_cache_dir
 from hetero.model.families import expected_tensors
@@ -243,12 +244,43 @@ class LLM:
                     say=say,
                     faults=faults,
                 )
+                if self._accelerator is not None and self._accelerator.unpinned_bytes:
+                    self._copy_from_pageable(self._accelerator.unpinned_bytes)
             except BaseException:
                 self.close()
                 raise
         self.measured: Measured | None = None
         self.predicted: Estimate | None = None
         self._num_requests = 0
+
+    def _copy_from_pageable(self, num_bytes: int) -> None:
+        """Warn once of host memory that could not be pinned, and price copies as they are then."""
+        costs = pageable_costs(self._costs)
+        # Copies that are slower than the profile's are no facts about the profile.
+        self._log = None
+        if costs is None:
+            known = "the profile has no rate of such copies: predictions are too fast"
+        else:
+            known = "predictions are corrected by the profile's rate of such copies"
+            self._costs = costs
+            self.hardware = costs.hardware
+            plan = self.plan
+            corrected = estimate(
+                self.spec,
+                plan.placement,
+                costs,
+                plan.workload,
+                needs(self.spec, plan.placement, plan.wave, costs.hardware),
+                num_concurrent=plan.estimate.num_concurrent_seqs,
+                backends=self._backends,
+            )
+            self.plan = replace(plan, estimate=corrected)
+        warnings.warn(
+            f"{num_bytes / 1e9:.4g} GB of host memory cannot be pinned; copies from there are "
+            f"slower than planned, and {known}; raise the limit of locked memory (ulimit -l)",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
     def __enter__(self) -> Self:
         return self

@@ -107,7 +107,9 @@ def _compact(
 
 def _header(snapshot: Snapshot, is_ascii: bool) -> Text:
     overflow: OverflowMethod = "crop" if is_ascii else "ellipsis"
-    return Text(one_line(snapshot.title), style="bold", no_wrap=True, overflow=overflow)
+    # The newest event in the same line: panels keep their places.
+    title = "; ".join((snapshot.title, *snapshot.events[-1:]))
+    return Text(one_line(title), style="bold", no_wrap=True, overflow=overflow)
 
 
 def _side_by_side(left: RenderableType, right: RenderableType, width: int) -> Table:

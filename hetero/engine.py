@@ -257,12 +257,10 @@ class Engine:
 
     def abort_all(self) -> None:
         """End every unfinished request and forget it."""
-        if self._on_its_way is not None:
-            # Nothing of it is wanted any more, but lanes still write its pages.
-            with contextlib.suppress(Exception):
-                self._land()
-            self._on_its_way = None
-            self.scheduler.hold(None)
+        # Nothing of a step on its way is wanted any more, but lanes still write its pages.
+        self._executor.abandon()
+        self._on_its_way = None
+        self.scheduler.hold(None)
         for seq_id in list(self._requests):
             self.scheduler.abort(seq_id)
             del self._requests[seq_id]

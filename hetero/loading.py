@@ -35,6 +35,7 @@ from planner.kv_blocks import (
 from planner.memory import kv_block_capacity, needs
 from planner.model_spec import ModelSpec
 from planner.plan import Plan
+from planner.what_if import with_pageable_copies
 
 
 def make_accelerator(
@@ -92,6 +93,8 @@ def load_engine(
     torch.set_num_threads(hardware.cpu.num_threads)
     with _told_of_compilation(say):
         weights = load_weights(spec, checkpoint, plan.placement, accelerator, backends=backends)
+    if accelerator is not None and accelerator.unpinned_bytes:
+        costs = pageable_costs(costs) or costs
     decoder = Decoder.create(
         spec,
         weights,
@@ -118,6 +121,12 @@ def load_engine(
     with _told_of_compilation(say):
         engine.warm_up()
     return engine
+
+
+def pageable_costs(costs: CostModel) -> CostModel | None:
+    """The same where host memory is not pinned; None where the profile does not know."""
+    hardware = with_pageable_copies(costs.hardware)
+    return None if hardware is None else CostModel(hardware, corrections=costs.corrections)
 
 
 @contextlib.contextmanager

@@ -90,6 +90,7 @@ class Snapshot:
     ttft_s: float | None = None
     devices: tuple[DeviceUse, ...] = ()
     last_step: LastStep | None = None
+    events: tuple[str, ...] = ()
     text: str = ""
 
 
@@ -158,6 +159,7 @@ class RunMonitor:
         self._max_output_tokens = sum(max_output_lens)
         self._ttfts_s: list[float] = []
         self._first_token_s: float | None = None
+        self._events: list[str] = []
         self._history: deque[float] = deque(maxlen=HISTORY_LEN)
         self.snapshot = Snapshot(
             title=f"{plan.model} as {plan.placement.name}",
@@ -184,8 +186,9 @@ class RunMonitor:
                 self._first_token_s = self._first_token_s or now_s
         for index, sequence in zip(step.finished, step.result.finished, strict=True):
             self._max_output_tokens -= self._max_output_lens[index] - sequence.num_output_tokens
+        self._events += [event.text for event in step.result.events]
         is_last = step.num_finished == step.num_requests
-        if now_s >= self._next_s or is_last:
+        if now_s >= self._next_s or is_last or step.result.events:
             self.snapshot = self._snapshot(step, now_s)
             self._cost_s += self.clock() - now_s
             affordable_s = self.start_s + (self._cost_s - _FREE_COST_S) / _MAX_COST_SHARE
@@ -212,6 +215,7 @@ class RunMonitor:
             ttft_s=sum(self._ttfts_s) / len(self._ttfts_s) if self._ttfts_s else None,
             devices=self._devices(),
             last_step=self._last_step(step),
+            events=tuple(self._events),
             text=text,
         )
 

@@ -106,6 +106,26 @@ def with_rates(hardware: HardwareProfile, rate: Rate, factor: float) -> Hardware
     return replace(changed, samples=samples)
 
 
+def with_pageable_copies(hardware: HardwareProfile) -> HardwareProfile | None:
+    """The same machine with host memory that cannot be pinned; None where its rates are not known.
+
+    All copies cost what they were measured to cost from and to pageable memory.
+    """
+    link = hardware.link
+    if link is None:
+        return None
+    h2d_bytes_per_s, d2h_bytes_per_s = link.pageable_h2d_bytes_per_s, link.pageable_d2h_bytes_per_s
+    if h2d_bytes_per_s is None or d2h_bytes_per_s is None:
+        return None
+    samples = tuple(
+        replace(sample, memory="pinned") if sample.memory == "pageable" else sample
+        for sample in hardware.samples
+        if sample.memory != "pinned"
+    )
+    slower = replace(link, h2d_bytes_per_s=h2d_bytes_per_s, d2h_bytes_per_s=d2h_bytes_per_s)
+    return replace(hardware, link=slower, samples=samples)
+
+
 def with_more_gpu_memory(hardware: HardwareProfile, num_bytes: int) -> HardwareProfile:
     """The same machine with more GPU memory, of which the runtime takes no more than before."""
     assert hardware.gpu is not None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mmap
 import time
-import warnings
 from typing import Literal, Protocol
 
 import torch
@@ -34,6 +33,8 @@ class Accelerator(Protocol):
     device: torch.device
     budget_bytes: int
     used_bytes: int
+    # of host buffers that could not be pinned, from which copies are slower
+    unpinned_bytes: int
     lanes: dict[Lane, LaneRunner]
 
     def allocate(self, num_bytes: int, what: str) -> Tensor:
@@ -46,7 +47,10 @@ class Accelerator(Protocol):
         """
 
     def host_buffer(self, num_bytes: int) -> Tensor:
-        """Host memory as flat uint8 from which copies run at the link's full rate."""
+        """Host memory as flat uint8 from which copies run at the link's full rate.
+
+        Where it cannot be pinned they run slower, and `unpinned_bytes` says so.
+        """
 
     def copy_into(self, target: Tensor, source: Tensor) -> None:
         """Copy within a lane's work, at the link's rate."""
@@ -98,6 +102,7 @@ class EmulatedAccelerator:
         self.device = torch.device("cpu")
         self.budget_bytes = budget_bytes
         self.used_bytes = 0
+        self.unpinned_bytes = 0
         self._bytes_per_s = link_bytes_per_s
         self._latency_s = latency_s
         self.lanes: dict[Lane, LaneRunner] = {
@@ -114,6 +119,8 @@ class EmulatedAccelerator:
         return torch.empty(num_bytes, dtype=torch.uint8)
 
     def host_buffer(self, num_bytes: int) -> Tensor:
+        if self._faults.fires("pin"):
+            self.unpinned_bytes += num_bytes
         return torch.empty(num_bytes, dtype=torch.uint8)
 
     def copy_into(self, target: Tensor, source: Tensor) -> None:
@@ -177,6 +184,7 @@ class CudaAccelerator:
         self._limit_bytes = min(limit, total)
         self.budget_bytes = budget_bytes
         self.used_bytes = 0
+        self.unpinned_bytes = 0
         streams = {name: torch.cuda.Stream(self.device) for name in ("gpu", "h2d", "d2h")}
         self._compute = streams["gpu"]
         clock = CudaClock(self._compute)
@@ -204,14 +212,12 @@ class CudaAccelerator:
         # torch's own pinned allocator rounds up to a power of two; a registered mapping is exact.
         mapping = mmap.mmap(-1, max(num_bytes, 1))
         tensor = torch.frombuffer(mapping, dtype=torch.uint8)
-        result = torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)
-        if int(result) != 0:
-            warnings.warn(
-                f"cannot pin {num_bytes / 1e9:.2f} GB of host memory (CUDA error {int(result)}); "
-                "copies run from pageable memory and are slower than planned",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+        is_refused = self._faults.fires("pin")
+        if not is_refused:
+            result = torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)
+            is_refused = int(result) != 0
+        if is_refused:
+            self.unpinned_bytes += num_bytes
         else:
             self._registered.append((tensor, mapping))
         return tensor[:num_bytes]
@@ -224,7 +230,8 @@ class CudaAccelerator:
         torch.cuda.current_stream(self.device).synchronize()
 
     def upload(self, source: Tensor) -> Tensor:
-        pinned = torch.empty_like(source, pin_memory=True)
+        # Where memory was refused before, it would be refused again, in the middle of a step.
+        pinned = torch.empty_like(source, pin_memory=not self.unpinned_bytes)
         pinned.copy_(source)
         target = torch.empty_like(source, device=self.device)
         target.copy_(pinned, non_blocking=True)
@@ -233,7 +240,8 @@ class CudaAccelerator:
         return target
 
     def download(self, source: Tensor) -> Tensor:
-        target = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
+        can_pin = not self.unpinned_bytes
+        target = torch.empty(source.shape, dtype=source.dtype, pin_memory=can_pin)
         target.copy_(source, non_blocking=True)
         source.record_stream(torch.cuda.current_stream(self.device))
         return target

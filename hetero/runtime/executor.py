@@ -33,6 +33,7 @@ class Executor:
         # By identity: hashing a graph of hundreds of ops would cost more than a small one's step.
         self._programs: dict[int, Program] = {}
         self._runs: dict[int, tuple[StepGraph, tuple[tuple[Op, ...], ...]]] = {}
+        self._in_flight: list[StepRun] = []
 
     def run(
         self,
@@ -53,6 +54,25 @@ class Executor:
         Exception
             What an op raised; ops that depend on it were not performed.
         """
+        run = self._run_of(graph, performer)
+        # Known before any lane works on it: an interrupt may come at any time.
+        self.forget_ended()
+        self._in_flight.append(run)
+        run.begin()
+        return run
+
+    def forget_ended(self) -> None:
+        """Let go of the values of steps that have ended."""
+        self._in_flight = [each for each in self._in_flight if not each.is_over]
+
+    def abandon(self) -> None:
+        """Return once no lane works on a step any more; those on their way are given up."""
+        for run in self._in_flight:
+            run.abandon()
+        self._in_flight = []
+
+    def _run_of(self, graph: StepGraph, performer: Performer) -> StepRun:
+        """A step that is to begin."""
         others = [name for name in graph.lanes if name != "cpu"]
         for name in others:
             self._lanes[name].begin_step()

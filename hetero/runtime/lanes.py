@@ -126,6 +126,10 @@ class ThreadLane:
         """Do all of these in order, each after the events that it waits for, up to an error."""
         self._queue.put(partial(_do_all, works, perform, perform_until))
 
+    def give_up(self, works: Sequence[LaneWork], error: BaseException) -> LaneEvent:
+        """End those of a part that have not ended, whether it was begun or not."""
+        return self.submit(partial(_fail_all, works, error))
+
     def submit(self, work: Work, after: Sequence[LaneEvent] = ()) -> LaneEvent:
         (event,) = HostEvents(1).all
         earlier = [each for each in after if isinstance(each, HostEvent)]
@@ -164,6 +168,12 @@ def _do_all(
             for left in works[at + 1 :]:
                 left.event.fail(error)
             return
+
+
+def _fail_all(works: Sequence[LaneWork], error: BaseException) -> None:
+    for work in works:
+        if not work.event.is_done:
+            work.event.fail(error)
 
 
 def _do(

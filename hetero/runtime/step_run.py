@@ -56,8 +56,20 @@ class Performer:
         return list(itertools.pairwise(times))
 
 
+class AbandonedError(Exception):
+    """An op was not performed, because nobody wants its step any more."""
+
+
 class StepRun(Protocol):
     """A step that has begun: what is left to the calling thread is the end of its own lane."""
+
+    is_over: bool
+
+    def begin(self) -> None:
+        """Give the other lanes their part, and do what they wait for."""
+
+    def abandon(self) -> None:
+        """See to it that no lane works on the step any more; nothing where it is over."""
 
     @property
     def is_ready(self) -> bool:
@@ -127,14 +139,31 @@ class ProgramRun:
     def __init__(
         self, program: Program, lanes: Mapping[Lane, ThreadLane], performer: Performer
     ) -> None:
+        self.is_over = False
         self._program = program
+        self._lanes = lanes
         self._performer = performer
         self._num_done = 0
+        self._is_abandoned = False
         self._origin_s = time.perf_counter()
+
+    def begin(self) -> None:
+        program = self._program
         program.events.clear()
         for lane, works in program.of_lane.items():
-            lanes[lane].start(works, performer.perform, performer.perform_until)
+            self._lanes[lane].start(works, self._perform, self._performer.perform_until)
         self._work(program.num_ahead)
+
+    def abandon(self) -> None:
+        if self.is_over:
+            return
+        self._give_up()
+        error = AbandonedError("the step was abandoned")
+        self._fail_rest(error)
+        # An interrupt may have come before a lane was given its part. Each ends its own events.
+        for lane, works in self._program.of_lane.items():
+            self._lanes[lane].give_up(works, error).wait()
+        self.is_over = True
 
     @property
     def is_ready(self) -> bool:
@@ -144,10 +173,27 @@ class ProgramRun:
     def finish(self) -> Timeline:
         self._work(len(self._program.of_cpu))
         events = self._program.events.all
-        errors = drain(events)
+        errors = drain(events, self._give_up)
+        self.is_over = True
         if errors:
             raise errors[0]
         return timeline_of(self._program.graph, events, self._origin_s)
+
+    def _perform(self, op: Op) -> None:
+        """Do an op of another lane; none once the step is abandoned."""
+        if self._is_abandoned:
+            raise AbandonedError("the step was abandoned")
+        self._performer.perform(op)
+
+    def _give_up(self) -> None:
+        self._is_abandoned = True
+
+    def _fail_rest(self, error: BaseException) -> None:
+        """Other lanes wait for what this thread will not do."""
+        for work in self._program.of_cpu[self._num_done :]:
+            for event in work.events:
+                if not event.is_done:
+                    event.fail(error)
 
     def _work(self, num_works: int) -> None:
         """Go on with the `cpu` lane until so much of it is done."""
@@ -157,12 +203,11 @@ class ProgramRun:
                 self._do(works[self._num_done])
                 self._num_done += 1
         except BaseException as error:
-            # Other lanes wait for what this thread will not do, and still read this step's tensors.
-            for work in works[self._num_done :]:
-                for event in work.events:
-                    if not event.is_done:
-                        event.fail(error)
+            self._give_up()
+            self._fail_rest(error)
+            # They still read this step's tensors.
             drain(self._program.events.all)
+            self.is_over = True
             raise
 
     def _do(self, work: _CpuWork) -> None:
@@ -189,14 +234,23 @@ class StreamRun:
         *,
         overlap: bool,
     ) -> None:
+        self.is_over = False
         self._graph = graph
         self._lanes = lanes
         self._performer = performer
         self._overlap = overlap
         self._events: dict[int, LaneEvent] = {}
         self._origin_s = time.perf_counter()
+        self._runs = runs
         self._left = runs[num_ahead(runs) :]
-        self._hand_out(runs[: num_ahead(runs)])
+
+    def begin(self) -> None:
+        self._hand_out(self._runs[: num_ahead(self._runs)])
+
+    def abandon(self) -> None:
+        if not self.is_over:
+            drain(self._events.values())
+            self.is_over = True
 
     @property
     def is_ready(self) -> bool:
@@ -205,6 +259,7 @@ class StreamRun:
     def finish(self) -> Timeline:
         self._hand_out(self._left)
         errors = drain(self._events.values())
+        self.is_over = True
         if errors:
             raise errors[0]
         return timeline_of(self._graph, self._events, self._origin_s)
@@ -227,6 +282,7 @@ class StreamRun:
         except BaseException:
             # Lanes with work in flight read this step's tensors.
             drain(events.values())
+            self.is_over = True
             raise
 
     def _submit(self, op: Op, after: Sequence[LaneEvent]) -> LaneEvent:
@@ -247,8 +303,13 @@ def timeline_of(
     return Timeline(spans=tuple(spans))
 
 
-def drain(events: Iterable[LaneEvent]) -> list[BaseException]:
-    """Wait for everything that was submitted; the errors in order of submission."""
+def drain(
+    events: Iterable[LaneEvent], give_up: Callable[[], None] | None = None
+) -> list[BaseException]:
+    """Wait for everything that was submitted; the errors in order of submission.
+
+    `give_up` is called where the wait itself is interrupted.
+    """
     errors: list[BaseException] = []
     for event in events:
         while True:
@@ -258,6 +319,8 @@ def drain(events: Iterable[LaneEvent]) -> list[BaseException]:
                 errors.append(error)
                 # An interrupt of the wait itself: other lanes still read this step.
                 if not event.is_done:
+                    if give_up is not None:
+                        give_up()
                     continue
             break
     return errors

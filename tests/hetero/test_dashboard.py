@@ -152,6 +152,13 @@ def test_a_run_that_has_not_begun_can_be_drawn() -> None:
         assert drawn(empty, *size)
 
 
+def test_the_newest_event_is_in_the_first_line() -> None:
+    snapshot = replace(SNAPSHOT, events=("an older one", "memory ran out"))
+    first = drawn(snapshot, 200, 50)[0]
+    assert first.rstrip().endswith("; memory ran out")
+    assert "an older one" not in first
+
+
 def test_text_panel_shows_the_end() -> None:
     long = replace(SNAPSHOT, text="first\n" + "middle\n" * 500 + "the very last words")
     text = "\n".join(drawn(long, 120, 36))
