@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -49,6 +50,7 @@ from hetero.prompts import Prompt, encode_prompt
 from hetero.sampler import SamplingParams
 from hetero.sequence import Sequence as RunningSequence
 from hetero.step_samples import StepSamples, StepTimes
+from hetero.step_trace import StepTrace, check_trace_path
 from hetero.tokenizer import Tokenizer
 from planner.backends import cpu_backends
 from planner.calibration import NO_CORRECTIONS
@@ -251,6 +253,7 @@ class LLM:
                 raise
         self.measured: Measured | None = None
         self.predicted: Estimate | None = None
+        self._trace: StepTrace | None = None
         self._num_requests = 0
 
     def _copy_from_pageable(self, num_bytes: int) -> None:
@@ -312,7 +315,61 @@ class LLM:
         step = self._last_step
         if step is None:
             return None
-        return predict(step.graph, self.spec, self._costs, step.batch.shape, self._backends)
+        return self._predict(step.graph, step.batch.shape)
+
+    def _predict(self, graph: StepGraph, shape: BatchShape) -> Timeline:
+        return predict(graph, self.spec, self._costs, shape, self._backends)
+
+    @contextmanager
+    def trace(self, path: str | Path) -> Iterator[None]:
+        """Write the steps that run inside, predicted beside measured, to a Chrome trace.
+
+        The file is written on the way out, also after an error or an interrupt, if a step has run;
+        of a long run it has the first and the last steps. Perfetto opens it.
+
+        Parameters
+        ----------
+        path
+            A JSON file; what is there is replaced.
+
+        Raises
+        ------
+        UsageError
+            There is no such folder, or the path is no plain file; or a trace is being made already.
+        EnvironmentProblemError
+            The file cannot be written, and nothing else has gone wrong.
+
+        Examples
+        --------
+        >>> with LLM() as llm, llm.trace("trace.json"):  # doctest: +SKIP
+        ...     llm.generate("Once upon a time")
+        """
+        if self._trace is not None:
+            raise UsageError("a trace is being made already; end it before the next one")
+        path = Path(path)
+        check_trace_path(path)
+        trace = self._trace = StepTrace(path)
+        try:
+            yield
+        except BaseException:
+            # What went wrong matters more than a trace that cannot be written either.
+            try:
+                self._write_trace(trace)
+            except EnvironmentProblemError as error:
+                self._say(f"warning: {error}")
+            raise
+        else:
+            self._write_trace(trace)
+        finally:
+            self._trace = None
+
+    def _write_trace(self, trace: StepTrace) -> None:
+        is_emulated = (
+            self.plan.resources.accelerator == "emulated" and self._accelerator is not None
+        )
+        note = " (emulated)" if is_emulated else ""
+        if trace.write(self.spec, self._predict, note=note):
+            self._say(f"wrote {trace.path}, {trace.summary}; https://ui.perfetto.dev opens it")
 
     @property
     def max_model_len(self) -> int:
@@ -426,6 +483,8 @@ class LLM:
             num_finished = 0
             while (result := engine.step()) is not None:
                 self._last_step = result
+                if self._trace is not None:
+                    self._trace.watch(result)
                 for event in result.events:
                     self._say(f"warning: {event.text}")
                 if not result.is_beside:

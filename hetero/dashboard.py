@@ -17,8 +17,16 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from hetero.report import bytes_text, rate_text, seconds_text, terms_table
-from hetero.run_monitor import DeviceUse, LastStep, PhaseSpeed, Snapshot
+from hetero.explain_view import bar
+from hetero.report import (
+    AMBER_RATIO,
+    bytes_text,
+    rate_text,
+    ratio_text,
+    seconds_text,
+    terms_table,
+)
+from hetero.run_monitor import LANE_CELLS, DeviceUse, LastStep, PhaseSpeed, Snapshot
 from hetero.terminal_text import ASCII_BLOCKS, BLOCKS, one_line, visible
 
 FULL_SIZE = (120, 36)
@@ -28,6 +36,8 @@ COMPACT_SIZE = (80, 24)
 _FULL_CELLS = 20
 _COMPACT_CELLS = 10
 _MIN_TEXT_LINES = 3
+
+_BUBBLE, _ASCII_BUBBLE = "\u00b7", ":"
 
 
 def frame(
@@ -72,13 +82,13 @@ def _full(
         _panel("devices", _devices(snapshot.devices, is_ascii), is_ascii),
     )
     right = Group(
-        _panel("plan and reality", _terms(snapshot.last_step), is_ascii),
-        _panel("last step", _lanes(snapshot.last_step, _FULL_CELLS, is_ascii), is_ascii),
+        _panel("plan and reality", _terms(snapshot.last_step, is_ascii), is_ascii),
+        _panel("last step", _lanes(snapshot.last_step, is_ascii), is_ascii),
     )
     # Rows inside the panels and their borders: 3 + 4 + one a device; terms with heading and sum.
     num_left = 5 + 6 + 2 + len(snapshot.devices)
     last = snapshot.last_step
-    num_right = 6 if last is None else 4 + len(last.terms) + 3 + len(last.lanes)
+    num_right = _num_term_rows(last) + _num_lane_rows(last)
     num_free = height - 1 - max(num_left, num_right) - 1
     return Group(
         _header(snapshot, is_ascii),
@@ -94,15 +104,32 @@ def _compact(
         _panel("job", _job(snapshot, elapsed_s, _COMPACT_CELLS, is_ascii), is_ascii),
         _panel("speed", _speed(snapshot, _COMPACT_CELLS, is_ascii), is_ascii),
     )
-    right = _panel("plan and reality", _terms(snapshot.last_step), is_ascii)
-    num_terms = 0 if snapshot.last_step is None else len(snapshot.last_step.terms)
-    num_free = height - 1 - max(11, 4 + num_terms) - (2 + len(snapshot.devices)) - 1
+    last = snapshot.last_step
+    right = _panel("plan and reality", _terms(last, is_ascii), is_ascii)
+    num_free = height - 1 - max(11, _num_term_rows(last)) - (2 + len(snapshot.devices)) - 1
+    below: list[RenderableType] = []
+    # A text that grows is what most look at: the lanes have what it can spare.
+    num_spare = num_free - (2 + _MIN_TEXT_LINES if snapshot.text else 0)
+    if num_spare >= _num_lane_rows(last):
+        below.append(_panel("last step", _lanes(last, is_ascii), is_ascii))
+        num_free -= _num_lane_rows(last)
     return Group(
         _header(snapshot, is_ascii),
         _side_by_side(left, right, width),
         _panel("devices", _devices(snapshot.devices, is_ascii), is_ascii),
+        *below,
         *_text_panel(snapshot.text, width, num_free, is_ascii),
     )
+
+
+def _num_term_rows(last: LastStep | None) -> int:
+    """Rows of the panel of terms: its border, heading and sum, and what is the most of it."""
+    return 3 if last is None else 4 + len(last.terms) + (_reason(last) is not None)
+
+
+def _num_lane_rows(last: LastStep | None) -> int:
+    """Rows of the panel of lanes: its border, heading and overlap."""
+    return 3 if last is None else 4 + len(last.lanes)
 
 
 def _header(snapshot: Snapshot, is_ascii: bool) -> Text:
@@ -189,20 +216,51 @@ def _use_text(device: DeviceUse) -> str:
     return f"{busy}{bytes_text(device.used_bytes)}/{limit}, plan {planned}"
 
 
-def _terms(last: LastStep | None) -> RenderableType:
+def _terms(last: LastStep | None, is_ascii: bool) -> RenderableType:
     if last is None:
         return Text("no step yet", style="dim")
-    return terms_table(last.phase, last.terms, gap=1)
+    table, reason = terms_table(last.phase, last.terms, gap=1), _reason(last)
+    if reason is None:
+        return table
+    reason.no_wrap, reason.overflow = True, "crop" if is_ascii else "ellipsis"
+    return Group(table, reason)
 
 
-def _lanes(last: LastStep | None, num_cells: int, is_ascii: bool) -> Text:
+def _reason(last: LastStep) -> Text | None:
+    """What made a step longer than predicted, where that is worth an alarm."""
+    ratio = last.measured_s / last.predicted_s if last.predicted_s > 0 else 1.0
+    if last.excess is None or ratio <= AMBER_RATIO:
+        return None
+    lane = "" if last.excess.lane is None else f"{last.excess.lane} "
+    words = f"most of it: {lane}{last.excess.term} +{seconds_text(last.excess.seconds)}"
+    return Text(words, style=ratio_text(ratio).style)
+
+
+def _lanes(last: LastStep | None, is_ascii: bool) -> Text:
+    """A row a lane: its work over the time of the step, and its busy share beside the plan's."""
     if last is None:
         return Text("no step yet", style="dim")
-    rows: list[tuple[str, str | Text]] = [
-        (use.lane, _bar(use.busy_share, num_cells, is_ascii).append(f" {use.busy_share:4.0%} busy"))
-        for use in last.lanes
+    lines = [
+        Text(f"{'':<5} {seconds_text(last.measured_s):<{LANE_CELLS}}  busy  plan   bubbles", "dim")
     ]
-    return _facts([*rows, ("overlap", f"{last.overlap:.0%} of the work")], is_ascii)
+    for use in last.lanes:
+        line = Text(f"{use.lane:<5} ", style="dim")
+        line.append(_strip(use.shares, is_ascii), style="green")
+        line.append(f" {use.busy_share:>5.0%} {use.predicted_share:>5.0%}", style="not dim")
+        lines.append(line.append(f" {seconds_text(use.idle_s):>9}", style="not dim"))
+    overlap = f"{last.overlap:.0%} of the work, plan {last.predicted_overlap:.0%}"
+    lines.append(Text().append("overlap ", style="dim").append(overlap))
+    text = Text("\n").join(lines)
+    text.no_wrap, text.overflow = True, "crop" if is_ascii else "ellipsis"
+    return text
+
+
+def _strip(shares: Sequence[float], is_ascii: bool) -> str:
+    """Work as blocks; where a lane waited between its ops a bubble."""
+    blocks = bar(shares, is_ascii)
+    first = len(blocks) - len(blocks.lstrip())
+    work = blocks.strip().replace(" ", _ASCII_BUBBLE if is_ascii else _BUBBLE)
+    return (" " * first + work).ljust(len(blocks))
 
 
 def _text_panel(text: str, width: int, num_free: int, is_ascii: bool) -> list[RenderableType]:

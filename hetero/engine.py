@@ -39,7 +39,16 @@ from planner.placement import Device, Placement, TierPlacement
 from planner.step_graph import StepGraph, build_kv_move
 from planner.tier_graphs import TierGraphs
 from planner.timeline import Timeline
-from planner.workload import PHASES, Phase
+from planner.workload import PHASES, BatchShape, Phase, prompt_shape
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MovedCache:
+    """A sequence's cache that went to where decode wants it, after its prompt had ended."""
+
+    graph: StepGraph
+    shape: BatchShape
+    timeline: Timeline
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +74,7 @@ class StepResult:
     seconds: float
     is_beside: bool
     events: tuple[EngineEvent, ...] = ()
+    moved: tuple[MovedCache, ...] = ()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -383,7 +393,7 @@ class Engine:
         sampled = [step.tokens[sequence.seq_id] for sequence in batch.sampled]
         self.scheduler.advance(batch, [token.token_id for token in sampled])
         finished = self._settle(batch, sampled)
-        self._move_kv(batch)
+        moved = self._move_kv(batch)
         seconds = time.perf_counter() - step.begin_s
         totals = self.stats.phases[batch.phase]
         totals.num_steps += 1
@@ -397,6 +407,7 @@ class Engine:
             seconds=seconds,
             is_beside=is_beside,
             events=tuple(self._events),
+            moved=moved,
         )
         self._events.clear()
         return self.last_step
@@ -471,8 +482,9 @@ class Engine:
             eos_token_ids=request.eos_token_ids,
         )
 
-    def _move_kv(self, batch: Batch) -> None:
+    def _move_kv(self, batch: Batch) -> tuple[MovedCache, ...]:
         """Take the caches of prompts that ended in a step to where decode wants them."""
+        moved = []
         for sequence in (item.sequence for item in batch.items):
             if not sequence.must_move:
                 continue
@@ -481,9 +493,13 @@ class Engine:
                 self._accelerator,
                 partial(self._moved_pages, sequence),
             )
+            graph = self._kv_moves[sequence.sub_batch]
             with torch.inference_mode():
-                self._executor.run(self._kv_moves[sequence.sub_batch], move.perform)
+                timeline = self._executor.run(graph, move.perform)
             self.scheduler.leave_prompt_pages(sequence)
+            shape = prompt_shape(sequence.num_computed_tokens)
+            moved.append(MovedCache(graph=graph, shape=shape, timeline=timeline))
+        return tuple(moved)
 
     def _moved_pages(self, sequence: Sequence, layer: int) -> MovedPages:
         return self._kv_tables.moved_pages(self._caches, layer, sequence)

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from hetero.explain_view import lane_shares
 from hetero.measure.memory_limit import memory_limit_bytes
 from planner.hardware import HardwareProfile
 from planner.memory import available_bytes
 from planner.placement import Device
 from planner.plan import Plan
-from planner.step_graph import LANES, Lane
-from planner.timeline import TermComparison, Timeline, compare
+from planner.step_graph import Lane
+from planner.timeline import Excess, TermComparison, Timeline, compare, largest_excess
 from planner.workload import PHASES, Phase
 
 if TYPE_CHECKING:
@@ -28,6 +29,10 @@ HISTORY_LEN = 60
 # the first few may take at once.
 _MAX_COST_SHARE = 0.01
 _FREE_COST_S = 0.05
+# Parts of a step in which the work of a lane is told.
+LANE_CELLS = 24
+# A step of no time at all has no shares.
+_TINY_S = 1e-12
 # Enough for the panel of a large terminal.
 _MAX_TEXT_CHARS = 8192
 
@@ -45,10 +50,17 @@ class DeviceUse:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaneUse:
-    """Share of the last step in which a lane worked."""
+    """How much of the last step a lane worked, by prediction and as measured.
+
+    `shares` are those of equal parts of the measured step; `idle_s` is what it waited between its
+    first op and its last.
+    """
 
     lane: Lane
+    predicted_share: float
     busy_share: float
+    idle_s: float
+    shares: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +80,9 @@ class LastStep:
     measured_s: float
     terms: tuple[TermComparison, ...]
     lanes: tuple[LaneUse, ...]
+    predicted_overlap: float
     overlap: float
+    excess: Excess | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -231,20 +245,15 @@ class RunMonitor:
         measured, predicted = step.result.timeline, self._predict()
         if predicted is None:
             return None
-        makespan_s = measured.makespan_s
-        busy_s = measured.busy_s()
-        used = {span.op.lane for span in measured.spans}
         return LastStep(
             phase=step.result.batch.phase,
             predicted_s=predicted.makespan_s,
-            measured_s=makespan_s,
+            measured_s=measured.makespan_s,
             terms=compare(predicted, measured),
-            lanes=tuple(
-                LaneUse(lane=lane, busy_share=busy_s[lane] / makespan_s if makespan_s else 0.0)
-                for lane in LANES
-                if lane in used
-            ),
+            lanes=_lane_uses(predicted, measured),
+            predicted_overlap=predicted.overlap(),
             overlap=measured.overlap(),
+            excess=largest_excess(predicted, measured),
         )
 
     def _devices(self) -> tuple[DeviceUse, ...]:
@@ -271,6 +280,21 @@ class RunMonitor:
                 )
             )
         return tuple(uses)
+
+
+def _lane_uses(predicted: Timeline, measured: Timeline) -> tuple[LaneUse, ...]:
+    """Of the lanes that had work."""
+    planned_s, busy_s, idle_s = predicted.busy_s(), measured.busy_s(), measured.idle_s()
+    return tuple(
+        LaneUse(
+            lane=lane,
+            predicted_share=planned_s[lane] / max(predicted.makespan_s, _TINY_S),
+            busy_share=busy_s[lane] / max(measured.makespan_s, _TINY_S),
+            idle_s=idle_s[lane],
+            shares=tuple(shares),
+        )
+        for lane, shares in lane_shares(measured, LANE_CELLS).items()
+    )
 
 
 def _cuda_used_bytes() -> int:

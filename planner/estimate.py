@@ -19,7 +19,15 @@ from planner.simulate import makespan_s, simulate
 from planner.step_graph import Lane, Op, StepGraph, build_kv_move
 from planner.tier_graphs import TierGraphs
 from planner.timeline import TERMS, TimelineTerm
-from planner.workload import PHASES, BatchShape, Phase, Workload, decode_shape, prefill_shapes
+from planner.workload import (
+    PHASES,
+    BatchShape,
+    Phase,
+    Workload,
+    decode_shape,
+    prefill_shapes,
+    prompt_shape,
+)
 
 # Steps of one size differ in their past only, and the cost of a step is affine in its past as long
 # as one lane binds, so a few evenly spread pasts miss little.
@@ -221,13 +229,7 @@ class WavePricer:
 
     def kv_move_s(self, graph: StepGraph) -> float:
         """Seconds to run a KV move graph (`step_graph.build_kv_move`) once for every sequence."""
-        shape = BatchShape(
-            phase="prefill",
-            num_tokens=self._wave.prompt_len,
-            num_seqs=1,
-            num_past_tokens=0,
-            num_logits=1,
-        )
+        shape = prompt_shape(self._wave.prompt_len)
         each = sum(self._costs.op_cost(op, self._spec, shape).seconds for op in graph.ops)
         return self._wave.num_seqs * each
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, TypeVar
+
+import msgspec
 
 from planner.step_graph import LANES, Lane, Op, Term
 
 # `wait`: gaps of the critical path; `host`: what a step takes beside its ops, in no Timeline.
 TimelineTerm = Term | Literal["wait", "host"]
+
+_Key = TypeVar("_Key")
 
 TERMS: tuple[TimelineTerm, ...] = (
     "attention",
@@ -25,8 +28,8 @@ TERMS: tuple[TimelineTerm, ...] = (
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Span:
+# Made for every op of every step: a dataclass takes five times as long to make.
+class Span(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One executed (or predicted) op; seconds from the start of the step."""
 
     op: Op
@@ -44,9 +47,14 @@ def _end_s(span: Span) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timeline:
-    """Spans of one step, in the order of the graph."""
+    """Spans of one step, in the order of the graph.
+
+    `origin_s` is when the step began on the clock that measured it (`time.perf_counter`); a
+    predicted one begins at 0.
+    """
 
     spans: tuple[Span, ...]
+    origin_s: float = 0.0
 
     @property
     def makespan_s(self) -> float:
@@ -64,6 +72,17 @@ class Timeline:
         for span in self.spans:
             busy[span.op.lane] += span.seconds
         return busy
+
+    def idle_s(self) -> dict[Lane, float]:
+        """Bubbles: seconds between each lane's first op and its last in which it did nothing."""
+        idle: dict[Lane, float] = dict.fromkeys(LANES, 0.0)
+        busy = self.busy_s()
+        for lane in LANES:
+            spans = [span for span in self.spans if span.op.lane == lane]
+            if spans:
+                window_s = max(map(_end_s, spans)) - min(span.start_s for span in spans)
+                idle[lane] = max(0.0, window_s - busy[lane])
+        return idle
 
     def overlap(self) -> float:
         """Share of the work hidden by overlap: 1 - makespan / sum of busy seconds, at least 0."""
@@ -143,28 +162,40 @@ def compare(predicted: Timeline, measured: Timeline) -> tuple[TermComparison, ..
     return tuple(row for row in rows if row.predicted_s > 0 or row.measured_s > 0)
 
 
-def chrome_trace(processes: Sequence[tuple[str, Timeline]]) -> str:
-    """Timelines as Chrome-trace JSON (opens in Perfetto); one process each, one row a lane."""
-    events: list[dict[str, Any]] = []
-    for pid, (title, timeline) in enumerate(processes, start=1):
-        events.append({"ph": "M", "pid": pid, "name": "process_name", "args": {"name": title}})
-        for tid, lane in enumerate(LANES, start=1):
-            spans = timeline.lane(lane)
-            if not spans:
-                continue
-            events.append(
-                {"ph": "M", "pid": pid, "tid": tid, "name": "thread_name", "args": {"name": lane}}
-            )
-            events += [
-                {
-                    "ph": "X",
-                    "pid": pid,
-                    "tid": tid,
-                    "name": span.op.name,
-                    "cat": span.op.term,
-                    "ts": span.start_s * 1e6,
-                    "dur": span.seconds * 1e6,
-                }
-                for span in spans
-            ]
-    return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"})
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Excess:
+    """What most of a step's seconds beyond its prediction are: a term, and the lane that had it.
+
+    Waits are of no lane.
+    """
+
+    lane: Lane | None
+    term: TimelineTerm
+    seconds: float
+
+
+def largest_excess(predicted: Timeline, measured: Timeline) -> Excess | None:
+    """The term of the critical path that took most longer than predicted; None where none did.
+
+    Its lane is the one whose share of that term grew most.
+    """
+    excess = _excess(predicted.by_term(), measured.by_term())
+    term, seconds = max(excess.items(), key=lambda item: item[1])
+    if seconds <= 0.0:
+        return None
+    by_lane = _excess(_by_lane(predicted, term), _by_lane(measured, term))
+    worst = max(LANES, key=lambda lane: by_lane[lane])
+    return Excess(lane=worst if by_lane[worst] > 0 else None, term=term, seconds=seconds)
+
+
+def _excess(ours: Mapping[_Key, float], theirs: Mapping[_Key, float]) -> dict[_Key, float]:
+    return {key: theirs[key] - ours[key] for key in ours}
+
+
+def _by_lane(timeline: Timeline, term: TimelineTerm) -> dict[Lane, float]:
+    """Seconds of a term on the critical path, by lane."""
+    found: dict[Lane, float] = dict.fromkeys(LANES, 0.0)
+    for span in timeline.critical_path():
+        if span.op.term == term:
+            found[span.op.lane] += span.seconds
+    return found

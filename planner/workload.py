@@ -68,6 +68,13 @@ def decode_shape(num_seqs: int, num_past_tokens: float) -> BatchShape:
     )
 
 
+def prompt_shape(prompt_len: int) -> BatchShape:
+    """A whole prompt in one step; what moves after it is the cache of so many tokens."""
+    return BatchShape(
+        phase="prefill", num_tokens=prompt_len, num_seqs=1, num_past_tokens=0, num_logits=1
+    )
+
+
 def prefill_shapes(num_seqs: int, prompt_len: int, chunk_tokens: int) -> list[BatchShape]:
     """Steps in which the scheduler prefills `num_seqs` prompts that wait together.
 

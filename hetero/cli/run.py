@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -129,7 +130,7 @@ class Run:
     "--trace",
     type=click.Path(path_type=Path, dir_okay=False),
     callback=output_path,
-    help="Write the last step, predicted and measured, as a Chrome trace (opens in Perfetto).",
+    help="Write all steps, predicted beside measured, as a Chrome trace (opens in Perfetto).",
 )
 @click.option(
     "--progress",
@@ -257,14 +258,13 @@ def run(
             )
         this = Run(llm=llm, job=job, params=params, console=console, progress=progress)
         code = ExitCode.OK
-        if output is not None:
-            code = _run_rows(this, output)
-        elif as_json:
-            _run_json(this)
-        else:
-            _run_text(this, TextStream(DEMO_PROMPT if is_demo else ""))
-        if trace is not None:
-            _write_trace(llm, trace)
+        with nullcontext() if trace is None else llm.trace(trace):
+            if output is not None:
+                code = _run_rows(this, output)
+            elif as_json:
+                _run_json(this)
+            else:
+                _run_text(this, TextStream(DEMO_PROMPT if is_demo else ""))
     context.exit(code)
 
 
@@ -391,16 +391,3 @@ def _rows_code(writer: RowWriter, job: Job) -> ExitCode:
         return ExitCode.OK
     say(f"{writer.num_failed} of {job.num_rows} rows failed; their error says why")
     return ExitCode.FAILED_ROWS
-
-
-def _write_trace(llm: LLM, path: Path) -> None:
-    from hetero.measure.store import write_atomically
-    from hetero.report import is_emulated
-    from planner.timeline import chrome_trace
-
-    predicted, measured = llm.predicted_timeline, llm.timeline
-    assert predicted is not None and measured is not None
-    emulated = " (emulated)" if is_emulated(llm.plan) else ""
-    timelines = [(f"predicted{emulated}", predicted), (f"measured{emulated}", measured)]
-    write_atomically(path, chrome_trace(timelines).encode(), is_private=False)
-    say(f"wrote {path}")

@@ -300,7 +300,7 @@ def timeline_of(
     for op in graph.ops:
         start_s, end_s = events[op.index].span_s(origin_s)
         spans.append(Span(op=op, start_s=start_s, end_s=end_s))
-    return Timeline(spans=tuple(spans))
+    return Timeline(spans=tuple(spans), origin_s=origin_s)
 
 
 def drain(

@@ -146,15 +146,6 @@ def test_emulated_run_is_labelled_and_gives_the_same_tokens(hetero: Hetero) -> N
     assert "this run (emulated)" in split.stderr
 
 
-def test_trace_has_both_timelines(hetero: Hetero, tmp_path: Path) -> None:
-    file = tmp_path / "trace.json"
-    outcome = hetero("run", "--max-tokens", "3", "--trace", file)
-    events = json.loads(file.read_text())["traceEvents"]
-    names = {event["args"]["name"] for event in events if event["name"] == "process_name"}
-    assert names == {"predicted", "measured"}
-    assert outcome.stderr.endswith(f"wrote {file}\n")
-
-
 def test_a_plan_file_is_followed(hetero: Hetero, tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
     hetero("plan", "demo", "--accelerator", "emulated", "--strategy", "split", "-o", file)

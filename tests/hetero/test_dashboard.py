@@ -32,10 +32,11 @@ from hetero.sequence import Sequence
 from planner.hardware import HardwareProfile
 from planner.plan import Plan
 from planner.step_graph import Op, StepGraph
-from planner.timeline import Span, TermComparison, Timeline
+from planner.timeline import Excess, Span, TermComparison, Timeline
 from planner.workload import Phase, Workload
 from tests.machines import toy_machine
 
+FULL, HALF, BUBBLE = "\u2588", "\u2584", "\u00b7"
 SNAPSHOT = Snapshot(
     title="demo as split",
     num_done=3,
@@ -74,11 +75,28 @@ SNAPSHOT = Snapshot(
             TermComparison(term="attention", predicted_s=0.010, measured_s=0.010),
             TermComparison(term="experts", predicted_s=0.010, measured_s=0.016),
         ),
-        lanes=(LaneUse(lane="gpu", busy_share=0.5), LaneUse(lane="cpu", busy_share=1.0)),
+        lanes=(
+            LaneUse(
+                lane="gpu",
+                predicted_share=0.7,
+                busy_share=0.5,
+                idle_s=0.0123,
+                shares=(0.0,) * 3 + (1.0,) * 6 + (0.0,) * 10 + (0.5,) * 4 + (0.0,),
+            ),
+            LaneUse(
+                lane="cpu", predicted_share=0.9, busy_share=1.0, idle_s=0.0, shares=(1.0,) * 24
+            ),
+        ),
+        predicted_overlap=0.25,
         overlap=0.33,
+        excess=Excess(lane="cpu", term="experts", seconds=0.006),
     ),
     text="Once upon a time there was a [bold]king[/bold] \x1b[31m. " * 40,
 )
+
+
+# Work, ten cells of a bubble, work at half the time.
+GPU_ROW = f"gpu      {6 * FULL}{10 * BUBBLE}{4 * HALF}    50%   70%   12.3 ms"
 
 
 def drawn(snapshot: Snapshot, width: int, height: int, *, is_ascii: bool = False) -> list[str]:
@@ -93,7 +111,8 @@ def drawn(snapshot: Snapshot, width: int, height: int, *, is_ascii: bool = False
     [
         (200, 50, {"job", "speed", "devices", "plan and reality", "last step", "text"}),
         (120, 36, {"job", "speed", "devices", "plan and reality", "last step", "text"}),
-        (119, 36, {"job", "speed", "devices", "plan and reality", "text"}),
+        (119, 36, {"job", "speed", "devices", "plan and reality", "last step", "text"}),
+        (80, 30, {"job", "speed", "devices", "plan and reality", "last step", "text"}),
         (80, 24, {"job", "speed", "devices", "plan and reality", "text"}),
         (79, 24, set()),
         (60, 50, set()),
@@ -133,11 +152,44 @@ def test_full_frame_shows_the_numbers() -> None:
         "gpu (emulated)  plan 7.33 GB of 7.68 GB",
         "1.60x",
         "1.30x",
-        "50% busy",
-        "33% of the work",
+        "26.0 ms                   busy  plan   bubbles",
+        GPU_ROW,
+        +10 * "\u00b7" + 4 * "\u2584" + "    50%   70%   12.3 ms",
+        "overlap 33% of the work, plan 25%",
+        "most of it: cpu experts +6.00 ms",
         "[bold]king[/bold]",
     ):
         assert words in text, words
+
+
+def test_lanes_are_drawn_in_ascii_too() -> None:
+    text = "\n".join(drawn(SNAPSHOT, 120, 36, is_ascii=True))
+    assert "gpu      ######::::::::::====    50%" in text
+
+
+def test_a_small_terminal_without_text_has_room_for_the_lanes() -> None:
+    """Where one grows its end comes first."""
+    assert "last step" in "\n".join(drawn(replace(SNAPSHOT, text=""), 80, 24))
+    assert "last step" not in "\n".join(drawn(SNAPSHOT, 80, 24))
+
+
+@pytest.mark.parametrize(("measured_s", "words"), [(0.0249, False), (0.0251, True), (0.031, True)])
+def test_a_step_is_explained_from_a_quarter_more_than_predicted(
+    measured_s: float, words: bool
+) -> None:
+    """Of 20 ms; in both sizes."""
+    assert SNAPSHOT.last_step is not None
+    last = replace(SNAPSHOT.last_step, measured_s=measured_s)
+    for size in ((120, 36), (80, 24)):
+        text = "\n".join(drawn(replace(SNAPSHOT, last_step=last), *size))
+        assert ("most of it: cpu experts +6.00 ms" in text) is words
+
+
+def test_a_wait_is_of_no_lane() -> None:
+    assert SNAPSHOT.last_step is not None
+    waited = Excess(lane=None, term="wait", seconds=0.002)
+    snapshot = replace(SNAPSHOT, last_step=replace(SNAPSHOT.last_step, excess=waited))
+    assert "most of it: wait +2.00 ms" in "\n".join(drawn(snapshot, 120, 36))
 
 
 def test_a_small_terminal_gets_one_line() -> None:
@@ -285,7 +337,10 @@ def test_monitor_counts_tokens_and_times() -> None:
     last = found.last_step
     assert last is not None
     assert (last.phase, last.predicted_s, last.measured_s) == ("decode", 0.010, 0.25)
-    assert last.lanes == (LaneUse(lane="cpu", busy_share=1.0),)
+    (lane,) = last.lanes
+    assert (lane.lane, lane.predicted_share, lane.busy_share, lane.idle_s) == ("cpu", 1.0, 1.0, 0.0)
+    assert lane.shares == pytest.approx([1.0] * 24)
+    assert last.excess == Excess(lane="cpu", term="attention", seconds=0.24)
 
 
 def test_monitor_takes_snapshots_at_its_own_pace() -> None:

@@ -1,4 +1,4 @@
-"""Placement invariance: every strategy gives all-CPU's tokens and runs the graph it priced."""
+"""Placement invariance: every strategy gives all-CPU's tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from planner.hardware import HardwareProfile, Resources
 from planner.memory import needs
 from planner.placement import Placement
 from planner.plan import Plan
-from planner.timeline import lane_orders
 from planner.workload import Workload
 from tests.machines import toy_machine
 from tests.tiny_models import TINY_MODELS, TINY_MOE_MODELS, save_tiny_model
@@ -78,30 +77,6 @@ def test_phases_with_different_strategies_move_the_kv_cache_and_change_no_token(
         tokens = [out.outputs[0].token_ids for out in llm.generate(PROMPTS, GREEDY)]
 
     assert tokens == expected
-
-
-@pytest.mark.parametrize("overlap", [True, False])
-@pytest.mark.parametrize("strategy", ["cpu", *HYBRIDS])
-def test_the_executed_timeline_has_the_ops_of_the_predicted_one_in_the_same_lane_order(
-    strategy: str, overlap: bool
-) -> None:
-    """What was priced is what is run, for a prefill step and a decode step."""
-    with demo("emulated", strategy=strategy, overlap=overlap) as llm:
-        seen = []
-        llm.generate(
-            PROMPTS[:1],
-            SamplingParams(max_tokens=2, temperature=0.0),
-            observe=lambda step: seen.append(
-                (step.result.batch.phase, llm.timeline, llm.predicted_timeline)
-            ),
-        )
-
-    assert [phase for phase, _, _ in seen] == ["prefill", "decode"]
-    for _, measured, predicted in seen:
-        assert measured is not None and predicted is not None
-        assert [span.op for span in measured.spans] == [span.op for span in predicted.spans]
-        assert lane_orders(measured) == lane_orders(predicted)
-        assert all(span.start_s <= span.end_s for span in measured.spans)
 
 
 @pytest.mark.parametrize("name", TINY_MODELS)

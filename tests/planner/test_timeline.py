@@ -1,8 +1,7 @@
-"""Timeline: lanes, critical path, terms that add up, and the Chrome trace."""
+"""Timeline: lanes, critical path and terms that add up."""
 
 from __future__ import annotations
 
-import json
 from itertools import pairwise
 
 import pytest
@@ -10,8 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planner.simulate import simulate
-from planner.step_graph import Op, StepGraph
-from planner.timeline import Span, TermComparison, Timeline, chrome_trace, compare, lane_orders
+from planner.step_graph import LANES, Op, StepGraph
+from planner.timeline import (
+    Excess,
+    Span,
+    TermComparison,
+    Timeline,
+    compare,
+    lane_orders,
+    largest_excess,
+)
 from tests.planner.graphs import timed_graphs
 
 TimedGraph = tuple[StepGraph, tuple[float, ...]]
@@ -166,41 +173,19 @@ def test_predicted_and_measured_are_compared_term_by_term() -> None:
     )
     assert compare(HYBRID, slower)[2].ratio == 2.0
     assert TermComparison(term="wait", predicted_s=0.0, measured_s=1.0).ratio is None
+    assert largest_excess(HYBRID, slower) == Excess(lane="cpu", term="experts", seconds=3.0)
 
 
-def test_the_chrome_trace_has_every_span_in_microseconds() -> None:
-    trace = json.loads(chrome_trace([("predicted", HYBRID), ("measured", HYBRID)]))
-    events = trace["traceEvents"]
-    spans = [event for event in events if event["ph"] == "X"]
-
-    assert trace["displayTimeUnit"] == "ms"
-    assert len(spans) == 2 * len(OPS)
-    assert {
-        "ph": "X",
-        "pid": 2,
-        "tid": 2,
-        "name": "experts[0]",
-        "cat": "experts",
-        "ts": 3e6,
-        "dur": 3e6,
-    } in spans
-    names = [event["args"]["name"] for event in events if event["ph"] == "M"]
-    assert names == [
-        "predicted",
-        "gpu",
-        "cpu",
-        "h2d",
-        "d2h",
-        "measured",
-        "gpu",
-        "cpu",
-        "h2d",
-        "d2h",
-    ]
+def test_what_is_most_of_an_excess() -> None:
+    """The second copy takes a second longer, and half a second is waited before the experts."""
+    late = measured((0, 2), (0, 1), (2, 3), (3.5, 6.5), (6.5, 8.5), (8.5, 9.5))
+    assert largest_excess(HYBRID, late) == Excess(lane="h2d", term="transfer", seconds=1.0)
+    waited = measured((0, 2), (0, 1), (2, 3), (3.5, 6.5), (6.5, 7.5), (7.5, 8.5))
+    assert largest_excess(HYBRID, waited) == Excess(lane=None, term="wait", seconds=0.5)
+    assert largest_excess(HYBRID, HYBRID) is None
 
 
-def test_the_chrome_trace_leaves_out_lanes_without_work() -> None:
-    alone = Timeline(spans=(Span(op=OPS[3], start_s=0.0, end_s=1.0),))
-    events = json.loads(chrome_trace([("cpu only", alone)]))["traceEvents"]
-
-    assert [event["args"]["name"] for event in events if event["ph"] == "M"] == ["cpu only", "cpu"]
+def test_bubbles_lie_between_the_ops_of_a_lane() -> None:
+    """gpu 0-2 and 7-8, h2d 0-1 and 6-7; the cpu and d2h have one op each."""
+    assert HYBRID.idle_s() == {"gpu": 5.0, "cpu": 0.0, "h2d": 5.0, "d2h": 0.0}
+    assert Timeline(spans=()).idle_s() == dict.fromkeys(LANES, 0.0)
