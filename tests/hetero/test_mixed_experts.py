@@ -3,6 +3,7 @@ fetched."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ from planner.placement import (
     Runs,
     TierPlacement,
 )
+from planner.plan import Plan
 from planner.step_graph import Op
 from planner.timeline import Timeline, lane_orders
 from planner.workload import Phase, Workload
@@ -147,17 +149,24 @@ def placed(
     **rest: Any,
 ) -> Iterator[LLM]:
     """A model under a placement that `place` makes of its spec, put into the plan of another."""
-    common: dict[str, Any] = {
-        "profile": toy_machine() if accelerator == "emulated" else None,
-        "dtype": dtype,
-        "max_model_len": 64,
-        **rest,
-    }
-    workload = Workload(prompt_len=16, output_len=8, num_seqs=len(PROMPTS))
-    with LLM(folder, accelerator=accelerator, strategy="gpu", workload=workload, **common) as llm:
-        plan = msgspec.structs.replace(llm.plan, placement=unnamed(place(llm.spec)))
-    with LLM(folder, plan=plan, **common) as llm:
+    plan, spec = _plan_on_gpu(folder, accelerator, dtype)
+    plan = msgspec.structs.replace(plan, placement=unnamed(place(spec)))
+    with LLM(folder, plan=plan, **_common(accelerator, dtype), **rest) as llm:
         yield llm
+
+
+@functools.cache
+def _plan_on_gpu(folder: Path, accelerator: Any, dtype: Dtype) -> tuple[Plan, ModelSpec]:
+    """The plan that others are made of, once for each model."""
+    workload = Workload(prompt_len=16, output_len=8, num_seqs=len(PROMPTS))
+    common = _common(accelerator, dtype)
+    with LLM(folder, accelerator=accelerator, strategy="gpu", workload=workload, **common) as llm:
+        return llm.plan, llm.spec
+
+
+def _common(accelerator: str, dtype: Dtype) -> dict[str, Any]:
+    profile = toy_machine() if accelerator == "emulated" else None
+    return {"profile": profile, "dtype": dtype, "max_model_len": 64}
 
 
 def unnamed(placement: Placement) -> Placement:
