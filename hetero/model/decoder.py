@@ -205,6 +205,8 @@ class DecoderStep:
         # Arrays between ops of the CPU's kernels, tensors elsewhere: from one to the other takes
         # 10 us, as long as a kernel.
         self._hidden_TD: Tensor | NDArray[Any] | None = None
+        # What the rows that reach the head were selected from, until the step ends.
+        self._unselected_TD: Tensor | None = None
         # Queries, keys and values, the same on the CPU, and what it gives for them.
         self._projected_THK: Tensor | None = None
         self._qkv_THK: Tensor | None = None
@@ -551,6 +553,8 @@ class DecoderStep:
             if op.layer is None:
                 # On the way to the head only the rows that need logits travel.
                 source: Device = "cpu" if op.lane == "h2d" else "gpu"
+                # Read on a copy's stream: let go of now, it would be written to on another.
+                self._unselected_TD = hidden
                 hidden = hidden.index_select(0, self._batches[source].logit_rows_L)
             self._hidden_TD = move(hidden)
         elif op.payload == "qkv":
