@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import mmap
+import contextlib
 import time
 from typing import Literal, Protocol
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from hetero.errors import EnvironmentProblemError, MemoryBudgetError
 from hetero.faults import NO_FAULTS, Faults
 from hetero.runtime.lanes import CudaClock, CudaLane, LaneRunner, ThreadLane, last_core
+from hetero.runtime.pinned import PinnedArena, pieces
 from planner.step_graph import Lane
 
 # Copies of the emulated link are paced in pieces of this size, so that a long one is a steady
@@ -20,6 +21,9 @@ _PACED_BYTES = 4 << 20
 
 # cuBLAS keeps 8 to 32 MB per stream, and torch's allocator rounds to 2 MB and takes 20 MB pieces.
 _WORKSPACE_BYTES = 256_000_000
+
+# What the system says when it refuses to lock more pages.
+_CUDA_ERROR_OUT_OF_MEMORY = 2
 
 
 class Accelerator(Protocol):
@@ -33,9 +37,11 @@ class Accelerator(Protocol):
     device: torch.device
     budget_bytes: int
     used_bytes: int
-    # of host buffers that could not be pinned, from which copies are slower
-    unpinned_bytes: int
     lanes: dict[Lane, LaneRunner]
+
+    @property
+    def unpinned_bytes(self) -> int:
+        """Of host buffers that could not be pinned: copies from there are slower."""
 
     def allocate(self, num_bytes: int, what: str) -> Tensor:
         """Device memory as flat uint8, counted against the budget.
@@ -102,7 +108,7 @@ class EmulatedAccelerator:
         self.device = torch.device("cpu")
         self.budget_bytes = budget_bytes
         self.used_bytes = 0
-        self.unpinned_bytes = 0
+        self._unpinned_bytes = 0
         self._bytes_per_s = link_bytes_per_s
         self._latency_s = latency_s
         self.lanes: dict[Lane, LaneRunner] = {
@@ -118,9 +124,13 @@ class EmulatedAccelerator:
         self.used_bytes += num_bytes
         return torch.empty(num_bytes, dtype=torch.uint8)
 
+    @property
+    def unpinned_bytes(self) -> int:
+        return self._unpinned_bytes
+
     def host_buffer(self, num_bytes: int) -> Tensor:
         if self._faults.fires("pin"):
-            self.unpinned_bytes += num_bytes
+            self._unpinned_bytes += num_bytes
         return torch.empty(num_bytes, dtype=torch.uint8)
 
     def copy_into(self, target: Tensor, source: Tensor) -> None:
@@ -184,7 +194,6 @@ class CudaAccelerator:
         self._limit_bytes = min(limit, total)
         self.budget_bytes = budget_bytes
         self.used_bytes = 0
-        self.unpinned_bytes = 0
         streams = {name: torch.cuda.Stream(self.device) for name in ("gpu", "h2d", "d2h")}
         self._compute = streams["gpu"]
         clock = CudaClock(self._compute)
@@ -193,7 +202,7 @@ class CudaAccelerator:
             "h2d": CudaLane(streams["h2d"], clock),
             "d2h": CudaLane(streams["d2h"], clock),
         }
-        self._registered: list[tuple[Tensor, mmap.mmap]] = []
+        self.host_memory = PinnedArena(self._register, _unregister)
 
     def allocate(self, num_bytes: int, what: str) -> Tensor:
         _check_budget(self, num_bytes, what)
@@ -208,22 +217,16 @@ class CudaAccelerator:
         self.used_bytes += num_bytes
         return tensor
 
+    @property
+    def unpinned_bytes(self) -> int:
+        return self.host_memory.unpinned_bytes
+
     def host_buffer(self, num_bytes: int) -> Tensor:
-        # torch's own pinned allocator rounds up to a power of two; a registered mapping is exact.
-        mapping = mmap.mmap(-1, max(num_bytes, 1))
-        tensor = torch.frombuffer(mapping, dtype=torch.uint8)
-        is_refused = self._faults.fires("pin")
-        if not is_refused:
-            result = torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)
-            is_refused = int(result) != 0
-        if is_refused:
-            self.unpinned_bytes += num_bytes
-        else:
-            self._registered.append((tensor, mapping))
-        return tensor[:num_bytes]
+        return self.host_memory.take(num_bytes)
 
     def copy_into(self, target: Tensor, source: Tensor) -> None:
-        target.copy_(source, non_blocking=True)
+        for to, from_ in pieces(target, source, self.host_memory.cuts(source)):
+            to.copy_(from_, non_blocking=True)
 
     def copy_now(self, target: Tensor, source: Tensor) -> None:
         self.copy_into(target, source)
@@ -255,11 +258,25 @@ class CudaAccelerator:
 
     def close(self) -> None:
         self.synchronize()
-        for tensor, _ in self._registered:
-            torch.cuda.cudart().cudaHostUnregister(tensor.data_ptr())
-        self._registered.clear()
+        self.host_memory.close()
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(1.0, self.device)
+
+    def _register(self, address: int, num_bytes: int) -> int:
+        """Page-lock memory; CUDA's number of what went wrong, or 0."""
+        if self._faults.fires("pin"):
+            return _CUDA_ERROR_OUT_OF_MEMORY
+        error = int(torch.cuda.cudart().cudaHostRegister(address, num_bytes, 0))
+        if error:
+            # CUDA keeps the last error, which torch would take for one of its next kernel's. To be
+            # asked for it is to forget it.
+            with contextlib.suppress(RuntimeError):
+                torch.zeros(1, device=self.device)
+        return error
+
+
+def _unregister(address: int) -> None:
+    torch.cuda.cudart().cudaHostUnregister(address)
 
 
 def cuda_missing() -> str:

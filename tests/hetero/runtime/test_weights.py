@@ -18,9 +18,10 @@ from cpu_kernels.formats import unpack
 from hetero import LLM, SamplingParams
 from hetero.checkpoint import Checkpoint
 from hetero.errors import MemoryBudgetError
-from hetero.model.families import module_layout
+from hetero.model.families import module_layout, views
 from hetero.model.packed import rows_of_experts
 from hetero.runtime.devices import EmulatedAccelerator
+from hetero.runtime.pinned import PinnedArena
 from hetero.runtime.weights import Weights, load_weights
 from planner import strategies
 from planner.kernels import Backend
@@ -276,6 +277,30 @@ def test_a_module_that_one_phase_computes_and_one_streams_is_held_once(tmp_path:
     for module in spec.layers[1].modules:
         assert weights.packed(module, 1) is None
         assert weights.host_flat(module, 1).data_ptr() in pinned
+
+
+def test_weights_are_whole_in_memory_of_which_a_part_cannot_be_pinned(tmp_path: Path) -> None:
+    """Of several modules the first chunk is pinned, and all others are not."""
+    arena = PinnedArena(lambda address, size: 2 if arena.pinned_bytes else 0, lambda address: None)
+
+    class Refused(EmulatedAccelerator):
+        def host_buffer(self, num_bytes: int) -> Tensor:
+            return arena.take(num_bytes)
+
+    spec = tiny_spec(save_tiny_model("llama", tmp_path))
+    placement = strategies.placement(spec, "offload", spec.num_layers)
+    found = []
+    accelerators = [Refused(budget_bytes=10**8, link_bytes_per_s=50e9, latency_s=0.0), emulated()]
+    with Checkpoint.open(tmp_path) as checkpoint:
+        for accelerator in accelerators:
+            found.append(load_weights(spec, checkpoint, placement, accelerator))
+            accelerator.close()
+
+    assert arena.pinned_bytes > 0 < arena.unpinned_bytes
+    for layer, module in itertools.product(range(spec.num_layers), spec.layers[0].modules):
+        layout = module_layout(spec, module, layer)
+        refused, plain = (views(layout, each.host_flat(module, layer)) for each in found)
+        torch.testing.assert_close(dict(refused), dict(plain), rtol=0, atol=0)
 
 
 def test_nothing_is_staged_over_anything_else(tmp_path: Path) -> None:
