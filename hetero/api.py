@@ -98,7 +98,7 @@ class LLM:
         which has no float16 arithmetic of any speed.
     quantization : {'int8', 'int4'}, optional
         Round the weights while they load, 128 neighbours to a scale; the embedding and routers stay
-        as they are, the head becomes int8. On the CPU only: needs accelerator='none' beside a GPU.
+        as they are, the head becomes int8.
     strategy : str, optional
         Force a named placement: 'gpu', 'cpu', 'offload', 'split', 'experts-on-cpu'.
     workload : Workload, optional

@@ -82,8 +82,6 @@ def spec_as_run(
 
     Raises
     ------
-    UsageError
-        Quantised weights on a machine whose GPU may be used.
     PlanMismatchError
         The plan is for another model, or for another format than the one that is asked for.
     """
@@ -96,12 +94,6 @@ def spec_as_run(
         return planned
     spec = read_model_spec(source, None if dtype == "auto" else dtype)
     if quantization is not None:
-        if hardware.gpu is not None:
-            raise UsageError(
-                f"--quantization {quantization} runs on the CPU only so far, but {hardware.name} "
-                "has a GPU that may be used; give --accelerator none (accelerator='none'), or "
-                "leave --quantization out"
-            )
         if spec.dtype != "float16":
             return spec_replace(spec, quantization=quantization)
         if say is not None:

@@ -10,6 +10,7 @@ from typing import Literal
 
 from msgspec.structs import replace
 
+from planner.device import DeviceProfile
 from planner.memory import available_bytes
 from planner.model_spec import ModelSpec, Quantization
 from planner.plan import Plan
@@ -38,7 +39,7 @@ class FittingChange:
     workload : Workload
         What would be run.
     quantization : Quantization or None
-        The weights' format; int8 and int4 run on the CPU only, so that the GPU is then not used.
+        The weights' format where it is another.
     placement : str
         Name of the placement.
     ttft_s, tpot_s, e2e_s : float
@@ -66,8 +67,8 @@ def nearest_fits(question: Question) -> tuple[FittingChange, ...]:
     Lengths and sequences are the most that fit, to a 64th of what was asked for, or of 64 times as
     many as fit where that is less, each found with few searches, none where the weights alone are
     too large; lengths are no less than a 16th of what was asked for. int8 and int4 are those of
-    the command line: the CPU does all the work; where that alone is not enough, with fewer
-    sequences or else shorter prompts as well.
+    the command line, without a GPU whose rates of them are not known; where that alone is not
+    enough, with fewer sequences or else shorter prompts as well.
 
     Parameters
     ----------
@@ -135,14 +136,16 @@ def _most_that_fits(
 
 def _quantised(question: Question, kind: Quantization) -> FittingChange | None:
     spec = quantised(question.spec, kind)
-    if spec is None or question.strategy not in (None, "cpu"):
+    if spec is None:
         return None
-    changed = dataclasses.replace(question, spec=spec, hardware=question.hardware.without_gpu())
-    if not (_weights_may_fit(changed) and _has_rates(changed)):
+    options, hardware = f"--quantization {kind}", question.hardware
+    if hardware.gpu is not None and not _knows(hardware.gpu, spec):
+        if question.strategy not in (None, "cpu"):
+            return None
+        options, hardware = f"{options} --accelerator none", hardware.without_gpu()
+    changed = dataclasses.replace(question, spec=spec, hardware=hardware)
+    if not (_weights_may_fit(changed) and _knows(hardware.cpu, spec)):
         return None
-    options = f"--quantization {kind}"
-    if question.hardware.gpu is not None:
-        options += " --accelerator none"
     plan = changed.plan()
     if plan.feasible:
         return _fitting("quantization", options, plan, kind)
@@ -158,11 +161,10 @@ def _quantised(question: Question, kind: Quantization) -> FittingChange | None:
     return None
 
 
-def _has_rates(question: Question) -> bool:
+def _knows(device: DeviceProfile, spec: ModelSpec) -> bool:
     """Does the profile know products of the model's formats? Some know no quantised ones."""
-    spec = question.spec
     kinds = {spec.weight_kind(module) for layer in spec.layers for module in layer.modules}
-    return {*kinds, spec.weight_kind("head")} <= set(question.hardware.cpu.flop_per_s)
+    return {*kinds, spec.weight_kind("head")} <= set(device.flop_per_s)
 
 
 def quantised(spec: ModelSpec, kind: Quantization) -> ModelSpec | None:

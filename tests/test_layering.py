@@ -61,7 +61,8 @@ def allowed(package: str) -> set[str]:
         "planner": {"msgspec", "numpy"},
         "cpu_kernels": {"numpy", "numba", "llvmlite", "psutil"},
         "profiles": set[str](),
-        "hetero": {"planner", "cpu_kernels", "profiles"} | declared_dependencies(),
+        # torch's builds for CUDA bring triton along; others do without
+        "hetero": {"planner", "cpu_kernels", "profiles", "triton"} | declared_dependencies(),
     }
     return set(sys.stdlib_module_names) | {package} | beside[package]
 

@@ -58,7 +58,7 @@ def machine_options(command: _Command) -> _Command:
         click.option(
             "--quantization",
             type=click.Choice(QUANTIZATIONS),
-            help="Round weights to so many bits while they load; on the CPU only.",
+            help="Round weights to so many bits while they load.",
         ),
         click.option(
             "--strategy",
@@ -144,7 +144,6 @@ def usable_part(
 def check_agree(
     options: MachineOptions,
     strategy: str | None,
-    quantization: str | None,
     gpu_what_if: str | None = None,
 ) -> None:
     """Refuse options of which some need an accelerator and others leave it out, on any machine.
@@ -169,7 +168,6 @@ def check_agree(
     without = (
         (accelerator, options.accelerator == "none"),
         (budget, options.gpu_mem_gb == 0),
-        (f"--quantization {quantization}", quantization is not None),
     )
     needs = next((option for option, is_given in needing if is_given), None)
     leaves_out = next((option for option, is_given in without if is_given), None)

@@ -139,7 +139,7 @@ def plan(
     rivals = rivals_asked(compare)
     if is_tried and what_if is not None:
         raise UsageError("--trial runs on the machine as it is; leave it or --what-if out")
-    check_agree(options, strategy, quantization, gpu_what_if(what_if))
+    check_agree(options, strategy, gpu_what_if(what_if))
     if options.profile is not None:
         check_distinct(profile=Path(options.profile), output=output)
     source = lookup_model(model)

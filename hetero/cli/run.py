@@ -190,7 +190,7 @@ def run(
     )
 
     options = MachineOptions(**machine)
-    check_agree(options, strategy, quantization)
+    check_agree(options, strategy)
     check_distinct(input=input_path, output=output, plan=plan_path, trace=trace)
     given = read_plan(plan_path, strategy, is_tried=is_tried)
     source = lookup_model(model)

@@ -19,6 +19,7 @@ from cpu_kernels.attention import decode_attention
 from cpu_kernels.scratch import Scratch
 from hetero.model.batch import BatchTensors
 from hetero.model.norm import rms_norm
+from hetero.model.quantised import product
 from hetero.model.rotary import apply_rotary
 from planner.model_spec import ModelSpec
 from planner.workload import Phase
@@ -134,7 +135,7 @@ def project(
     """Rotated queries and keys, and values, of the normed x."""
     num_tokens, norm_eps, head_dim = x_TD.shape[0], spec.norm_eps, spec.head_dim
     normed_TD = rms_norm(x_TD, weights["input_norm"], norm_eps)
-    qkv = F.linear(normed_TD, weights["qkv"], weights.get("qkv_bias"))
+    qkv = product(normed_TD, weights, "qkv")
     if spec.qk_norm == "full":
         q, k, _ = qkv.split((spec.q_size, spec.kv_size, spec.kv_size), dim=1)
         q.copy_(rms_norm(q, weights["q_norm"], norm_eps))
@@ -176,7 +177,7 @@ def attend(
 
 def attention_output(attended: Tensor, x_TD: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
     """x + the output product of what `attend` gave."""
-    return F.linear(attended, weights["o"], weights.get("o_bias")).add_(x_TD)
+    return product(attended, weights, "o").add_(x_TD)
 
 
 def _attend_prompt(

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hetero.model.norm import rms_norm
+from hetero.model.quantised import product
 
 
 def embed(token_ids_T: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
@@ -19,4 +20,4 @@ def embed(token_ids_T: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
 
 def head(x_LD: Tensor, weights: Mapping[str, Tensor], norm_eps: float) -> Tensor:
     """Final norm and output matrix: float32 logits_LV."""
-    return F.linear(rms_norm(x_LD, weights["norm"], norm_eps), weights["weight"]).float()
+    return product(rms_norm(x_LD, weights["norm"], norm_eps), weights, "weight").float()

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hetero.model.norm import rms_norm
+from hetero.model.quantised import product
 
 
 def dense_layer(x_TD: Tensor, weights: Mapping[str, Tensor], norm_eps: float) -> Tensor:
@@ -20,8 +21,7 @@ def dense_layer(x_TD: Tensor, weights: Mapping[str, Tensor], norm_eps: float) ->
 def dense_columns(x_TD: Tensor, weights: Mapping[str, Tensor], norm_eps: float) -> Tensor:
     """The same without the residual: what some columns add to x."""
     normed_TD = rms_norm(x_TD, weights["norm"], norm_eps)
-    gate_up = F.linear(normed_TD, weights["gate_up"], weights.get("gate_up_bias"))
-    return F.linear(gated(gate_up), weights["down"], weights.get("down_bias"))
+    return product(gated(product(normed_TD, weights, "gate_up")), weights, "down")
 
 
 def gated(gate_up_N2I: Tensor) -> Tensor:

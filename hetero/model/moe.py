@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from hetero.model.mlp import gated
 from hetero.model.norm import rms_norm
+from hetero.model.quantised import QuantisedWeights, multiply_by_expert, product_method
 
 ExpertMethod = Literal["loop", "grouped"]
 
@@ -112,9 +113,15 @@ def experts(
     sorted_tokens: Dispatch, weights: Mapping[str, Tensor], *, method: ExpertMethod
 ) -> Tensor:
     """y_TD: what the chosen experts give, weighted and added in the order of choice."""
-    products = _loop if method == "loop" else _grouped
-    gate_up_N2I = products(sorted_tokens.x_ND, weights["gate_up"], sorted_tokens.ends_E)
-    y_ND = products(gated(gate_up_N2I), weights["down"], sorted_tokens.ends_E)
+    ends_E = sorted_tokens.ends_E
+
+    def products(x_NI: Tensor, role: str) -> Tensor:
+        if isinstance(weights, QuantisedWeights):
+            on_device = product_method(x_NI.device)
+            return multiply_by_expert(x_NI, weights.panels[role], ends_E, on_device)
+        return (_loop if method == "loop" else _grouped)(x_NI, weights[role], ends_E)
+
+    y_ND = products(gated(products(sorted_tokens.x_ND, "gate_up")), "down")
     if sorted_tokens.is_chosen_N1 is not None:
         # No product has written the other rows: what memory held there may be NaN.
         y_ND = torch.where(sorted_tokens.is_chosen_N1, y_ND, 0.0)

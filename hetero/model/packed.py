@@ -1,7 +1,7 @@
 """Packed modules: weights of the layers that the CPU computes, as its kernels read them.
 
 A packed module is one run of bytes, so that a copy of it is a copy of the module. The GPU turns the
-panels of such a copy into rows before it computes.
+panels of such a copy into rows before it computes, but for quantised ones (quantised.py).
 """
 
 # D hidden, I feed-forward width, E experts, V vocabulary, R rows, K columns, B bytes
@@ -26,6 +26,7 @@ from cpu_kernels.packing import pack_into
 from cpu_kernels.scratch import ALIGNMENT, aligned_bytes
 from hetero.errors import ModelFolderError
 from hetero.model.families import ModuleLayout, TensorSlot, ViewSpec
+from hetero.model.quantised import Panels, QuantisedWeights
 from planner.model_spec import QUANTIZATION_GROUP, ModelSpec, Module
 
 # Reads a tensor of the checkpoint, in the format it is stored in: float32, float16, or the bits of
@@ -243,6 +244,57 @@ def embedding_rows(matrix: PackedMatrix, token_ids_T: Tensor) -> Tensor:
     return rows.flatten(1)[:, : matrix.num_columns].contiguous()
 
 
+def quantised_module(layout: PackedLayout, flat_B: Tensor, dtype: torch.dtype) -> QuantisedWeights:
+    """The roles of a copy of a quantised module as the GPU's kernels read them, where they lie."""
+    format_ = layout.weight_format
+    vectors: dict[str, Tensor] = {}
+    panels: dict[str, Panels] = {}
+    for part in layout.parts:
+        memory = flat_B[part.offset : part.offset + part.num_bytes]
+        if part.role == _EXPERTS:
+            num_experts, width, hidden = part.shape
+            panels |= quantised_experts(memory.view(num_experts, -1), format_, width, hidden).panels
+        elif len(part.shape) == 1:
+            vectors[part.role] = _vector(part, memory, dtype)
+        else:
+            panels[part.role] = Panels(
+                blobs_EB=memory[None],
+                weight_format=format_,
+                num_matrices=1,
+                num_rows=part.shape[0],
+                num_columns=part.shape[1],
+            )
+    return QuantisedWeights(vectors, panels)
+
+
+def quantised_experts(
+    experts_EB: Tensor, format_: WeightFormat, width: int, hidden: int
+) -> QuantisedWeights:
+    """The same of copies of packed experts, one in each row."""
+    gate_up_bytes = 2 * format_.packed_bytes(width, hidden)
+    gate_up = Panels(
+        blobs_EB=experts_EB[:, :gate_up_bytes],
+        weight_format=format_,
+        num_matrices=2,
+        num_rows=width,
+        num_columns=hidden,
+    )
+    down = Panels(
+        blobs_EB=experts_EB[:, gate_up_bytes : expert_bytes(format_, hidden, width)],
+        weight_format=format_,
+        num_matrices=1,
+        num_rows=hidden,
+        num_columns=width,
+    )
+    return QuantisedWeights({}, {"gate_up": gate_up, "down": down})
+
+
+def _vector(part: PackedPart, memory: Tensor, dtype: torch.dtype) -> Tensor:
+    """A vector of a copy in the format of the model."""
+    is_float32 = part.num_bytes == 4 * part.shape[0]
+    return memory.view(torch.float32 if is_float32 else dtype).to(dtype)
+
+
 def rows_of_module(layout: PackedLayout, flat_B: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     """The roles of a copy of a packed module in rows, as torch computes with them.
 
@@ -258,8 +310,7 @@ def rows_of_module(layout: PackedLayout, flat_B: Tensor, dtype: torch.dtype) -> 
             is_dense = layout.module == "dense"
             found |= {role: rows[0] if is_dense else rows for role, rows in experts.items()}
         elif len(part.shape) == 1:
-            is_float32 = part.num_bytes == 4 * part.shape[0]
-            found[part.role] = memory.view(torch.float32 if is_float32 else dtype).to(dtype)
+            found[part.role] = _vector(part, memory, dtype)
         else:
             found[part.role] = _rows_in_place(memory[None], format_, *part.shape)[0]
     return found

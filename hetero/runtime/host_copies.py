@@ -19,7 +19,14 @@ from hetero.model.families import (
     module_layout,
     views,
 )
-from hetero.model.packed import PackedLayout, PackedModule, rows_of_experts, rows_of_module
+from hetero.model.packed import (
+    PackedLayout,
+    PackedModule,
+    quantised_experts,
+    quantised_module,
+    rows_of_experts,
+    rows_of_module,
+)
 from hetero.runtime.homes import Homes
 from planner.model_spec import ModelSpec, Module
 
@@ -35,11 +42,11 @@ class HostCopy(Protocol):
         """All of it; copies run from it at the link's full rate."""
 
     @property
-    def is_packed(self) -> bool:
-        """Does it lie as the CPU's kernels read it?"""
+    def is_turned(self) -> bool:
+        """Are its panels turned into rows in each copy? Those of quantised weights are not."""
 
     def weights(self, copy_B: Tensor) -> ModuleWeights:
-        """The tensors in a copy, to be asked for once: what is packed is turned into rows there."""
+        """The tensors in a copy, to be asked for once where it is turned into rows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -51,12 +58,13 @@ class HostModule:
     layout: ModuleLayout | PackedLayout
 
     @property
-    def is_packed(self) -> bool:
-        return isinstance(self.layout, PackedLayout)
+    def is_turned(self) -> bool:
+        return isinstance(self.layout, PackedLayout) and not self.layout.weight_format.is_quantised
 
     def weights(self, copy_B: Tensor) -> ModuleWeights:
         if isinstance(self.layout, PackedLayout):
-            return rows_of_module(self.layout, copy_B, self.dtype)
+            read = rows_of_module if self.is_turned else quantised_module
+            return read(self.layout, copy_B, self.dtype)
         return views(self.layout, copy_B.view(self.dtype))
 
 
@@ -75,8 +83,8 @@ class HostExperts:
         return self.experts_EB.view(-1)
 
     @property
-    def is_packed(self) -> bool:
-        return self.packed_format is not None
+    def is_turned(self) -> bool:
+        return self.packed_format is not None and not self.packed_format.is_quantised
 
     @property
     def expert_bytes(self) -> int:
@@ -94,7 +102,8 @@ class HostExperts:
         if self.packed_format is None:
             return expert_views(self.spec, self.layer, copies_EB.view(self.dtype))
         width, hidden = self.spec.layers[self.layer].intermediate_size, self.spec.hidden_size
-        return rows_of_experts(copies_EB, self.packed_format, width, hidden)
+        read = rows_of_experts if self.is_turned else quantised_experts
+        return read(copies_EB, self.packed_format, width, hidden)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

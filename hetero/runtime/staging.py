@@ -60,7 +60,7 @@ class Staging:
         self._memory: Tensor | None = None
         # Filled as steps run: views take longer to make than to use.
         self._views: dict[tuple[Module, int, int], ModuleWeights] = {}
-        # By buffer, the rows that a packed module was turned into since it was last copied there.
+        # By buffer, the rows that a module was turned into since it was last copied there.
         self._rows: dict[tuple[Module, int], ModuleWeights] = {}
 
     def use(self, memory_B: Tensor) -> None:
@@ -88,7 +88,7 @@ class Staging:
     def weights(self, module: Module, layer: int, buffer: int) -> ModuleWeights:
         """The tensors of a streamed module whose copy has ended, until the next into its buffer."""
         copy = self._streamed[layer][module]
-        if copy.is_packed:
+        if copy.is_turned:
             if (module, buffer) not in self._rows:
                 self._rows[module, buffer] = copy.weights(self._place(module, layer, buffer))
             return self._rows[module, buffer]

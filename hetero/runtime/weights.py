@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from numpy.typing import NDArray
@@ -15,7 +15,15 @@ from torch import Tensor
 from cpu_kernels.scratch import aligned_bytes
 from hetero.checkpoint import Checkpoint
 from hetero.model.families import TORCH_DTYPES, ModuleLayout, TensorSlot, module_layout, views
-from hetero.model.packed import Allocate, PackedModule, is_packable, pack_module
+from hetero.model.packed import (
+    Allocate,
+    PackedLayout,
+    PackedModule,
+    is_packable,
+    pack_module,
+    quantised_module,
+)
+from hetero.model.quantised import product_method
 from hetero.runtime.devices import Accelerator
 from hetero.runtime.expert_slots import ExpertSlots
 from hetero.runtime.homes import ExpertPlace, Homes, LocalExperts
@@ -28,7 +36,7 @@ from hetero.runtime.host_copies import (
 )
 from hetero.runtime.staging import Staging, allocate_staging
 from planner.cost_model import OWN_BACKENDS, Backends
-from planner.model_spec import ModelSpec, Module
+from planner.model_spec import ModelSpec, Module, Quantization
 from planner.placement import Device, Placement, TierKey, TierPlacement
 from planner.step_graph import Part
 
@@ -57,6 +65,7 @@ class Weights:
         homes: Homes,
         resident: Mapping[Device, Mapping[ModuleKey, Tensor]],
         packed: Mapping[ModuleKey, PackedModule],
+        on_gpu: Mapping[ModuleKey, PackedLayout],
         staging: Mapping[TierKey, Staging],
         accelerator: Accelerator | None,
         expert_slots: ExpertSlots,
@@ -66,6 +75,8 @@ class Weights:
         self._homes = homes
         self._resident = resident
         self._packed = packed
+        # Quantised modules on the GPU lie there as the CPU's kernels would read them.
+        self._on_gpu = on_gpu
         self._staging = staging
         cpu = torch.device("cpu")
         self._devices = {"cpu": cpu, "gpu": cpu if accelerator is None else accelerator.device}
@@ -110,6 +121,8 @@ class Weights:
         return self._homes.experts[layer].order
 
     def _viewed(self, device: Device, key: ModuleKey, flat: Tensor) -> ModuleWeights:
+        if device == "gpu" and key in self._on_gpu:
+            return quantised_module(self._on_gpu[key], flat, TORCH_DTYPES[self._spec.dtype])
         layout = _layout(self._spec, key, device, self._resident[device], self._homes)
         found = dict(views(layout, flat))
         if key[0] == "head" and "weight" not in found:
@@ -165,7 +178,8 @@ def load_weights(
     """
     dtype = TORCH_DTYPES[spec.dtype]
     uses = _CpuUses.of(placement)
-    packable = _packable(spec, uses, backends)
+    quantised = _quantised(spec, placement)
+    packable = _packable(spec, uses, backends) | quantised
     homes = Homes.of(spec, placement)
     places = {"cpu": placement.lives_on("cpu"), "gpu": placement.lives_on("gpu")}
     jobs: list[tuple[Device, ModuleKey]] = [
@@ -177,10 +191,11 @@ def load_weights(
     total = sum(_num_bytes(spec, device, key, homes) for device, key in jobs)
     resident: dict[Device, dict[ModuleKey, Tensor]] = {"cpu": {}, "gpu": {}}
     packed: dict[ModuleKey, PackedModule] = {}
+    on_gpu: dict[ModuleKey, PackedLayout] = {}
 
     def read(device: Device, key: ModuleKey) -> Tensor | PackedModule:
         pinned_for = accelerator if device == "cpu" and key in uses.copied else None
-        if device == "cpu" and key in packable:
+        if key in (packable if device == "cpu" else quantised):
             # A packed head has its matrix, whatever is beside it.
             layout, allocate = _layout(spec, key, device, (), homes), _allocator(pinned_for)
             # One thread: the readers are as many as pack at a time.
@@ -204,12 +219,14 @@ def load_weights(
                 ahead.append((device, key, readers.submit(read, device, key)))
             device, key, future = ahead.popleft()
             found = future.result()
-            if isinstance(found, PackedModule):
-                packed[key] = found
-            elif device == "gpu":
+            if device == "gpu":
                 assert accelerator is not None
                 what = key[0] if key[1] is None else f"{key[0]} of layer {key[1]}"
+                if isinstance(found, PackedModule):
+                    on_gpu[key], found = found.layout, torch.from_numpy(found.flat)
                 resident[device][key] = _onto(accelerator, found, what)
+            elif isinstance(found, PackedModule):
+                packed[key] = found
             else:
                 resident[device][key] = found
             done += _num_bytes(spec, device, key, homes)
@@ -218,9 +235,11 @@ def load_weights(
     copies = HostCopies(spec, homes, resident["cpu"], packed)
     staging = {tier.key: _staging(copies, tier) for tier in placement.tiers}
     allocate_staging(list(staging.values()), accelerator)
+    if quantised and accelerator is not None:
+        product_method(accelerator.device)  # looked at here: no step waits for it
     gpu = torch.device("cpu") if accelerator is None else accelerator.device
-    expert_slots = ExpertSlots(homes, placement, gpu)
-    return Weights(spec, homes, resident, packed, staging, accelerator, expert_slots)
+    slots = ExpertSlots(homes, placement, gpu)
+    return Weights(spec, homes, resident, packed, on_gpu, staging, accelerator, slots)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -253,6 +272,14 @@ def _packable(spec: ModelSpec, uses: _CpuUses, backends: Backends) -> frozenset[
     return frozenset(
         key for key in uses.computed if key[0] != "embedding" and backends.get(key[0]) != "torch"
     )
+
+
+def _quantised(spec: ModelSpec, placement: Placement) -> frozenset[ModuleKey]:
+    """Modules that are rounded while loading: they are packed wherever they are."""
+    if spec.quantization is None:
+        return frozenset()
+    keys = placement.lives_on("cpu") | placement.lives_on("gpu")
+    return frozenset(key for key in keys if spec.weight_kind(key[0]) in get_args(Quantization))
 
 
 def _num_bytes(spec: ModelSpec, device: Device, key: ModuleKey, homes: Homes) -> int:

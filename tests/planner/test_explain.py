@@ -304,13 +304,22 @@ def test_what_would_fit_does_and_one_more_does_not() -> None:
 
 
 @pytest.mark.parametrize(
-    ("gpu_bytes", "options"),
-    [(None, "--quantization int4"), (1_000, "--quantization int4 --accelerator none")],
+    ("gpu_bytes", "is_known", "options"),
+    [
+        (None, False, "--quantization int4"),
+        (1_000, True, "--quantization int4"),
+        (1_000, False, "--quantization int4 --accelerator none"),
+    ],
 )
 def test_quantised_weights_fit_where_the_checkpoint_does_not(
-    gpu_bytes: int | None, options: str
+    gpu_bytes: int | None, is_known: bool, options: str
 ) -> None:
-    """256 wide: 16 bits a weight against 4.125; on the CPU alone, where they run."""
+    """256 wide: 16 bits a weight against 4.125; on the CPU alone where the GPU has no rates."""
+    hardware = machine_too_small(400_000, gpu_bytes)
+    if is_known:
+        assert hardware.gpu is not None
+        flop_per_s = dict(hardware.cpu.flop_per_s)
+        hardware = replace(hardware, gpu=replace(hardware.gpu, flop_per_s=flop_per_s))
     question = Question(
         spec=dataclasses.replace(
             tiny_spec("dd"),
@@ -320,7 +329,7 @@ def test_quantised_weights_fit_where_the_checkpoint_does_not(
                 for layer in tiny_spec("dd").layers
             ),
         ),
-        hardware=machine_too_small(400_000, gpu_bytes),
+        hardware=hardware,
         workload=Workload(prompt_len=8, output_len=8),
         chunk_tokens=8,
     )
