@@ -118,7 +118,12 @@ def assumed_note(spec: ModelSpec, hardware: HardwareProfile) -> str | None:
         return None
     kinds = {spec.weight_kind(module) for layer in spec.layers for module in layer.modules}
     kinds.add(spec.weight_kind("head"))
-    lacking = " and ".join(sorted(kind for kind in kinds if not hardware.backends(kind)))
+    panels = [each for each in hardware.samples if each.backend == "panels"]
+    on_gpu = {each.format for each in panels if each.lane == "gpu"}
+    unknown = {kind for kind in kinds if not hardware.backends(kind)}
+    if hardware.gpu is not None:
+        unknown |= (kinds & set(get_args(Quantization))) - on_gpu
+    lacking = " and ".join(sorted(unknown))
     if not lacking:
         return None
     return (

@@ -8,13 +8,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
+from typing import get_args
 
 from planner.calibration import NO_CORRECTIONS, Corrections
 from planner.device import DeviceKind, DeviceProfile, Sample
 from planner.hardware import HardwareProfile
 from planner.kernel_table import SOURCES, KernelEstimate, KernelTable, Source
 from planner.kernels import Backend, Kernel, KernelCall, Resource
-from planner.model_spec import LayerSpec, ModelSpec, Module
+from planner.model_spec import LayerSpec, ModelSpec, Module, Quantization
 from planner.placement import KV_BLOCK_TOKENS, NUM_EXPERT_CHUNKS
 from planner.popularity import Popularity, independent_tokens
 from planner.priors import prior
@@ -362,8 +363,10 @@ class CostModel:
     def _backend(self, op: Op, spec: ModelSpec, backends: Backends) -> Backend:
         """Whose kernels an op is made of."""
         module = _MODULE_OF_KIND.get(op.kind)
-        if module is None or op.lane != "cpu":
+        if module is None:
             return "torch"
+        if op.lane != "cpu":
+            return "panels" if spec.weight_kind(module) in get_args(Quantization) else "torch"
         return self._backend_of(spec, module, backends)
 
     def _backend_of(self, spec: ModelSpec, module: Module, backends: Backends) -> Backend:

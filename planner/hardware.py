@@ -169,12 +169,12 @@ class HardwareProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         return tuple(sample for sample in self.samples if sample.lane == "cpu")
 
     def _emulated_samples(self, num_threads: int) -> tuple[Sample, ...]:
-        """What torch did with one thread, as samples of the `gpu` lane.
+        """What torch did with one thread, on rows and on panels, as samples of the `gpu` lane.
 
         A brief measurement has torch with the CPU's own number of threads only: then those, as much
         slower as one thread is.
         """
-        by_torch = [sample for sample in self._cpu_samples() if sample.backend == "torch"]
+        by_torch = [each for each in self._cpu_samples() if each.backend in ("torch", "panels")]
         found = [sample for sample in by_torch if sample.num_threads == num_threads]
         if any(sample.kernel == "elementwise" for sample in found):
             return tuple(replace(sample, lane="gpu") for sample in found)

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal
 
 from planner.model_spec import DTYPE_BYTES, WeightKind, matrix_bytes
 
@@ -44,9 +44,11 @@ Kernel = Literal[
     "handover",
     "copy",
 ]
-# Who computes: our kernels on packed weights, torch on rows, Intel's extension of torch.
-Backend = Literal["numba", "torch", "ipex"]
-BACKENDS: tuple[Backend, ...] = get_args(Backend)
+# Who computes: our kernels on packed weights, torch on rows, Intel's extension of torch; what the
+# accelerator does with quantised panels.
+Backend = Literal["numba", "torch", "ipex", "panels"]
+# Those that may compute on a CPU.
+BACKENDS: tuple[Backend, ...] = ("numba", "torch", "ipex")
 Resource = Literal["compute", "memory", "dequant", "launch", "link"]
 HostMemory = Literal["pinned", "pageable"]
 # What calls of a kernel must share to be alike: query heads to a KV head, whether there is a past,

@@ -55,9 +55,12 @@ class ColdMemory:
 
     def take_bytes(self, num_bytes: int) -> NDArray[np.uint8]:
         """The next bytes of a buffer in host memory."""
-        floats = self.take("float32", -(-num_bytes // 4))
-        taken: NDArray[np.uint8] = floats.numpy().view(np.uint8)[:num_bytes]
+        taken: NDArray[np.uint8] = self.take_tensor(num_bytes).numpy()
         return taken
+
+    def take_tensor(self, num_bytes: int) -> Tensor:
+        """The next bytes of a buffer anywhere."""
+        return self.take("float32", -(-num_bytes // 4)).view(torch.uint8)[:num_bytes]
 
     def displace_caches(self, num_threads: int) -> None:
         """Read all of a buffer in host memory: what the caches held of anything else is gone."""

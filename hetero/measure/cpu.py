@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any, get_args
 
 import torch
 
@@ -35,7 +36,7 @@ from hetero.measure.timing import torch_threads
 from hetero.model.products import available_backends, fits_groups
 from hetero.model_lookup import find_model
 from planner.device import DeviceProfile, Sample
-from planner.model_spec import Dtype, ModelSpec
+from planner.model_spec import Dtype, ModelSpec, Quantization
 
 Progress = Callable[[str], None]
 
@@ -193,6 +194,7 @@ def _measure_kernels(
     parts: tuple[tuple[str, list[Probe]], ...] = (
         ("matrix products", _products(memory, effort)),
         ("experts", _experts(memory, effort, num_threads)),
+        ("quantised weights of an emulated accelerator", _panels(memory, effort, num_threads)),
         ("attention", _attention(memory, effort, num_threads)),
         ("small kernels, sampling", _small_kernels(memory, effort, num_threads)),
     )
@@ -256,7 +258,7 @@ def _experts(memory: ColdMemory, effort: Effort, num_threads: int) -> list[Probe
         partial(
             torch_experts_sample,
             memory,
-            dtype=dtype,
+            kind=dtype,
             shape=case.shape,
             num_experts=case.num_experts or 1,
             tokens_each=case.num_tokens,
@@ -267,6 +269,27 @@ def _experts(memory: ColdMemory, effort: Effort, num_threads: int) -> list[Probe
         for case in effort.torch_experts(dtype, effort.torch_tokens, memory.num_bytes)
         if case.flops <= effort.max_flops
     ]
+    return probes
+
+
+def _panels(memory: ColdMemory, effort: Effort, num_threads: int) -> list[Probe]:
+    """What an emulated accelerator does with quantised weights, for few tokens and for many.
+
+    It unpacks them before each product: seconds that no number of tokens and no shape changes much.
+    """
+    if num_threads > 1 and effort.has_all_thread_counts:
+        return []  # one thread's are measured
+    few_and_many = dict.fromkeys((effort.torch_tokens[0], effort.torch_tokens[-1]))
+    rest: dict[str, Any] = {"budget_s": effort.budget_s}
+    probes: list[Probe] = []
+    for kind in (each for each in effort.kinds if each in get_args(Quantization)):
+        for count in few_and_many:
+            for shape in effort.torch_shapes[:1]:
+                each = {"kind": kind, "num_tokens": count, "shape": shape, **rest}
+                probes.append(partial(linear_sample, memory, backend="panels", **each))
+            for shape in effort.expert_shapes[:1]:
+                each = {"kind": kind, "tokens_each": count, "shape": shape, **rest}
+                probes.append(partial(torch_experts_sample, memory, num_experts=1, **each))
     return probes
 
 

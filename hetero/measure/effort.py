@@ -110,11 +110,11 @@ class Effort:
         return [case for case in found if case.flops <= 2 * self.max_flops]
 
     def torch_experts(
-        self, dtype: Dtype, tokens: tuple[int, ...], max_bytes: int
+        self, kind: WeightKind, tokens: tuple[int, ...], max_bytes: int
     ) -> list[ProductCase]:
         """Experts of torch, eight or so many as are not more than so many bytes."""
         return [
-            _fitting(dtype, shape, count, 8, max_bytes)
+            _fitting(kind, shape, count, 8, max_bytes)
             for shape in self.expert_shapes
             for count in tokens
         ]

@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from cpu_kernels.calls import Link
 from cpu_kernels.experts import PackedExperts, expert_bytes, experts_links
@@ -22,6 +23,7 @@ from hetero.measure.linear import inputs
 from hetero.measure.timing import timed
 from hetero.model.families import TORCH_DTYPES
 from hetero.model.moe import Routing, dispatch, expert_method, experts
+from hetero.model.packed import quantised_experts
 from hetero.model.products import weight_format
 from planner.device import Sample
 from planner.model_spec import Dtype, WeightKind
@@ -137,14 +139,19 @@ def experts_rounds(
 def torch_experts_sample(
     memory: ColdMemory,
     *,
-    dtype: Dtype,
+    kind: WeightKind,
     shape: ExpertShape,
     num_experts: int,
     tokens_each: int,
     budget_s: float,
 ) -> Sample:
-    """Measure torch's form of the same on the memory's device: sort, loop or group, add."""
+    """Measure torch's form of the same on the memory's device: sort, loop or group, add.
+
+    Of quantised weights on panels, as the accelerator has them.
+    """
     device, (hidden, width) = memory.device, shape
+    packed = weight_format(kind) if kind == "int8" or kind == "int4" else None
+    dtype: Dtype = "bfloat16" if kind == "int8" or kind == "int4" else kind
     ids_Tk = torch.from_numpy(ragged_choices(num_experts, tokens_each)).to(device)
     x_TD = torch.full((len(ids_Tk), hidden), 0.01, dtype=TORCH_DTYPES[dtype], device=device)
     routing = Routing(
@@ -155,15 +162,20 @@ def torch_experts_sample(
         ),
     )
     sorted_tokens = dispatch(routing, num_experts)
-    itemsize = x_TD.element_size()
-    count = num_rounds(memory.num_bytes, 3 * num_experts * hidden * width * itemsize)
-    layers = [
-        {
+    size = 3 * hidden * width * x_TD.element_size()
+    if packed is not None:
+        size = expert_bytes(packed, hidden, width)
+
+    def layer() -> Mapping[str, Tensor]:
+        if packed is not None:
+            experts_EB = memory.take_tensor(num_experts * size).view(num_experts, size)
+            return quantised_experts(experts_EB, packed, width, hidden)
+        return {
             "gate_up": memory.take(dtype, num_experts, 2 * width, hidden),
             "down": memory.take(dtype, num_experts, hidden, width),
         }
-        for _ in range(count)
-    ]
+
+    layers = [layer() for _ in range(num_rounds(memory.num_bytes, num_experts * size))]
     lap = itertools.cycle(layers)
     method = expert_method(device, x_TD.dtype, shape)
     found = timed(
@@ -172,8 +184,8 @@ def torch_experts_sample(
     return Sample(
         lane="cpu" if device.type == "cpu" else "gpu",
         kernel="experts",
-        format=dtype,
-        backend="torch",
+        format=kind,
+        backend="torch" if packed is None else "panels",
         shape=(num_experts, *shape),
         num_tokens=tokens_each,
         num_threads=torch.get_num_threads() if device.type == "cpu" else 1,

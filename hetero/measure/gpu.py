@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import get_args
 
 import torch
 
@@ -20,13 +21,14 @@ from hetero.measure.linear import linear_sample
 from hetero.measure.link import copy_samples, link_profile
 from hetero.measure.memory import gpu_read_bytes_per_s
 from planner.device import DeviceProfile, LinkProfile, Sample
-from planner.model_spec import Dtype
+from planner.model_spec import Dtype, Quantization
 
 # CUDA context, library workspaces: less than this was never seen.
 _MIN_RESERVED_GPU_BYTES = 500_000_000
 # Less is what a driver keeps for a display.
 _MIN_OTHER_GPU_BYTES = 100_000_000
 _GPU_DTYPES: tuple[Dtype, ...] = ("bfloat16", "float16", "float32")
+_QUANTISATIONS: tuple[Quantization, ...] = get_args(Quantization)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,27 +93,27 @@ def measure_gpu_kernels(memory: ColdMemory, effort: Effort) -> list[Sample]:
     samples = [
         linear_sample(
             memory,
-            kind=dtype,
+            kind=kind,
             num_tokens=count,
             shape=shape,
             budget_s=budget_s,
-            backend="torch",
+            backend="panels" if kind in get_args(Quantization) else "torch",
         )
-        for dtype in _GPU_DTYPES
+        for kind in (*_GPU_DTYPES, *_QUANTISATIONS)
         for shape in effort.shapes
         for count in effort.gpu_tokens
     ]
-    for dtype in _GPU_DTYPES[:2]:
+    for kind in (*_GPU_DTYPES[:2], *_QUANTISATIONS):
         samples += [
             torch_experts_sample(
                 memory,
-                dtype=dtype,
+                kind=kind,
                 shape=case.shape,
                 num_experts=case.num_experts or 1,
                 tokens_each=case.num_tokens,
                 budget_s=budget_s,
             )
-            for case in effort.torch_experts(dtype, effort.expert_tokens, memory.num_bytes)
+            for case in effort.torch_experts(kind, effort.expert_tokens, memory.num_bytes)
         ]
     for case in replace(effort, kv_dtypes=("bfloat16",)).decode_cases(memory.num_bytes // KV_SHARE):
         samples.append(torch_decode_sample(memory, case, budget_s=budget_s))

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from torch import Tensor
 
 from cpu_kernels.calls import Link
 from cpu_kernels.linear import PackedMatrix, linear_link
@@ -23,6 +24,7 @@ from hetero.measure.cold_memory import ColdMemory
 from hetero.measure.timing import Timing, timed
 from hetero.model.families import TORCH_DTYPES
 from hetero.model.products import Matrix, matrix_at, matrix_bytes, weight_format
+from hetero.model.quantised import Panels, multiply, product_method
 from planner.device import Sample
 from planner.kernels import Backend
 from planner.model_spec import ModelSpec, WeightKind
@@ -41,11 +43,12 @@ def linear_sample(
     backend: Backend,
 ) -> Sample:
     """Measure `x W^T` for `num_tokens` rows; on the CPU with the threads that torch is set to."""
-    lane: Lane = "cpu"
-    if memory.device.type != "cpu" or (backend == "torch" and kind not in ("int8", "int4")):
+    lane: Lane = "gpu" if memory.device.type != "cpu" else "cpu"
+    if backend == "panels":
+        found = _panels_timing(memory, kind, num_tokens, shape, budget_s)
+    elif lane == "gpu" or (backend == "torch" and kind not in ("int8", "int4")):
         assert backend == "torch"
         found = _rows_timing(memory, kind, num_tokens, shape, budget_s)
-        lane = "gpu" if memory.device.type != "cpu" else "cpu"
     elif backend == "numba":
         found = _chain_timing(memory, kind, num_tokens, shape, budget_s)
     else:
@@ -89,6 +92,27 @@ def _rows_timing(
     return timed(
         lambda: F.linear(x, memory.take(kind, *shape)), device=memory.device, budget_s=budget_s
     )
+
+
+def _panels_timing(
+    memory: ColdMemory, kind: WeightKind, num_tokens: int, shape: Shape, budget_s: float
+) -> Timing:
+    """Products with quantised panels, as the accelerator has them."""
+    assert kind != "float16"
+    stored, method = weight_format(kind), product_method(memory.device)
+    x = torch.full((num_tokens, shape[1]), 0.01, dtype=torch.bfloat16, device=memory.device)
+
+    def multiplied() -> Tensor:
+        panels = Panels(
+            blobs_EB=memory.take_tensor(stored.packed_bytes(*shape))[None],
+            weight_format=stored,
+            num_matrices=1,
+            num_rows=shape[0],
+            num_columns=shape[1],
+        )
+        return multiply(x, panels, method)
+
+    return timed(multiplied, device=memory.device, budget_s=budget_s)
 
 
 def _call_timing(

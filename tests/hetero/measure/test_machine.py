@@ -198,15 +198,28 @@ def test_products_have_samples_of_their_own_format_and_threads(
     assert {source for _, source in found} <= {"measured", "interpolated", "extrapolated"}
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float16"])
+@pytest.mark.parametrize(
+    ("dtype", "quantization"),
+    [
+        ("bfloat16", None),
+        ("float32", None),
+        ("float16", None),
+        ("bfloat16", "int8"),
+        ("bfloat16", "int4"),
+    ],
+)
 def test_every_kernel_of_a_step_on_the_emulated_accelerator_has_samples(
-    measured: HardwareProfile, dtype: Dtype
+    measured: HardwareProfile, dtype: Dtype, quantization: Quantization | None
 ) -> None:
     """What torch did with one thread; copies are throttled and need none."""
     hardware = measured.with_emulated_gpu(memory_bytes=1_000_000_000, link_bytes_per_s=1e9)
-    found = estimates(hardware, two_layers(dtype), steps())
+    found = estimates(hardware, two_layers(dtype, quantization), steps())
     assert {lane for lane, _, _ in found} == {"cpu", "gpu"}
-    assert {call.backend for lane, call, _ in found if lane == "gpu"} == {"torch"}
+    on_gpu = {(call.backend, call.format) for lane, call, _ in found if lane == "gpu"}
+    # the router stays as it is, the head of an int4 model is int8
+    panels = {None: set(), "int8": {"int8"}, "int4": {"int8", "int4"}}[quantization]
+    assert {kind for backend, kind in on_gpu if backend == "panels"} == panels
+    assert {backend for backend, kind in on_gpu if kind not in panels} == {"torch"}
     guessed = {(lane, call.kernel) for lane, call, each in found if each.source == "prior"}
     assert guessed == set()
     assert {"handover", "sample", "step"} <= {call.kernel for _, call, _ in found}
@@ -378,16 +391,17 @@ def test_missing_gpu_is_refused() -> None:
 
 
 def test_the_kernels_of_a_gpu_are_measured_wherever_the_memory_is() -> None:
-    """On a CPU it is torch: every kernel of a step that has all on the GPU, in two formats."""
+    """On a CPU it is torch: every kernel of a step that has all on the GPU, in four formats."""
     with torch_threads(1), torch.inference_mode():
         found = gpu_probes.measure_gpu_kernels(cold_cpu_memory(MEMORY_BYTES), TINY)
-    assert {each.backend for each in found} == {"torch"}
+    backends = {(each.backend, each.format in ("int8", "int4")) for each in found}
+    assert backends == {("torch", False), ("panels", True)}
     every: set[Kernel] = {
         *("linear", "experts", "decode_attention", "prefill_attention", "elementwise")
     }
     assert {each.kernel for each in found} == every
-    for dtype in ("bfloat16", "float16"):
-        kernels = {each.kernel for each in found if each.format == dtype}
+    for kind in ("bfloat16", "float16", "int8", "int4"):
+        kernels = {each.kernel for each in found if each.format == kind}
         assert kernels >= {"linear", "experts"}
 
 

@@ -53,8 +53,10 @@ from hetero.measure.linear import linear_sample, model_shapes
 from hetero.measure.link import copy_samples, emulated_bytes_per_s, link_profile
 from hetero.measure.memory import cpu_read_bytes_per_s
 from hetero.measure.timing import Timing
+from hetero.model import quantised
 from hetero.model.attention import attend_pages, decode_torch
 from hetero.model.moe import Dispatch, experts
+from hetero.model.quantised import Panels
 from hetero.model_lookup import find_model
 from hetero.sampler import SamplingRow
 from planner.device import Sample
@@ -272,7 +274,7 @@ def test_torchs_experts_are_looped_over_as_by_the_emulated_accelerator(memory: C
 
     with mock.patch("hetero.measure.experts.experts", noted):
         sample = torch_experts_sample(
-            memory, dtype="bfloat16", shape=(128, 64), num_experts=8, tokens_each=3, budget_s=0.0
+            memory, kind="bfloat16", shape=(128, 64), num_experts=8, tokens_each=3, budget_s=0.0
         )
     assert {tuple(counts) for counts, _, _ in seen} == {(1, 2, 2, 3, 3, 4, 4, 5)}
     assert {method for _, _, method in seen} == {"loop"}
@@ -280,6 +282,42 @@ def test_torchs_experts_are_looped_over_as_by_the_emulated_accelerator(memory: C
     assert (sample.kernel, sample.backend, sample.format) == ("experts", "torch", "bfloat16")
     assert (sample.shape, sample.num_tokens) == ((8, 128, 64), 3)
     assert is_measured(sample)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_products_of_the_accelerator_are_measured_on_quantised_panels(
+    memory: ColdMemory, kind: Any
+) -> None:
+    """A matrix and experts, from a lap ago each time; on a CPU by unpacking them first."""
+    seen: list[tuple[str, int, int]] = []
+    multiply, by_expert = quantised.multiply, quantised.multiply_by_expert
+
+    def noted(x: torch.Tensor, panels: Panels, method: str) -> torch.Tensor:
+        seen.append((method, panels.num_rows, panels.blobs_EB.data_ptr()))
+        return multiply(x, panels, method)  # type: ignore[arg-type]
+
+    def noted_experts(
+        x: torch.Tensor, panels: Panels, ends_E: torch.Tensor, method: str
+    ) -> torch.Tensor:
+        seen.append((method, panels.num_rows, panels.blobs_EB.data_ptr()))
+        return by_expert(x, panels, ends_E, method)  # type: ignore[arg-type]
+
+    options: Any = {"kind": kind, "budget_s": 0.0}
+    with (
+        mock.patch("hetero.measure.linear.multiply", noted),
+        mock.patch("hetero.model.moe.multiply_by_expert", noted_experts),
+    ):
+        one = linear_sample(memory, num_tokens=3, shape=(64, 128), backend="panels", **options)
+        some = torch_experts_sample(
+            memory, shape=(128, 64), num_experts=8, tokens_each=3, **options
+        )
+    assert {method for method, _, _ in seen} == {"unpack"}
+    # of an expert gate and up, and down
+    assert {num_rows for _, num_rows, _ in seen} == {64, 128}
+    assert len({address for _, _, address in seen}) == len(seen)
+    for sample in (one, some):
+        assert (sample.lane, sample.backend, sample.format) == ("cpu", "panels", kind)
+        assert is_measured(sample)
 
 
 # --- attention
