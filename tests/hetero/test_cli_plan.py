@@ -113,6 +113,19 @@ def test_quantised_weights_of_a_reference_machine_take_their_bytes_at_what_is_us
     assert times[0] / times[1] == pytest.approx(gain, rel=0.05)
 
 
+def test_quantised_weights_are_planned_for_the_gpu(hetero: Hetero) -> None:
+    """30.5 billion weights are 61 GB in bfloat16 and 16.3 in int4, of 24 on the GPU."""
+    arguments = ("qwen3-30b-a3b", *DESKTOP, "--json")
+    plain = json.loads(hetero("plan", *arguments).stdout)
+    outcome = hetero("plan", *arguments, "--quantization", "int4")
+    document = json.loads(outcome.stdout)
+
+    assert (outcome.code, document["feasible"]) == (ExitCode.OK, True)
+    where = Plan.from_json(outcome.stdout.encode(), source="stdout").placement
+    assert where.uses("gpu")
+    assert document["estimate"]["e2e_s"] < 0.5 * plain["estimate"]["e2e_s"]
+
+
 def test_what_quantisation_leaves_of_float16_weights_is_said(hetero: Hetero, demo: Path) -> None:
     """It becomes bfloat16, or float32 where that is asked for."""
     config = json.loads((demo / "config.json").read_text())
