@@ -17,7 +17,7 @@ from hetero.model import cpu_layers
 from hetero.model.cpu_layers import CpuRouting
 from hetero.model.cpu_workspace import CpuKernels
 from hetero.model.families import TORCH_DTYPES
-from hetero.model.moe import Dispatch, ExpertMethod, Routing, dispatch, experts
+from hetero.model.moe import Dispatch, ExpertMethod, Routing, dispatch, experts, put_expert
 from hetero.model.packed import PackedModule
 from hetero.runtime.devices import Accelerator
 from hetero.runtime.expert_slots import Admission, SlotCounts
@@ -222,8 +222,7 @@ class ExpertStep:
         weights = self._devices.weights
         held = weights.resident("gpu", "experts", op.layer)
         for place, slot in self._admission.moves:
-            for role, rows in self._staged.items():
-                held[role][slot].copy_(rows[place])
+            put_expert(held, slot, self._staged, place)
         weights.expert_slots.admit(self._admission, self._admitted_E)
         self._staged = {}
 

@@ -135,6 +135,19 @@ def experts(
     )
 
 
+def put_expert(
+    held: Mapping[str, Tensor], slot: int, given: Mapping[str, Tensor], place: int
+) -> None:
+    """Overwrite one of the experts held by another, in rows or in panels."""
+    if isinstance(held, QuantisedWeights):
+        assert isinstance(given, QuantisedWeights)
+        for role, panels in held.panels.items():
+            panels.blobs_EB[slot].copy_(given.panels[role].blobs_EB[place])
+        return
+    for role, rows in held.items():
+        rows[slot].copy_(given[role][place])
+
+
 def combine(x_TD: Tensor, y_TD: Tensor) -> Tensor:
     """Add what the experts gave to the residual."""
     return x_TD + y_TD

@@ -21,7 +21,7 @@ from hetero import LLM, SamplingParams
 from hetero.model.expert_step import ExpertStep, ExpertTimes, choose_fetched
 from planner import strategies
 from planner.cost_model import CostModel
-from planner.model_spec import Dtype, ModelSpec
+from planner.model_spec import Dtype, ModelSpec, Quantization
 from planner.placement import (
     ON_CPU,
     ON_GPU,
@@ -146,27 +146,35 @@ def placed(
     *,
     accelerator: Any = "emulated",
     dtype: Dtype = "float32",
+    quantization: Quantization | None = None,
     **rest: Any,
 ) -> Iterator[LLM]:
     """A model under a placement that `place` makes of its spec, put into the plan of another."""
-    plan, spec = _plan_on_gpu(folder, accelerator, dtype)
+    plan, spec = _plan_on_gpu(folder, accelerator, dtype, quantization)
     plan = msgspec.structs.replace(plan, placement=unnamed(place(spec)))
-    with LLM(folder, plan=plan, **_common(accelerator, dtype), **rest) as llm:
+    with LLM(folder, plan=plan, **_common(accelerator, dtype, quantization), **rest) as llm:
         yield llm
 
 
 @functools.cache
-def _plan_on_gpu(folder: Path, accelerator: Any, dtype: Dtype) -> tuple[Plan, ModelSpec]:
+def _plan_on_gpu(
+    folder: Path, accelerator: Any, dtype: Dtype, quantization: Quantization | None
+) -> tuple[Plan, ModelSpec]:
     """The plan that others are made of, once for each model."""
     workload = Workload(prompt_len=16, output_len=8, num_seqs=len(PROMPTS))
-    common = _common(accelerator, dtype)
+    common = _common(accelerator, dtype, quantization)
     with LLM(folder, accelerator=accelerator, strategy="gpu", workload=workload, **common) as llm:
         return llm.plan, llm.spec
 
 
-def _common(accelerator: str, dtype: Dtype) -> dict[str, Any]:
+def _common(accelerator: str, dtype: Dtype, quantization: Quantization | None) -> dict[str, Any]:
     profile = toy_machine() if accelerator == "emulated" else None
-    return {"profile": profile, "dtype": dtype, "max_model_len": 64}
+    return {
+        "profile": profile,
+        "dtype": dtype,
+        "quantization": quantization,
+        "max_model_len": 64,
+    }
 
 
 def unnamed(placement: Placement) -> Placement:

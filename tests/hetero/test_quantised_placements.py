@@ -14,10 +14,12 @@ from msgspec.structs import replace
 
 from hetero import LLM, SamplingParams
 from planner import strategies
+from planner.cost_model import CostModel
 from planner.memory import needs
 from planner.model_spec import ModelSpec, Quantization
 from planner.placement import STREAMED, Placement
 from tests.hetero.test_divided_dense import divided
+from tests.hetero.test_expert_slots import slotted
 from tests.hetero.test_mixed_experts import ACCELERATORS, Mix, mixed, placed, tokens_of
 from tests.machines import toy_machine
 from tests.tiny_models import TINY_MODELS, TINY_MOE_MODELS, save_tiny_model
@@ -112,6 +114,29 @@ def test_mixed_experts_give_the_tokens_of_all_cpu(
         quantization=quantization,
     ) as llm:
         assert tokens_of(llm) == expected
+
+
+@pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize("accelerator", ACCELERATORS)
+@pytest.mark.parametrize("quantization", QUANTISATIONS)
+def test_experts_in_slots_that_change_give_the_tokens_of_all_cpu(
+    quantization: Quantization,
+    accelerator: Any,
+    experts_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is admitted to a slot overwrites the panels that were there; copies seem cheap here."""
+    monkeypatch.setattr(CostModel, "expert_times", lambda *_: (9.0, 1.0))
+    expected = on_cpu(experts_folder, quantization)
+    with placed(
+        experts_folder,
+        lambda spec: slotted(spec, 2, "lru", prefetch=True),
+        accelerator=accelerator,
+        quantization=quantization,
+    ) as llm:
+        assert tokens_of(llm) == expected
+        counts = llm._open_engine().slot_counts
+    assert sum(each.num_admitted for each in counts.values()) > 0
 
 
 @pytest.mark.usefixtures("exact")
