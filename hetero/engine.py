@@ -488,18 +488,34 @@ class Engine:
         for sequence in (item.sequence for item in batch.items):
             if not sequence.must_move:
                 continue
-            assert self._accelerator is not None
-            move = KVMove(
-                self._accelerator,
-                partial(self._moved_pages, sequence),
-            )
-            graph = self._kv_moves[sequence.sub_batch]
-            with torch.inference_mode():
-                timeline = self._executor.run(graph, move.perform)
+            moved.append(self._moved(sequence))
             self.scheduler.leave_prompt_pages(sequence)
-            shape = prompt_shape(sequence.num_computed_tokens)
-            moved.append(MovedCache(graph=graph, shape=shape, timeline=timeline))
         return tuple(moved)
+
+    def _moved(self, sequence: Sequence) -> MovedCache:
+        """Move a sequence's cache; once more where memory did not suffice.
+
+        Its step is recorded by now: that is not run again.
+        """
+        assert self._accelerator is not None
+        graph = self._kv_moves[sequence.sub_batch]
+        move = KVMove(self._accelerator, partial(self._moved_pages, sequence))
+        performer = self._faults.performer(Performer(move.perform))
+        problem = ""
+        for _ in range(2):
+            try:
+                with torch.inference_mode():
+                    timeline = self._executor.start(graph, performer).finish()
+            except torch.OutOfMemoryError as error:
+                problem = str(error)  # see `_run`
+            else:
+                shape = prompt_shape(sequence.num_computed_tokens)
+                return MovedCache(graph=graph, shape=shape, timeline=timeline)
+            self._accelerator.trim()
+        raise MemoryBudgetError(
+            f"moving the cache of a prompt of {sequence.num_computed_tokens} tokens ran out of "
+            f"memory ({problem}); plan with a smaller --gpu-mem-gb, or shorter sequences"
+        )
 
     def _moved_pages(self, sequence: Sequence, layer: int) -> MovedPages:
         return self._kv_tables.moved_pages(self._caches, layer, sequence)

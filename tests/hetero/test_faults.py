@@ -19,8 +19,9 @@ from hetero.errors import MemoryBudgetError, UsageError
 from hetero.faults import POINTS, VARIABLE, Fault, Faults, InjectedFaultError
 from planner import strategies
 from planner.model_spec import ModelSpec
-from planner.placement import Placement
+from planner.placement import KV_BLOCK_TOKENS, Placement
 from planner.workload import Workload
+from tests.hetero.test_expert_slots import slotted
 from tests.hetero.test_mixed_experts import Mix, mixed, placed
 from tests.hetero.test_sub_batches import many_blocks, sub_batches_by_hand
 from tests.machines import toy_machine
@@ -72,10 +73,27 @@ def two_sub_batches(spec: ModelSpec) -> Placement:
     return Placement(prefill=strategies.gpu(spec, "prefill"), decode=decode)
 
 
+def slots_that_change(spec: ModelSpec) -> Placement:
+    """What was fetched stays, and what is guessed is copied ahead."""
+    return slotted(spec, 2, "lru", prefetch=True)
+
+
+def divided_caches(spec: ModelSpec) -> Placement:
+    """The first block of every sequence on the GPU, the others on the CPU."""
+    gpu = strategies.gpu(spec, "decode")
+    layers = tuple(
+        replace(layer, kv_on_cpu=True, num_gpu_kv_tokens=KV_BLOCK_TOKENS) for layer in gpu.layers
+    )
+    decode = replace(gpu, strategy="mixed", layers=layers)
+    return Placement(prefill=strategies.gpu(spec, "prefill"), decode=decode)
+
+
 PLACES: dict[str, Callable[[ModelSpec], Placement]] = {
     "streamed": streamed,
     "halves": halves,
     "divided experts": divided_experts,
+    "slots that change": slots_that_change,
+    "divided caches": divided_caches,
     "elsewhere": elsewhere,
     "two sub-batches": two_sub_batches,
 }
@@ -136,14 +154,20 @@ def assert_as_new(llm: LLM, expected: list[tuple[int, ...]]) -> None:
     assert tokens_of(llm) == expected
 
 
-@pytest.mark.usefixtures("many_blocks")
 @pytest.mark.parametrize("point", ["copy", "compute", "cpu", "interrupt", "logits", "memory"])
 @pytest.mark.parametrize("name", PLACES)
 def test_a_run_that_fails_at_any_moment_loses_nothing(
-    model: Path, expected: list[tuple[int, ...]], name: str, point: str
+    model: Path,
+    expected: list[tuple[int, ...]],
+    name: str,
+    point: str,
+    request: pytest.FixtureRequest,
 ) -> None:
     """It fails the first time, the second, and so on, until it passes without a failure."""
-    split = (0, 1, 1) if name == "two sub-batches" else (0, 0, 0)
+    split = (0, 0, 0)
+    if name == "two sub-batches":
+        split = (0, 1, 1)
+        request.getfixturevalue("many_blocks")
     threads = threading.active_count()
     with placed(model, PLACES[name], max_num_seqs=3) as llm, sub_batches_by_hand(split):
         scheduler = llm._open_engine().scheduler
@@ -306,3 +330,21 @@ def test_faults_are_read_and_fire_when_they_say() -> None:
     assert [faults.fires("logits") for _ in range(2)] == [True, False]
     assert not any(faults.fires(point) for point in POINTS if point not in ("copy", "logits"))
     assert Faults.parse("").fired == []
+
+
+def test_a_cache_that_cannot_be_moved_for_want_of_memory_is_moved_again(
+    model: Path, expected: list[tuple[int, ...]]
+) -> None:
+    """Its step is recorded by then, and must not be run again; at the second failure it is told."""
+    with placed(model, elsewhere, max_num_seqs=3) as llm:
+        prefill = llm._open_engine()._graphs.find("prefill", 34)[1]
+        first = sum(op.lane != "cpu" for op in prefill.ops) + 1
+        with failing(llm, Fault(point="memory", first=first, lasts=False)) as faults:
+            assert tokens_of(llm) == expected
+        assert faults.fired
+        with (
+            failing(llm, Fault(point="memory", first=first, lasts=True)),
+            pytest.raises(MemoryBudgetError, match=r"moving the cache of a prompt of \d+ tokens"),
+        ):
+            tokens_of(llm)
+        assert_as_new(llm, expected)
