@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -242,9 +243,7 @@ def many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def more(*args: Any) -> KVBlocks:
         blocks = planned(*args)
-        pools = (blocks.first, blocks.second, blocks.prompts)
-        first, second, prompts = (100 if count else 0 for count in pools)
-        return KVBlocks(first=first, second=second, prompts=prompts)
+        return KVBlocks(**{name: 100 if count else 0 for name, count in asdict(blocks).items()})
 
     monkeypatch.setattr(loading, "_kv_blocks", more)
 

@@ -16,7 +16,7 @@ from hetero import LLM, SamplingParams
 from planner import strategies
 from planner.cost_model import predict
 from planner.model_spec import ModelSpec
-from planner.placement import Placement, Runs, TierPlacement
+from planner.placement import KV_BLOCK_TOKENS, Placement, Runs, Slots, TierPlacement
 from planner.step_graph import (
     LANES,
     Op,
@@ -30,7 +30,9 @@ from planner.step_graph import (
 )
 from planner.timeline import Timeline, lane_orders
 from planner.workload import BatchShape, Phase
+from tests.hetero.test_divided_caches import WHERE as DIVIDED
 from tests.hetero.test_divided_dense import divided
+from tests.hetero.test_expert_slots import slotted
 from tests.hetero.test_mixed_experts import Mix, mixed, placed
 from tests.hetero.test_sub_batches import (
     BOTH,
@@ -80,6 +82,14 @@ def _mix(**mix: Any) -> Place:
     return lambda spec: mixed(spec, Mix(**mix), Mix(**mix), seed=2)
 
 
+def _slotted(slots: Slots, *, prefetch: bool) -> Place:
+    return lambda spec: slotted(spec, 2, slots, prefetch=prefetch)
+
+
+def _caches(place: Callable[[ModelSpec, int], Placement]) -> Place:
+    return lambda spec: place(spec, KV_BLOCK_TOKENS)
+
+
 def _columns(runs: Runs, *, is_streaming: bool) -> Place:
     both: dict[Phase, Runs] = {"prefill": runs, "decode": runs}
     return lambda spec: divided(spec, both, 7, is_streaming=is_streaming)
@@ -93,6 +103,7 @@ def _tiers(tiers: Callable[[ModelSpec], tuple[TierPlacement, ...]]) -> Place:
     return lambda spec: with_smaller(spec, tiers(spec))
 
 
+SLOTS: tuple[tuple[Slots, bool], ...] = (("static", True), ("lru", False), ("lru", True))
 # Model and placement of every kind of graph.
 GRAPHS: dict[str, tuple[str, Place]] = {
     "gpu": ("olmoe", _named("gpu", 0)),
@@ -108,6 +119,14 @@ GRAPHS: dict[str, tuple[str, Place]] = {
         for runs in ("cpu", "stream", "split")
         for count in (0, 2)
     },
+    **{
+        f"{slots} slots{' and copies ahead' if prefetch else ''}": (
+            "qwen3-moe",
+            _slotted(slots, prefetch=prefetch),
+        )
+        for slots, prefetch in SLOTS
+    },
+    **{f"divided caches, {name}": ("olmoe", _caches(place)) for name, place in DIVIDED.items()},
     "cpu columns": ("qwen3", _columns("cpu", is_streaming=False)),
     "stream columns": ("qwen3", _columns("stream", is_streaming=True)),
     **{f"attention on both, {name}": ("olmoe", place) for name, place in BOTH.items()},
